@@ -1,0 +1,184 @@
+"""The flags of the recipe, and the combinations that cannot work.
+
+One flat dataclass, read-only once parsed; the sentence under a field is what `--help` prints. Names are those of
+open-instruct's reward_modeling.py where it has the flag.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from open_rm import data, engine, tokenization
+from open_rm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a reward model (Bradley-Terry) from preference pairs."""
+
+    # ---- model
+    model_name_or_path: str = "EleutherAI/pythia-14m"
+    """Checkpoint to start from: a Hub name or a local folder. A reward model keeps its head."""
+    model_revision: str | None = None
+    """Branch, tag or commit of the model on the Hub. None: the default branch."""
+    tokenizer_name: str | None = None
+    """Tokenizer: a Hub name or a local folder. None: the model's."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of the tokenizer. None: model_revision if the tokenizer is the model's."""
+    use_slow_tokenizer: bool = False
+    """Accepted for old command lines; transformers 5 has no slow tokenizers, and the log says so."""
+    chat_template_name: str | None = None
+    """How messages become text: a name (see open_rm/chat_templates), a Jinja file, or None for the tokenizer's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; bfloat16 keeps float32 master weights. auto: bfloat16 on a GPU, float32 on the CPU."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ... None: the best that transformers finds."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    # ---- data
+    dataset_mixer_list: list[str] = field(default_factory=lambda: ["trl-internal-testing/sentiment-trl-style", "400"])
+    """Training data: alternating name (Hub, json/jsonl/parquet file, folder) and amount (400 rows, or 0.5 of them)."""
+    dataset_mixer_list_splits: list[str] = field(default_factory=lambda: ["train"])
+    """Split of each training source, or one for all. A single file is itself the split."""
+    dataset_mixer_eval_list: list[str] = field(default_factory=list)
+    """Held-out data, like dataset_mixer_list. Empty: no evaluation."""
+    dataset_mixer_eval_list_splits: list[str] = field(default_factory=lambda: ["test"])
+    """Split of each held-out source, or one for all."""
+    max_token_length: int = 512
+    """Pairs with a side (prompt and response) of more tokens are filtered, and counted."""
+    max_prompt_token_length: int = 256
+    """Pairs with a prompt of more tokens are filtered, and counted."""
+    dataset_local_cache_dir: str = "local_dataset_cache"
+    """Folder for tokenized data; it is found again by content."""
+    cache_dataset_only: bool = False
+    """Tokenize into the cache and stop."""
+    # ---- experiment
+    exp_name: str = "reward_modeling"
+    """First part of the run's name."""
+    run_name: str | None = None
+    """Name of this run. None: <exp_name>__<seed>__<unix time>."""
+    seed: int = 1
+    """Decides the order of the pairs, random subsets and the initial score head."""
+    output_dir: str | None = None
+    """Where the final model lands, exactly. None: output/<run_name>."""
+    # ---- optimizer
+    learning_rate: float = 3e-6
+    """Peak learning rate of AdamW."""
+    eps: float = 1e-5
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; not applied to biases and norms."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this. 0: never."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "linear"
+    """Course of the learning rate over optimizer steps, as transformers names them."""
+    warm_up_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps. Not together with warm_up_steps."""
+    # ---- batch sizes
+    num_train_epochs: float = 1.0
+    """Passes over the training pairs."""
+    total_episodes: int | None = None
+    """Stop after this many pairs instead. None: num_train_epochs decides."""
+    per_device_train_batch_size: int = 1
+    """Pairs per forward and device; times gradient_accumulation_steps and devices, the pairs of a step."""
+    per_device_eval_batch_size: int = 8
+    """Pairs per forward and device in evaluation. It does not change results."""
+    gradient_accumulation_steps: int = 8
+    """Forwards per device and optimizer step."""
+    deepspeed: str | None = None
+    """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
+    # ---- evaluation and tracking
+    num_evals: int = 1
+    """Evaluations during training, evenly spaced, besides those before the first and after the last step."""
+    eval_steps: int | None = None
+    """Evaluate every so many optimizer steps instead. None: num_evals decides."""
+    num_sample_pairs: int = 4
+    """Pairs in the table of samples shown at each evaluation."""
+    with_tracking: bool = False
+    """Track with wandb; offline where there is no key or no server."""
+    wandb_project_name: str = "open_rm"
+    """wandb project."""
+    wandb_entity: str | None = None
+    """wandb user or team. None: the key's default."""
+    # ---- Hub
+    push_to_hub: bool = False
+    """Push the final model to the Hugging Face Hub; needs HF_TOKEN in the environment."""
+    hf_entity: str | None = None
+    """User or organisation on the Hub. None: the token's user."""
+    hf_repo_id: str | None = None
+    """Repository, name or entity/name. None: open_rm_dev."""
+    hf_repo_revision: str | None = None
+    """Branch to push to. None: the run's name."""
+    hf_repo_private: bool = True
+    """Whether a repository that has to be created is private."""
+
+
+def check_args(args: Args) -> None:
+    """Refuse, before anything is read or downloaded, every value and combination that cannot work."""
+    ones = (
+        "max_token_length",
+        "max_prompt_token_length",
+        "total_episodes",
+        "eval_steps",
+        "gradient_accumulation_steps",
+    )
+    ones += ("per_device_train_batch_size", "per_device_eval_batch_size")
+    zeros = ("weight_decay", "max_grad_norm", "warm_up_steps", "warmup_ratio", "num_evals", "num_sample_pairs", "seed")
+    for names, minimum in ((ones, 1), (zeros, 0)):
+        for name in names:
+            if getattr(args, name) is not None and not getattr(args, name) >= minimum:
+                raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}")
+    for name in ("learning_rate", "eps", "num_train_epochs"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.warmup_ratio >= 1:
+        raise UserError(f"--warmup_ratio {args.warmup_ratio}: is a share of all steps, below 1")
+    if args.max_prompt_token_length > args.max_token_length:
+        raise UserError(
+            f"--max_prompt_token_length {args.max_prompt_token_length} is above --max_token_length "
+            f"{args.max_token_length}, and a prompt is part of every side; lower one or raise the other"
+        )
+    contradictions = (
+        (args.warm_up_steps and args.warmup_ratio, "--warm_up_steps and --warmup_ratio both set the warm-up; pass one"),
+        (
+            args.lr_scheduler_type == "constant" and (args.warm_up_steps or args.warmup_ratio),
+            "--lr_scheduler_type constant has no warm-up; pass constant_with_warmup, or no --warm_up_steps/--warmup_ratio",
+        ),
+        (
+            args.eval_steps is not None and args.num_evals != Args.num_evals,
+            "--num_evals and --eval_steps both say when to evaluate; pass one",
+        ),
+        (
+            args.eval_steps is not None and not args.dataset_mixer_eval_list,
+            "--eval_steps needs held-out data; name some with --dataset_mixer_eval_list",
+        ),
+        (not args.dataset_mixer_list, "--dataset_mixer_list is empty; name training data and an amount: my/data 1.0"),
+        (
+            args.hf_entity and "/" in (args.hf_repo_id or ""),
+            "--hf_entity and the first part of --hf_repo_id both name the owner; pass one",
+        ),
+        (
+            args.wandb_entity and not args.with_tracking,
+            "--wandb_entity does nothing without --with_tracking; add or remove it",
+        ),
+        (
+            (args.hf_entity or args.hf_repo_id or args.hf_repo_revision) and not args.push_to_hub,
+            "--hf_entity, --hf_repo_id and --hf_repo_revision do nothing without --push_to_hub; add or remove it",
+        ),
+        (
+            args.push_to_hub and args.cache_dataset_only,
+            "--cache_dataset_only trains no model for --push_to_hub; remove one of them",
+        ),
+    )
+    for found, sentence in contradictions:
+        if found:
+            raise UserError(sentence)
+    engine.read_config(args.deepspeed)
+    data.parse_mixer(args.dataset_mixer_list, args.dataset_mixer_list_splits, "dataset_mixer_list")
+    data.parse_mixer(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, "dataset_mixer_eval_list")
+    if args.chat_template_name is not None:
+        tokenization.read_template(args.chat_template_name)

@@ -1,0 +1,269 @@
+"""DeepSpeed behind a few verbs, on one process or many, on CPU (gloo) or GPU (nccl).
+
+What it adds to DeepSpeed is exactness: gradients are summed, not averaged, over ranks and micro-batches, so the loss
+that the recipe divides by the pairs of the whole step is the loss that is stepped on.
+What is not covered here: saving and resuming the engine's own state.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+# DeepSpeed reads this when it is imported; without a GPU it would otherwise probe for one and warn.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+import torch.distributed as dist
+
+from open_rm.errors import UserError
+
+# Tokenizing a large data set on one rank may take long; the others wait for it in a collective.
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
+# Keys a DeepSpeed file may not decide, because a flag does.
+OWNED_BY_FLAGS = {
+    "optimizer": "--learning_rate, --eps and --weight_decay",
+    "scheduler": "--lr_scheduler_type",
+    "train_batch_size": "--per_device_train_batch_size and --gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+    "torch_autocast": "--dtype",
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. device: the torch device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment_rank() -> int:
+    """This process's rank before any process group exists, as torchrun set it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that torchrun described in the environment; alone, form a group of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group. Exiting without it ends some runs with a signal on their way out."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main rank's value on every rank (it is pickled: small things only)."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def on_main_rank(work: Callable[[], Any], ranks: Ranks) -> Any:
+    """Run `work` on the main rank only; None elsewhere.
+
+    A user's mistake found there is told once, by the main rank, and ends the others too instead of leaving them waiting.
+    """
+    result, mistake = None, None
+    if ranks.is_main:
+        try:
+            result = work()
+        except UserError as error:
+            mistake = error
+    if broadcast_object(mistake is not None):
+        raise mistake or SystemExit(1)
+    return result
+
+
+def main_rank_first(build: Callable[[], Any], ranks: Ranks) -> Any:
+    """Run `build` on the main rank, then on the others, which find in the cache what it left there."""
+    result = on_main_rank(build, ranks)
+    return result if ranks.is_main else build()
+
+
+def fail_together(sentence: str, ranks: Ranks) -> NoReturn:
+    """End the run for a reason that every rank knows; the main rank tells it."""
+    raise UserError(sentence) if ranks.is_main else SystemExit(1)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held, in GiB: allocated on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def read_config(path: str | None) -> dict:
+    """A DeepSpeed JSON file that decides memory layout only; None is ZeRO stage 0."""
+    if path is None:
+        return {"zero_optimization": {"stage": 0}}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--deepspeed {path}: cannot be read ({error.strerror}); see configs/ds/ for examples"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path}: not valid JSON ({error})") from error
+    for key, flags in OWNED_BY_FLAGS.items():
+        value = config.get(key, "auto")
+        if value != "auto" and not (isinstance(value, dict) and set(value.values()) == {"auto"}):
+            raise UserError(
+                f'--deepspeed {path}: "{key}" is decided by {flags}; remove it from the file or write "auto"'
+            )
+    return config
+
+
+def fill_config(
+    config: dict, *, width: int, bf16: bool, per_device_train_batch_size: int, max_grad_norm: float
+) -> dict:
+    """The DeepSpeed config with what the flags decide.
+
+    Args:
+        config: from `read_config`; its "auto" bucket sizes follow the model's `width` (hidden size).
+        bf16: bfloat16 weights and compute with float32 master weights; else everything in float32.
+        max_grad_norm: clip the global gradient norm to this, 0 for never.
+    """
+    zero = dict(config.get("zero_optimization", {}))
+    automatic = {  # the sizes that transformers' own DeepSpeed integration derives
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    zero.update({key: value for key, value in automatic.items() if zero.get(key) == "auto"})
+    if bf16 and zero.get("stage", 0) == 0:
+        # DeepSpeed's stage 0 would sum gradients and their norm in bfloat16; stage 1 on one rank holds the same bytes.
+        zero["stage"] = 1
+    return config | {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,  # the loop accumulates itself: see Engine.backward
+        "gradient_clipping": max_grad_norm,  # DeepSpeed clips to 1.0 where this is absent
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def describe(config: dict, ranks: Ranks) -> str:
+    """One line on where and how the run computes; `config` is from `fill_config`."""
+    dtype = "bfloat16 with float32 master weights" if config["bf16"]["enabled"] else "float32"
+    stage = config["zero_optimization"].get("stage", 0)
+    return f"{ranks.world_size} x {ranks.device.type}, {dtype}, ZeRO stage {stage}"
+
+
+class Engine:
+    """A model being trained. Call it for rewards; `backward` each micro-batch, then `step`."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        config: dict,
+        ranks: Ranks,
+        learning_rate: float,
+        eps: float,
+        weight_decay: float,
+    ):
+        """Wrap `model`; `config` is from `fill_config`. `optimizer` is the one whose learning rate a schedule sets."""
+        self.ranks = ranks
+        self.stage = config["zero_optimization"].get("stage", 0)
+        self.optimizer = _adamw(model, config, learning_rate, eps, weight_decay, ranks.device)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model inside."""
+        return self._engine.module
+
+    def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss` to the step's. `last`: this is the step's last micro-batch.
+
+        DeepSpeed averages gradients over ranks; multiplying by their number makes it the sum.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update the weights, clear the gradients. Returns the global gradient norm before clipping."""
+        norm = self._stage_0_norm() if self.stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _stage_0_norm(self) -> float:
+        # ZeRO's optimizers report their norm; plain data-parallel training does not, and every rank has all gradients.
+        return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]).item()
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Evaluation mode without gradients; back to training mode afterwards."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def gathered_state(self) -> dict[str, torch.Tensor] | None:
+        """The complete weights on the main rank's CPU, None elsewhere. A collective call."""
+        if self.stage == 3:
+            state = self._engine._zero3_consolidated_16bit_state_dict()
+        else:
+            state = self.module.state_dict()
+        if not self.ranks.is_main:
+            return None
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _adamw(model, config, learning_rate, eps, weight_decay, device) -> torch.optim.Optimizer:
+    """AdamW; biases and norms are not decayed (the field's convention, as in transformers)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # ds_shape: under ZeRO-3 p itself is an empty stand-in
+    decayed = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if "offload_optimizer" in config["zero_optimization"]:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate, eps=eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=device.type == "cuda")

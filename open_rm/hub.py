@@ -1,0 +1,228 @@
+"""The model card, and a push to the Hugging Face Hub that cannot lose a model.
+
+Token and repository are checked before training; the push retries; when the Hub stays away the folder is still there
+and the message holds the command that pushes it later: `python -m open_rm.hub --folder ... --repo_id ...`.
+Tokens come from the environment (HF_TOKEN) or `hf auth login` only.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from huggingface_hub import HfApi, ModelCardData, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from open_rm.errors import UserError
+
+# Only what belongs to a model; tracking folders and sample texts of the training data stay at home.
+PUSHED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "README.md",
+    "*.png",
+    "metrics.jsonl",
+]
+NOT_PUSHED = ["wandb/*", "tensorboard/*"]
+ATTEMPTS = 5
+FIRST_PAUSE_SECONDS = 2.0
+SILENCE_SECONDS = 300.0  # the client alone would wait for ever for a server that has stopped answering
+# The client lets its HTTP library's own errors through when a connection breaks; their common base is an ancestor here.
+HUB_ERRORS = (next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"), OSError)
+
+
+def check_access(*, entity: str | None, repo_id: str | None, private: bool) -> str:
+    """Before training: the token works and the repository exists (it is created if not).
+
+    Args:
+        entity: user or organisation; None is the token's user.
+        repo_id: "name" or "entity/name"; None is "open_rm_dev".
+
+    Returns:
+        the complete repository id.
+    """
+    if get_token() is None:
+        raise UserError("--push_to_hub: there is no Hub token; set HF_TOKEN in the environment or run `hf auth login`")
+    api, repo = HfApi(), repo_id or "open_rm_dev"
+    try:
+        if "/" not in repo:
+            repo = f"{entity or _persistently(api.whoami)['name']}/{repo}"
+        else:
+            _persistently(api.whoami)
+        _persistently(lambda: api.create_repo(repo, private=private, exist_ok=True))
+    except HUB_ERRORS as error:
+        raise UserError(
+            f"--push_to_hub: {_reason(error)}, so {repo} cannot be pushed to; training was not started"
+        ) from error
+    return repo
+
+
+def push_folder(folder: str, repo_id: str, *, revision: str, private: bool = True) -> str:
+    """Upload a saved model to a branch, with retries; returns the address.
+
+    Raises:
+        UserError: given up; the message holds the command that tries again. The folder is untouched.
+    """
+    api = HfApi()
+    try:
+        _persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if revision != "main":
+            _persistently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        _persistently(
+            lambda: api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message="Upload reward model",
+                allow_patterns=PUSHED,
+                ignore_patterns=NOT_PUSHED,
+            )
+        )
+    except HUB_ERRORS as error:
+        raise UserError(
+            f"push to {repo_id} failed: {_reason(error)}. The model is safe in {folder}; push it later with: "
+            f"python -m open_rm.hub --folder {folder} --repo_id {repo_id} --revision {revision}"
+            + ("" if private else " --no_private")
+        ) from error
+    return f"{api.endpoint}/{repo_id}/tree/{revision}"
+
+
+def _persistently(call: Callable):
+    """Repeat a Hub call that failed for a reason that may pass (5xx, 429, no connection), pausing 2, 4, 8, 16 s."""
+    get_session().timeout = SILENCE_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except HUB_ERRORS as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            passing = status is None or status >= 500 or status == 429
+            if not passing or attempt == ATTEMPTS:
+                raise
+            pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)
+            print(
+                f"Hub: {_reason(error)}; trying again in {pause:.0f} s ({attempt}/{ATTEMPTS})",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(pause)
+
+
+def _reason(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub refuses the token (401); check HF_TOKEN"
+    if status == 403:
+        return "the token may not write there (403); use one with write access"
+    if status is not None:
+        return f"the Hub answered {status}"
+    return f"the Hub cannot be reached ({type(error).__name__})"
+
+
+CARD = """---
+{header}
+---
+
+# {title}
+
+A reward model: it reads a conversation and returns one number, higher for the answer that people would prefer.
+Trained with [open_rm](https://github.com/open-rm/open_rm) from `{base_model}` on {data}.
+
+## Get the raw reward
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+where = {where}
+tokenizer, model = AutoTokenizer.from_pretrained(**where), AutoModelForSequenceClassification.from_pretrained(**where)
+text = {text}
+reward = model(**tokenizer(text, {encode}return_tensors="pt")).logits[0, 0].item()
+```
+
+{note}Differences of rewards between answers to the same prompt have a meaning: sigmoid(r_a - r_b) is the modelled
+probability that a is preferred to b. A single reward has none.
+
+## Results
+
+{results}
+
+![training curves](curves.png)
+
+## Training
+
+{facts}
+"""
+
+
+def write_card(
+    folder: str,
+    *,
+    title: str,
+    name: str,
+    revision: str | None,
+    base_model: str,
+    data: list[str],
+    chat: bool,
+    eos_token: str,
+    metrics: dict[str, float],
+    facts: dict[str, object],
+) -> None:
+    """Write README.md into the folder.
+
+    Args:
+        name, revision: what a reader passes to from_pretrained (repository and branch, or folder and None).
+        data: names of the training sources.
+        chat: trained on conversations (the reader renders the chat template) or on plain text.
+        metrics: final numbers, as a table.  facts: settings of the run, as a table.
+    """
+    on_hub = "/" in base_model and not Path(base_model).exists()
+    header = ModelCardData(
+        base_model=base_model if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["reward-model", "open_rm"],
+    ).to_yaml()
+    card = CARD.format(
+        header=header,
+        title=title,
+        where={"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {}),
+        base_model=base_model,
+        data=", ".join(data),
+        text="tokenizer.apply_chat_template(messages, tokenize=False)" if chat else f'prompt + answer + "{eos_token}"',
+        encode="add_special_tokens=False, " if chat else "",
+        note="" if chat else f"The text must end with `{eos_token}`, the token that is scored. ",
+        results=_table(("metric", "value"), {name: f"{value:.4g}" for name, value in metrics.items()}),
+        facts=_table(("setting", "value"), {name: value for name, value in facts.items() if value is not None}),
+    )
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+
+def _table(head: tuple[str, str], rows: dict[str, object]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {key} | {value} |" for key, value in rows.items()])
+
+
+@dataclass(frozen=True)
+class PushArgs:
+    """Push a saved reward model to the Hub."""
+
+    folder: str
+    """The folder that holds the model."""
+    repo_id: str
+    """The repository, entity/name; created private if it does not exist."""
+    revision: str = "main"
+    """The branch; created if it does not exist."""
+    private: bool = True
+    """Whether a newly created repository is private."""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(PushArgs, use_underscores=True)
+    try:
+        print(push_folder(args.folder, args.repo_id, revision=args.revision, private=args.private))
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")

@@ -1,0 +1,96 @@
+"""Metrics of a step as sums and counts on tensors, reduced over the ranks once, when they are read.
+
+A mean of per-device means is wrong as soon as shares differ; a sum divided by a count is not.
+Shapes: B pairs.
+"""
+
+import torch
+import torch.distributed as dist
+
+PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
+# Real tokens; positions computed, padding included; model FLOPs.
+COUNTS = ("tokens", "positions", "flops")
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, as a new tensor; the input itself is untouched."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def pair_sums(chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """Sums over pairs of the five metrics in the order of PAIR_METRICS.
+
+    Args:
+        chosen, rejected, losses: [B] rewards and losses.
+
+    Returns:
+        [5] float64. A tie is not a correct prediction, so accuracy counts chosen > rejected strictly.
+    """
+    columns = ((chosen > rejected), losses, chosen, rejected, chosen - rejected)
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def pair_means(sums: torch.Tensor, pairs: int) -> dict[str, float]:
+    """Means per pair from `pair_sums` totals; `pairs` is the number of pairs summed over."""
+    return dict(zip(PAIR_METRICS, (sums / pairs).tolist(), strict=True))
+
+
+class StepMetrics:
+    """Accumulates one optimizer step on this rank; `reduce` makes one all-reduce for everything."""
+
+    def __init__(self, device: torch.device, shape):
+        """`shape`: the model's sizes, for counting FLOPs (model.Shape)."""
+        self._sums = torch.zeros(len(PAIR_METRICS) + len(COUNTS), dtype=torch.float64, device=device)
+        self._shape = shape
+
+    def add(self, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor, batch) -> None:
+        """Add one micro-batch: [B] rewards and losses of its counted pairs, and the batching.Batch they came from."""
+        # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
+        tokens, squares = (batch.tokens, batch.squared_lengths) if len(losses) else (0, 0)
+        counts = (tokens, batch.positions, training_flops(tokens, squares, self._shape))
+        self._sums[: len(PAIR_METRICS)] += pair_sums(chosen, rejected, losses)
+        self._sums[len(PAIR_METRICS) :] += torch.tensor(counts, dtype=torch.float64, device=self._sums.device)
+
+    def reduce(self, pairs: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Over all ranks: (means per pair, totals of COUNTS)."""
+        sums = all_reduce_sum(self._sums)
+        counts = dict(zip(COUNTS, sums[len(PAIR_METRICS) :].tolist(), strict=True))
+        return pair_means(sums[: len(PAIR_METRICS)], pairs), counts
+
+
+def perf_metrics(
+    counts: dict[str, float],
+    *,
+    pairs: int,
+    step_seconds: float,
+    data_seconds: float,
+    memory_gib: float,
+    total_flops: float,
+) -> dict[str, float]:
+    """perf/...: rates of a step over all ranks; data_seconds is this rank's wait for batches, memory_gib its peak."""
+    return {
+        "perf/pairs_per_second": pairs / step_seconds,
+        "perf/tokens_per_second": counts["tokens"] / step_seconds,
+        "perf/step_seconds": step_seconds,
+        "perf/data_seconds": data_seconds,
+        "perf/memory_gib": memory_gib,
+        "perf/padding_fraction": 1 - counts["tokens"] / counts["positions"],
+        "perf/total_flops": total_flops,
+    }
+
+
+def training_flops(tokens: int, squared_lengths: int, shape) -> float:
+    """Model FLOPs of forward + backward, without recomputation.
+
+    6 * body_parameters * tokens + 6 * layers * attention_width * sum(length^2): the second term is causal attention,
+    half of the 12 * layers * width * length^2 of PaLM, https://arxiv.org/abs/2204.02311, appendix B.
+
+    Args:
+        tokens: real tokens computed.  squared_lengths: sum over sequences of length squared.
+        shape: body_parameters (those that multiply every token: the embedding table is a look-up and left out),
+            layers, attention_width (heads * head dimension).
+    """
+    return 6.0 * shape.body_parameters * tokens + 6.0 * shape.layers * shape.attention_width * squared_lengths

@@ -1,0 +1,226 @@
+"""The reward model: a transformers backbone and a score head, loaded, initialised, and called for rewards.
+
+It stays a plain `...ForSequenceClassification` inside, so that what is saved is what every client loads; only the place
+where the reward is read differs: here by length (see batching.py), there by looking for the last non-pad token.
+Shapes: S sequences, T positions, D hidden width, N rewards.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from open_rm.errors import UserError
+from open_rm.tokenization import first_sentence
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ScoreHead(nn.Linear):
+    """The linear score head, computed in float32 whatever the weights' dtype: bfloat16 would round a reward of 5 by
+    up to 0.016, more than many margins."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())
+
+
+class RewardModel(nn.Module):
+    """Batch in, rewards out.
+
+    The whole computation is this module's forward, so that wrappers (DeepSpeed, autocast) see every call.
+    """
+
+    def __init__(self, classifier: PreTrainedModel):
+        super().__init__()
+        self.classifier = classifier
+        self.backbone_name = classifier.base_model_prefix
+        # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
+        classifier.score.__class__ = ScoreHead
+
+    @property
+    def width(self) -> int:
+        """Hidden width D."""
+        return self.classifier.config.get_text_config().hidden_size
+
+    def forward(self, input_ids, attention_mask, reward_index) -> torch.Tensor:
+        """[N] float32 rewards.
+
+        Args:
+            input_ids, attention_mask: [S, T], right-padded.
+            reward_index: [N] into the flattened S * T positions, where each reward is read.
+        """
+        backbone = getattr(self.classifier, self.backbone_name)
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.classifier.score(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension."""
+
+    body_parameters: int
+    layers: int
+    attention_width: int
+
+
+def check_config(name: str, *, revision: str | None, max_token_length: int) -> int:
+    """Refuse what cannot work from the model's small config file alone, before data and weights are touched.
+
+    Returns:
+        the hidden width D.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--model_name_or_path {name}: no model could be found ({first_sentence(error)}); "
+            "check the name, the revision and the network, or pass a local folder"
+        ) from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and max_token_length > positions:
+        raise UserError(
+            f"--max_token_length {max_token_length} is beyond the {positions} positions of {name}; "
+            f"pass --max_token_length {positions} or less"
+        )
+    return config.get_text_config().hidden_size
+
+
+def load_reward_model(
+    name: str,
+    *,
+    revision: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    gradient_checkpointing: bool,
+    seed: int,
+    deepspeed_config: dict,
+) -> tuple[RewardModel, list[str]]:
+    """Load a checkpoint as a reward model.
+
+    The head is initialised N(0, 1 / (D + 1)), i.e. std = 1 / sqrt(D + 1) (Stiennon et al. 2020,
+    https://arxiv.org/abs/2009.01325, p. 11), unless the checkpoint brings one. Dropout is off (Ziegler et al. 2019,
+    https://arxiv.org/abs/1909.08593, p. 3).
+
+    Returns:
+        the model, and one line for the log on each thing a user would want to know about it.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    text_config = config.get_text_config()
+    for part in {id(config): config, id(text_config): text_config}.values():
+        for key, value in part.to_dict().items():
+            # Some families read their dropout from the config at every call, not from a module.
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+        part.pad_token_id = tokenizer.pad_token_id
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}  # this is how num_labels = 1 is stored
+    config.problem_type = "regression"  # else pipelines and servers return sigmoid(reward)
+
+    torch.manual_seed(seed)  # rows added to the embeddings are random
+    with _zero3_loading(deepspeed_config):
+        try:
+            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                revision=revision,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"--model_name_or_path {name}: cannot be loaded as a reward model ({first_sentence(error)})"
+            ) from error
+        notes = []
+        if not isinstance(getattr(classifier, "score", None), nn.Linear) or classifier.score.bias is not None:
+            raise UserError(f"--model_name_or_path {name}: {type(classifier).__name__} has no bias-free score head")
+        if missing := sorted(set(loading["missing_keys"]) - {"score.weight"}):
+            raise UserError(
+                f"--model_name_or_path {name}: the checkpoint lacks weights such as {missing[0]}; is it this architecture?"
+            )
+        if len(tokenizer) > _rows(classifier.get_input_embeddings()):
+            before = _rows(classifier.get_input_embeddings())
+            # mean_resizing fits a Gaussian to the whole table; the new rows are pads, never attended to or read
+            classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            notes.append(f"embeddings resized from {before} to {len(tokenizer)} rows for added tokens")
+    if "score.weight" in loading["missing_keys"]:
+        std = initialise_head(classifier.score, seed)
+        notes.append(f"score head initialised N(0, std = 1 / sqrt({classifier.score.in_features} + 1) = {std:.5f})")
+    else:
+        notes.append("the checkpoint already is a reward model: its score head is kept")
+    for module in classifier.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if gradient_checkpointing:
+        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = RewardModel(classifier)
+    model.train()
+    return model, notes
+
+
+def initialise_head(score: nn.Linear, seed: int) -> float:
+    """Draw the head's weights N(0, 1 / (D + 1)) in place, also where ZeRO-3 has partitioned them; returns the std."""
+    std = 1 / math.sqrt(score.in_features + 1)
+    weights = torch.empty(1, score.in_features).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    with _gathered(score.weight), torch.no_grad():
+        # Under ZeRO-3, outside this context, the weight is an empty tensor and writing to it does nothing.
+        score.weight.copy_(weights)
+    return std
+
+
+def model_shape(model: RewardModel) -> Shape:
+    """Sizes for counting FLOPs."""
+    config = model.classifier.config.get_text_config()
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    body = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(body, config.num_hidden_layers, config.num_attention_heads * head)
+
+
+def apply_liger_kernels(model: RewardModel, device: torch.device) -> str:
+    """Swap in Liger's fused RMSNorm, RoPE and SwiGLU where they run; returns the line for the log."""
+    family = model.classifier.config.model_type
+    if device.type != "cuda":
+        return "Liger kernels off: they are Triton kernels and there is no GPU"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"Liger kernels off: liger-kernel has none for {family}"
+    # The fused losses of language modelling stay out: there is no vocabulary head here.
+    _apply_liger_kernel_to_instance(model.classifier, cross_entropy=False, fused_linear_cross_entropy=False)
+    return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
+
+
+def _rows(embedding: nn.Embedding) -> int:
+    weight = embedding.weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def _gathered(parameter: nn.Parameter):
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
+
+
+@contextlib.contextmanager
+def _zero3_loading(deepspeed_config: dict):
+    """While open under ZeRO-3, transformers partitions weights as it loads them instead of holding them all."""
+    if deepspeed_config["zero_optimization"].get("stage") != 3:
+        yield
+        return
+    # transformers keeps only a weak reference: the object must outlive the loading, and not longer, since plain
+    # from_pretrained calls (the reload check, a judge model) would be partitioned too
+    config = HfDeepSpeedConfig(dict(deepspeed_config))
+    try:
+        yield
+    finally:
+        del config
+        unset_hf_deepspeed_config()

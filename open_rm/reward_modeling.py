@@ -1,0 +1,296 @@
+"""Train a reward model from preference pairs: the whole run, top to bottom.
+
+    python -m open_rm.reward_modeling --model_name_or_path MODEL --dataset_mixer_list DATA 1.0 ...
+    torchrun --nproc_per_node 8 -m open_rm.reward_modeling ... --deepspeed configs/ds/zero3.json
+
+From Python, `main(Args(...))` does the same. An *episode* is one pair seen; a *step* is one optimizer step.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from open_rm import batching, command_line, engine, evaluation, hub, metrics, model, plots, saving, tokenization
+from open_rm import data as preference_data
+from open_rm.arguments import Args, check_args
+from open_rm.errors import UserError
+from open_rm.losses import ranking_loss
+from open_rm.plan import make_plan
+from open_rm.tracking import Tracker, read_metrics
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, save, check and push; returns the last metrics of training and evaluation."""
+    check_args(args)
+    ranks = engine.start_ranks()
+    try:
+        return run(args, ranks)
+    finally:
+        engine.stop_ranks()
+
+
+def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
+    """The run on one rank; every rank calls it."""
+    # ---- seed, dtype, and whatever can fail for want of a name or a right
+    torch.manual_seed(args.seed)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one such line per call would hide ours.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and ranks.device.type == "cuda")
+    run_name = engine.broadcast_object(args.run_name or f"{args.exp_name}__{args.seed}__{int(time.time())}")
+    output_dir = args.output_dir or f"output/{run_name}"
+    revision = args.hf_repo_revision or run_name
+
+    def claim() -> str | None:
+        if not args.cache_dataset_only:
+            saving.claim_folder(output_dir)
+        if args.push_to_hub:
+            return hub.check_access(entity=args.hf_entity, repo_id=args.hf_repo_id, private=args.hf_repo_private)
+
+    repo_id = engine.on_main_rank(claim, ranks)
+
+    # ---- data: tokenized once, by the main rank, into a cache that the others read
+    def load():
+        width = model.check_config(
+            args.model_name_or_path, revision=args.model_revision, max_token_length=args.max_token_length
+        )
+        own_tokenizer = args.tokenizer_name in (None, args.model_name_or_path)
+        tokenizer = tokenization.load_tokenizer(
+            args.tokenizer_name or args.model_name_or_path,
+            revision=args.tokenizer_revision or (args.model_revision if own_tokenizer else None),
+            chat_template_name=args.chat_template_name,
+        )
+        read = functools.partial(
+            preference_data.load_preference_data,
+            tokenizer=tokenizer,
+            max_token_length=args.max_token_length,
+            max_prompt_token_length=args.max_prompt_token_length,
+            cache_dir=args.dataset_local_cache_dir,
+            seed=args.seed,
+            progress=ranks.is_main and sys.stderr.isatty(),
+        )
+        train = read(args.dataset_mixer_list, args.dataset_mixer_list_splits, flag="dataset_mixer_list")
+        if not args.dataset_mixer_eval_list:
+            return width, tokenizer, train, None
+        flag = "dataset_mixer_eval_list"
+        return (
+            width,
+            tokenizer,
+            train,
+            read(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, flag=flag),
+        )
+
+    width, tokenizer, train_data, eval_data = engine.main_rank_first(load, ranks)
+    notes = [f"train: {line}" for line in train_data.report]
+    notes += [f"eval: {line}" for line in eval_data.report] if eval_data else ["eval: no held-out data was named"]
+    scored = train_data.pairs([0])[0][0][-1]
+    notes.append(f"the reward is read at the last token, here {tokenization.token_name(tokenizer, scored)}")
+    if args.use_slow_tokenizer:
+        notes.append("--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers")
+    if args.cache_dataset_only:
+        if ranks.is_main:
+            print("\n".join([*notes, f"cached in {args.dataset_local_cache_dir}; stopping (--cache_dataset_only)"]))
+        return {}
+
+    # ---- plan and sinks
+    plan = make_plan(
+        pairs=len(train_data),
+        world_size=ranks.world_size,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=args.num_train_epochs,
+        total_episodes=args.total_episodes,
+        warm_up_steps=args.warm_up_steps,
+        warmup_ratio=args.warmup_ratio,
+        num_evals=args.num_evals,
+        eval_steps=args.eval_steps,
+    )
+    settings = dataclasses.asdict(args) | {
+        "run_name": run_name,
+        "output_dir": output_dir,
+        "world_size": ranks.world_size,
+    }
+    settings |= {"hf_repo_id": repo_id, "plan": dataclasses.asdict(plan)}
+    tracker = Tracker(
+        output_dir,
+        enabled=ranks.is_main,
+        run_name=run_name,
+        settings=settings,
+        with_tracking=args.with_tracking,
+        wandb_project_name=args.wandb_project_name,
+        wandb_entity=args.wandb_entity,
+    )
+
+    # ---- model, engine, schedule
+    ds_config = engine.fill_config(
+        engine.read_config(args.deepspeed),
+        width=width,
+        bf16=bf16,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        max_grad_norm=args.max_grad_norm,
+    )
+    reward_model, model_notes = model.load_reward_model(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        tokenizer=tokenizer,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        attn_implementation=args.attn_implementation,
+        gradient_checkpointing=args.gradient_checkpointing,
+        seed=args.seed,
+        deepspeed_config=ds_config,
+    )
+    shape = model.model_shape(reward_model)
+    notes += [*model_notes, model.apply_liger_kernels(reward_model, ranks.device), engine.describe(ds_config, ranks)]
+    notes.append(f"{plan.total_steps} steps of {plan.pairs_per_step} pairs, {plan.total_episodes} episodes")
+    for note in notes:
+        tracker.say(note)
+    trainer = engine.Engine(
+        reward_model,
+        config=ds_config,
+        ranks=ranks,
+        learning_rate=args.learning_rate,
+        eps=args.eps,
+        weight_decay=args.weight_decay,
+    )
+    scheduler = transformers.get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=trainer.optimizer,
+        num_warmup_steps=plan.warmup_steps,
+        num_training_steps=plan.total_steps,
+    )
+
+    # ---- the loop
+    started, training_seconds, total_flops = time.perf_counter(), 0.0, 0.0
+    episode, last_train, last_eval = 0, {}, {}
+    lengths = train_data.longest_sides()
+    eval_batches = {"batch_size": args.per_device_eval_batch_size, "pad_token_id": tokenizer.pad_token_id}
+
+    def position() -> dict[str, float]:
+        hours = (time.perf_counter() - started) / 3600
+        return {"episode": episode, "epoch": episode / len(train_data), "hours": hours}
+
+    def evaluate(step: int) -> dict[str, float]:
+        if eval_data is None:
+            return {}
+        result = evaluation.evaluate(trainer, eval_data, **eval_batches)
+        tracker.log(position() | result.metrics, step=step)
+        tracker.evaluation_line(result.metrics, step=step)
+        if ranks.is_main and args.num_sample_pairs:
+            rows = evaluation.sample_table(result, eval_data, tokenizer, count=args.num_sample_pairs, seed=args.seed)
+            tracker.log_samples(rows, step=step)
+        return result.metrics
+
+    evaluate(step=0)
+    steps = batching.steps(len(train_data), plan.pairs_per_step, plan.total_episodes, args.seed)
+    for step, indices in enumerate(steps, start=1):
+        step_started, data_seconds = time.perf_counter(), 0.0
+        sums = metrics.StepMetrics(ranks.device, shape)
+        parts = batching.micro_batches(
+            indices,
+            lengths,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            batch_size=args.per_device_train_batch_size,
+        )
+        for number, part in enumerate(parts, start=1):
+            data_started = time.perf_counter()
+            batch = batching.padded_batch(train_data.pairs(part.indices), tokenizer.pad_token_id)
+            data_seconds += time.perf_counter() - data_started
+
+            rewards = trainer(**batch.inputs(ranks.device))
+            chosen, rejected = (side[: part.counted] for side in rewards.chunk(2))
+            losses = ranking_loss(chosen, rejected)
+            # Divided by the pairs of the whole step on all ranks: micro-batches and ranks do not change the mathematics.
+            trainer.backward(losses.sum() / len(indices), last=number == len(parts))
+            sums.add(chosen, rejected, losses, batch)
+
+        means, counts = sums.reduce(len(indices))
+        lr = scheduler.get_last_lr()[0]
+        # A loss that is no number must not reach the weights; the norm is known only when the step is made.
+        grad_norm = trainer.step() if math.isfinite(means["loss"]) else math.nan
+        if not math.isfinite(grad_norm):
+            engine.fail_together(
+                f"training diverged at step {step}, after episode {episode}: loss {means['loss']}, gradient norm "
+                f"{grad_norm}; lower --learning_rate or add warm-up, and see the last lines of {output_dir}/metrics.jsonl",
+                ranks,
+            )
+        scheduler.step()
+
+        episode += len(indices)
+        total_flops += counts["flops"]
+        seconds = time.perf_counter() - step_started
+        training_seconds += seconds
+        last_train = {f"train/rm/{name}": value for name, value in means.items()}
+        last_train |= {"train/rm/lr": lr, "train/rm/grad_norm": grad_norm}
+        last_train |= metrics.perf_metrics(
+            counts,
+            pairs=len(indices),
+            step_seconds=seconds,
+            data_seconds=data_seconds,
+            memory_gib=engine.peak_memory_gib(ranks.device),
+            total_flops=total_flops,
+        )
+        tracker.log(position() | last_train, step=step)
+        eta = training_seconds / step * (plan.total_steps - step)
+        tracker.train_line(position() | last_train, step=step, total_steps=plan.total_steps, eta_seconds=eta)
+        if step in plan.evaluation_steps:
+            last_eval = evaluate(step)
+
+    # ---- save, prove that the folder gives the same rewards, draw, describe, push
+    probe_data = eval_data or train_data
+    probes = np.unique(np.linspace(0, len(probe_data) - 1, 4).astype(int))
+    probe_rewards = evaluation.score_pairs(trainer, probe_data, probes, **eval_batches)
+    state = trainer.gathered_state()
+
+    def finish() -> None:
+        saving.save_reward_model(reward_model, state, tokenizer, output_dir)
+        sequences = [side.tolist() for pair in probe_data.pairs(probes) for side in pair]
+        tracker.say(saving.check_reload(output_dir, sequences, probe_rewards.flatten(), ranks.device))
+        saving.write_facts(output_dir, settings | {"notes": notes})
+        curves = plots.draw_curves(read_metrics(Path(output_dir) / "metrics.jsonl"), Path(output_dir), title=run_name)
+        tracker.log_figure(curves, step=plan.total_steps)
+        hub.write_card(
+            output_dir,
+            title=run_name,
+            name=repo_id or output_dir,
+            revision=revision if repo_id else None,
+            base_model=args.model_name_or_path,
+            data=train_data.labels,
+            chat=train_data.chat,
+            eos_token=tokenizer.eos_token,
+            metrics=last_eval | last_train,
+            facts=settings,
+        )
+        tracker.say(f"saved in {output_dir} after {position()['hours'] * 60:.1f} min; curves: {curves}")
+        if args.push_to_hub:
+            url = hub.push_folder(output_dir, repo_id, revision=revision, private=args.hf_repo_private)
+            tracker.say(f"pushed to {url}")
+
+    try:
+        engine.on_main_rank(finish, ranks)
+    finally:
+        tracker.close()
+    return last_train | last_eval
+
+
+if __name__ == "__main__":
+    try:
+        arguments = command_line.parse(Args, sys.argv[1:])
+        check_args(arguments)
+    except UserError as mistake:  # every rank finds the same mistake; one tells it
+        sys.exit(f"error: {mistake}" if engine.environment_rank() == 0 else 1)
+    try:
+        main(arguments)
+    except UserError as mistake:
+        sys.exit(
+            f"error: {mistake}" if engine.environment_rank() == 0 else f"[rank {engine.environment_rank()}] {mistake}"
+        )

@@ -1,0 +1,190 @@
+"""From text to token ids: tokenizer loading, pad and end-of-sequence rules, chat templates, pairs.
+
+Rules that keep a reward the same wherever it is computed:
+  - padding is on the right, and the pad token is one that never occurs in text (never eos, bos or unk);
+  - a conversation is rendered by the chat template alone (the encoder adds no BOS of its own);
+  - plain text gets the tokenizer's own BOS, and exactly one EOS at its end: the token that is scored.
+What is not covered: choosing a template for the user. Without one, messages are refused by name.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from open_rm.errors import UserError
+
+TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
+PAD_TOKEN = "<|pad|>"
+
+
+def template_names() -> list[str]:
+    """Names that --chat_template_name knows; each is a Jinja file in open_rm/chat_templates."""
+    return sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
+
+
+def read_template(name: str) -> str:
+    """The Jinja text of a named template or of a file."""
+    known = TEMPLATE_FOLDER / f"{name}.jinja"
+    path = known if known.is_file() else Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"--chat_template_name {name}: neither a file nor a known name; the names are {', '.join(template_names())}"
+        )
+    # One trailing newline belongs to the file, not to the template: it would become the scored token.
+    return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, chat_template_name: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads on the right with a token of its own.
+
+    Args:
+        name: Hub name or local folder.
+        revision: branch, tag or commit on the Hub; None is the default branch.
+        chat_template_name: a name of `template_names()`, a Jinja file, or None for the tokenizer's own template.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, or has no eos token to score.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--tokenizer_name {name}: no tokenizer could be loaded ({first_sentence(error)}); "
+            "check the name, or pass a folder that holds tokenizer.json"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {name} has no eos token, and the reward is read there; set eos_token in its tokenizer_config.json"
+        )
+    text_ids = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in text_ids:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = "right"
+    if chat_template_name is not None:
+        tokenizer.chat_template = read_template(chat_template_name)
+    return tokenizer
+
+
+def first_sentence(error: Exception) -> str:
+    """The first line of a library's error, shortened, for quoting inside one sentence of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")[:200]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over everything of the tokenizer that decides token ids: vocabulary, merges, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "backend": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PairText:
+    """A preference pair as text, ready to encode.
+
+    chat: rendered by the chat template (no special tokens are added when encoding) or plain text (BOS is added).
+    prompt is only measured (--max_prompt_token_length); chosen and rejected are the complete texts, prompt included.
+    """
+
+    chat: bool
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class PairIds:
+    """A preference pair as token ids; prompt_length is in tokens."""
+
+    prompt_length: int
+    chosen: list[int]
+    rejected: list[int]
+
+
+def render_pair(tokenizer: PreTrainedTokenizerBase, prompt, chosen, rejected) -> PairText:
+    """Render a normalised row (see data.py) to text.
+
+    Args:
+        prompt: text, or the list of messages that both responses continue.
+        chosen, rejected: text that continues the prompt, or a list of messages that continues it.
+
+    Raises:
+        UserError: messages without a chat template, or a template that refuses them (the caller adds the row).
+    """
+    if isinstance(chosen, str):
+        eos = tokenizer.eos_token
+        chosen, rejected = (text if text.endswith(eos) else text + eos for text in (prompt + chosen, prompt + rejected))
+        return PairText(chat=False, prompt=prompt, chosen=chosen, rejected=rejected)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the rows are messages, and the tokenizer has no chat template; choose one with --chat_template_name "
+            f"({', '.join(template_names())}, or a Jinja file)"
+        )
+    try:
+        return PairText(
+            chat=True,
+            prompt=tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if prompt else "",
+            chosen=tokenizer.apply_chat_template(prompt + chosen, tokenize=False),
+            rejected=tokenizer.apply_chat_template(prompt + rejected, tokenize=False),
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses these messages: {first_sentence(error)}") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """Token ids of complete texts, in one call so that a fast tokenizer uses all cores."""
+    if not texts:
+        return []
+    # verbose=False: lengths are checked by us, the tokenizer's own warning names the wrong limit.
+    ids = tokenizer(list(texts), add_special_tokens=not chat, return_attention_mask=False, verbose=False)["input_ids"]
+    if not chat:
+        ids = [_one_bos_one_eos(sequence, tokenizer) for sequence in ids]
+    return ids
+
+
+def _one_bos_one_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # The text may name BOS or EOS itself while the encoder adds it again.
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    if len(ids) > 1 and ids[-1] == ids[-2] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PairText]) -> list[PairIds]:
+    """Encode many pairs; order is kept."""
+    result: list[PairIds | None] = [None] * len(pairs)
+    for chat in (True, False):
+        where = [i for i, pair in enumerate(pairs) if pair.chat == chat]
+        texts = [text for i in where for text in (pairs[i].prompt, pairs[i].chosen, pairs[i].rejected)]
+        ids = encode(tokenizer, texts, chat=chat)
+        for k, i in enumerate(where):
+            prompt, chosen, rejected = ids[3 * k : 3 * k + 3]
+            # Text that names no prompt: what the two sides share from the start is the prompt.
+            length = len(prompt) if pairs[i].prompt else shared_prefix_length(chosen, rejected)
+            result[i] = PairIds(length, chosen, rejected)
+    return result
+
+
+def shared_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that a and b have in common."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def token_name(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as a person reads it, e.g. `'<|im_end|>' (id 7)`."""
+    return f"{tokenizer.decode([token_id])!r} (id {token_id})"

@@ -1,0 +1,155 @@
+"""A small model, tokenizer and preference set made from a seed, so that the recipe runs anywhere, without a network.
+
+The preference: the prompt asks for a mood (cheerful or gloomy, named by one of several words) about a topic; the chosen
+answer has that mood, the rejected one the other. One has to read the prompt and the answer together: the same answer
+is chosen under one prompt and rejected under another, so no answer is good by itself, and lengths are drawn alike for
+both sides, so length alone predicts nothing.
+
+    python -m open_rm.toy --folder output/toy
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from open_rm.tokenization import read_template
+
+REQUESTS = {
+    "cheerful": ("cheerful", "happy", "bright", "joyful", "sunny"),
+    "gloomy": ("gloomy", "sad", "dark", "bitter", "bleak"),
+}
+ANSWERS = {
+    "cheerful": ("glad", "laughing", "warm", "golden", "sweet", "lovely", "smiling", "playful", "gentle", "merry"),
+    "gloomy": ("grey", "weeping", "cold", "broken", "sour", "dreary", "frowning", "tired", "harsh", "lonely"),
+}
+TOPICS = (
+    "lake river garden street kitchen market harbour forest window bridge station library mountain village school winter "
+    "summer evening morning train letter song neighbour bakery island museum tower meadow engine orchard"
+).split()
+ASKS = (
+    "Write a {mood} line about the {topic}.",
+    "Tell me something {mood} on the {topic}.",
+    "The {topic}: make it {mood}.",
+)
+OPENERS = ("Today", "As always,", "Once more", "Here", "From afar", "After the rain", "At noon", "In the end,")
+VERBS = ("looks", "seems", "sounds", "feels", "stays", "grows")
+FILLERS = (
+    "while people walk by", "and the clock strikes four", "as a dog crosses the road", "under the old roof",
+    "near the second gate", "with a chair beside it", "and nobody counts the stones", "when the post arrives",
+)  # fmt: skip
+
+
+def make_pairs(count: int, seed: int) -> list[dict]:
+    """Preference rows: `prompt`, `chosen` and `rejected` as lists of messages."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        topic = rng.choice(TOPICS)
+        wanted, other = rng.sample(sorted(REQUESTS), 2)
+        ask = rng.choice(ASKS).format(mood=rng.choice(REQUESTS[wanted]), topic=topic)
+        # Both answers draw their number of sentences from the same distribution: length says nothing.
+        chosen, rejected = (_answer(rng, mood, topic) for mood in (wanted, other))
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": ask}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        )
+    return rows
+
+
+def _answer(rng: random.Random, mood: str, topic: str) -> str:
+    sentences = []
+    for _ in range(rng.randint(1, 4)):
+        words = [rng.choice(OPENERS), "the", topic, rng.choice(VERBS), rng.choice(ANSWERS[mood])]
+        words += [rng.choice(FILLERS)] * rng.randint(0, 1)
+        sentences.append(" ".join(words) + ".")
+    return " ".join(sentences)
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the texts, with bos, eos, pad and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|bos|>", "<|eos|>", "<|pad|>"]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
+    fast.chat_template = read_template("tulu")
+    return fast
+
+
+def make_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """A Llama with random weights, about half a million parameters."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class ToyArgs:
+    """Write the toy model and preference set: <folder>/model, <folder>/data/train.jsonl and test.jsonl."""
+
+    folder: str = "output/toy"
+    """Where to write; what is there already is kept when it is complete."""
+    train_pairs: int = 4000
+    """Training pairs."""
+    test_pairs: int = 500
+    """Held-out pairs, from another seed."""
+    seed: int = 1
+    """Decides every word and weight."""
+
+
+def main(args: ToyArgs) -> None:
+    """Write model, tokenizer and data."""
+    folder = Path(args.folder)
+    marker = folder / "made.json"
+    recipe = json.dumps({"train": args.train_pairs, "test": args.test_pairs, "seed": args.seed})
+    if marker.is_file() and marker.read_text() == recipe:
+        return
+    splits = {"train": make_pairs(args.train_pairs, args.seed), "test": make_pairs(args.test_pairs, args.seed + 1)}
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    words = [
+        " ".join(message["content"] for key in ("prompt", "chosen", "rejected") for message in row[key])
+        for row in splits["train"]
+    ]
+    tokenizer = make_tokenizer([*words, "<|user|>\n<|assistant|>\n<|system|>\n"])
+    make_model(len(tokenizer), args.seed).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    marker.write_text(recipe)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ToyArgs, use_underscores=True))
