@@ -51,7 +51,7 @@ def evaluate(engine: Engine, data: PreferenceData, *, batch_size: int, pad_token
     rewards = score_pairs(engine, data, np.arange(len(data)), batch_size=batch_size, pad_token_id=pad_token_id)
     seconds = time.perf_counter() - started
     metrics = {f"eval/rm/{name}": value for name, value in _means(rewards).items()}
-    sources = torch.from_numpy(data.source_ids())
+    sources = torch.tensor(data.source_ids())
     if len(data.labels) > 1:
         for number, label in enumerate(data.labels):
             if (sources == number).any():

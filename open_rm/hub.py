@@ -130,7 +130,7 @@ CARD = """---
 # {title}
 
 A reward model: it reads a conversation and returns one number, higher for the answer that people would prefer.
-Trained with [open_rm](https://github.com/open-rm/open_rm) from `{base_model}` on {data}.
+Trained with open_rm from `{base_model}` on {data}.
 
 ## Get the raw reward
 

@@ -267,8 +267,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             data=train_data.labels,
             chat=train_data.chat,
             eos_token=tokenizer.eos_token,
-            metrics=last_eval | last_train,
-            facts=settings,
+            metrics={name: value for name, value in (last_eval | last_train).items() if "/rm/" in name},
+            facts=dataclasses.asdict(plan) | settings | {"plan": None, "total_flops": f"{total_flops:.3e}"},
         )
         tracker.say(f"saved in {output_dir} after {position()['hours'] * 60:.1f} min; curves: {curves}")
         if args.push_to_hub:

@@ -1,14 +1,16 @@
 """A small model, tokenizer and preference set made from a seed, so that the recipe runs anywhere, without a network.
 
 The preference: the prompt asks for a mood (cheerful or gloomy, named by one of several words) about a topic; the chosen
-answer has that mood, the rejected one the other. One has to read the prompt and the answer together: the same answer
-is chosen under one prompt and rejected under another, so no answer is good by itself, and lengths are drawn alike for
-both sides, so length alone predicts nothing.
+answer has that mood, the rejected one the other. Three prompts in four ask for the cheerful one, so a model that reads
+answers alone stops near 75 % accuracy; the rest takes reading prompt and answer together. Lengths are drawn alike for
+both sides, so length alone predicts nothing (50 %). As with people, one label in twenty is the wrong way round: about
+95 % is the best held-out accuracy.
 
     python -m open_rm.toy --folder output/toy
 """
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from open_rm.tokenization import read_template
 
@@ -28,7 +31,9 @@ ANSWERS = {
     "cheerful": ("glad", "laughing", "warm", "golden", "sweet", "lovely", "smiling", "playful", "gentle", "merry"),
     "gloomy": ("grey", "weeping", "cold", "broken", "sour", "dreary", "frowning", "tired", "harsh", "lonely"),
 }
-TOPICS = (
+CHEERFUL_SHARE = 0.75  # at one half, nothing about an answer alone hints at its reward, and learning takes far longer
+WRONG_LABEL_SHARE = 0.05
+TOPICS = (  # noqa: SIM905 - a sentence is easier to edit than a list
     "lake river garden street kitchen market harbour forest window bridge station library mountain village school winter "
     "summer evening morning train letter song neighbour bakery island museum tower meadow engine orchard"
 ).split()
@@ -51,9 +56,10 @@ def make_pairs(count: int, seed: int) -> list[dict]:
     rows = []
     for _ in range(count):
         topic = rng.choice(TOPICS)
-        wanted, other = rng.sample(sorted(REQUESTS), 2)
+        wanted, other = ("cheerful", "gloomy") if rng.random() < CHEERFUL_SHARE else ("gloomy", "cheerful")
         ask = rng.choice(ASKS).format(mood=rng.choice(REQUESTS[wanted]), topic=topic)
-        # Both answers draw their number of sentences from the same distribution: length says nothing.
+        if rng.random() < WRONG_LABEL_SHARE:
+            wanted, other = other, wanted
         chosen, rejected = (_answer(rng, mood, topic) for mood in (wanted, other))
         rows.append(
             {
@@ -121,7 +127,7 @@ class ToyArgs:
 
     folder: str = "output/toy"
     """Where to write; what is there already is kept when it is complete."""
-    train_pairs: int = 4000
+    train_pairs: int = 6000
     """Training pairs."""
     test_pairs: int = 500
     """Held-out pairs, from another seed."""
@@ -131,6 +137,8 @@ class ToyArgs:
 
 def main(args: ToyArgs) -> None:
     """Write model, tokenizer and data."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, which would look for a GPU and warn
+    disable_progress_bar()
     folder = Path(args.folder)
     marker = folder / "made.json"
     recipe = json.dumps({"train": args.train_pairs, "test": args.test_pairs, "seed": args.seed})

@@ -6,6 +6,7 @@ views. Only floats and sample tables come here; averages over ranks are made bef
 
 import json
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 BAR_CELLS = 20
+LOG_COLUMNS = 170
 
 
 class Tracker:
@@ -40,7 +42,8 @@ class Tracker:
         self._wandb = None
         if not enabled:
             return
-        self.console = Console(soft_wrap=True, highlight=False)
+        # In a log file there is no terminal to ask for a width, and 80 columns would break tables apart.
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_COLUMNS)
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
@@ -55,7 +58,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """One line for the person who watches."""
         if self.enabled:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def log(self, metrics: dict[str, float], *, step: int) -> None:
         """Record metrics at an optimizer step in every sink."""

@@ -1,0 +1,105 @@
+"""Fixtures: a tiny model with a tokenizer, preference rows, real data where it is there, and the recipe as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# Before anything imports deepspeed or tokenizers: no GPU probing, no fork warnings, no look at the network.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """The embedded default, small: <folder>/model, <folder>/data/{train,test}.jsonl."""
+    from open_rm import toy as module
+
+    folder = tmp_path_factory.mktemp("toy")
+    module.main(module.ToyArgs(folder=str(folder), train_pairs=240, test_pairs=60, seed=3))
+    return folder
+
+
+@pytest.fixture
+def tokenizer(toy):
+    from open_rm.tokenization import load_tokenizer
+
+    return load_tokenizer(str(toy / "model"))
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows (dicts, or raw lines) to a jsonl file and return its path."""
+
+    def write(rows, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+def shared_data(name: str) -> Path:
+    """A folder of real preference data beside the repository; the test is skipped where it is absent."""
+    folder = SHARED_DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+def run_recipe(
+    *flags, processes: int = 1, env: dict | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run the recipe as a user would, in processes of its own; returns stdout, stderr and the exit status."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of a group in this process
+        environment.pop(name, None)
+    environment.update(env or {})
+    return subprocess.run(
+        [*launcher, "open_rm.reward_modeling", *map(str, flags)],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def toy_flags(toy: Path, output_dir: Path, **overrides) -> list[str]:
+    """Flags of a run of a few seconds on the toy; overrides replace or add (None removes)."""
+    flags = {
+        "model_name_or_path": toy / "model",
+        "dataset_mixer_list": [toy / "data", "1.0"],
+        "dataset_mixer_eval_list": [toy / "data", "1.0"],
+        "dataset_local_cache_dir": output_dir.parent / "cache",
+        "output_dir": output_dir,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": 16,
+        "learning_rate": "1e-3",
+        "total_episodes": 80,
+        "num_sample_pairs": 2,
+        **overrides,
+    }
+    result = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        result += [f"--{name}", *map(str, values)]
+    return result
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
