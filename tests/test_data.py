@@ -1,0 +1,253 @@
+"""Rows of every accepted form, mixing, filtering, cache, and one sentence for everything that is wrong."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from conftest import shared_data
+from pyarrow import parquet
+
+from open_rm.data import load_preference_data, normalise_row, parse_mixer
+from open_rm.errors import UserError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+PROMPT = [user("Write a happy line about the lake.")]
+GOOD, BAD = [assistant("The lake is glad.")], [assistant("The lake is grey.")]
+NORMAL = (PROMPT, GOOD, BAD)
+TEXT = {"prompt": "Q: ", "chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD},
+        {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+        {"prompt": PROMPT, "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+        {"prompt": PROMPT[0]["content"], "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
+        {"prompt": PROMPT[0]["content"], "chosen": GOOD, "rejected": BAD},
+        {"prompt": PROMPT, "chosen": GOOD[0]["content"], "rejected": BAD[0]["content"]},
+    ],
+    ids=["explicit", "implicit", "repeated", "text beside messages", "text prompt", "text answers"],
+)
+def test_all_forms_of_a_conversation_are_the_same_row(row):
+    assert normalise_row(row) == NORMAL
+
+
+def test_conversations_may_part_before_the_last_turn():
+    row = {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("x")]}
+    prompt, chosen, rejected = normalise_row(row)
+    assert (prompt, len(chosen), len(rejected)) == ([user("a")], 3, 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TEXT,
+        {"prompt": "Q: ", "chosen": "Q: yes", "rejected": "Q: no"},
+        {"chosen": "Q: yes", "rejected": "Q: no"},
+    ],
+)
+def test_text_prompt_is_counted_once(row):
+    prompt, chosen, rejected = normalise_row(row)
+    assert (prompt + chosen, prompt + rejected) == ("Q: yes", "Q: no")
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ([1, 2], "a row is an object"),
+        ({"chosen": "a"}, "no value for rejected; the row has the columns chosen"),
+        (
+            {"question": "a", "answer": "b"},
+            "no value for chosen and rejected; the row has the columns answer, question",
+        ),
+        ({"chosen": None, "rejected": "b"}, "no value for chosen"),
+        ({"chosen": "", "rejected": "b"}, "chosen is empty"),
+        ({"chosen": "a", "rejected": " \n"}, "rejected is empty"),
+        ({"chosen": "a", "rejected": "a"}, "identical"),
+        ({"prompt": PROMPT, "chosen": GOOD, "rejected": GOOD}, "identical"),
+        ({"prompt": PROMPT, "chosen": [assistant(" ")], "rejected": BAD}, "chosen is empty"),
+        ({"prompt": PROMPT, "chosen": [], "rejected": BAD}, "chosen must be text or a list of messages, not empty"),
+        (
+            {"prompt": PROMPT, "chosen": GOOD, "rejected": [{"role": "bot", "content": "x"}]},
+            "role 'bot'; the roles are",
+        ),
+        ({"prompt": PROMPT, "chosen": GOOD, "rejected": [user("x")]}, "rejected must end with an assistant message"),
+        ({"chosen": [user("a")], "rejected": [user("b")]}, "must end with an assistant message"),
+        ({"chosen": GOOD, "rejected": [{"role": "assistant", "content": None}]}, "not a message with role and content"),
+        ({"chosen": GOOD, "rejected": ["x"]}, "not a message with role and content"),
+        ({"chosen": 3, "rejected": 4}, "must be text or a list of messages, not int"),
+    ],
+)
+def test_a_bad_row_gets_one_sentence(row, sentence):
+    with pytest.raises(UserError, match=sentence):
+        normalise_row(row)
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    def call(mixer, splits=("train",), **changes):
+        options = dict(max_token_length=512, max_prompt_token_length=256, seed=1, cache_dir=str(tmp_path / "cache"))
+        return load_preference_data(
+            [str(part) for part in mixer],
+            list(splits),
+            flag="dataset_mixer_list",
+            tokenizer=tokenizer,
+            **(options | changes),
+        )
+
+    return call
+
+
+def rows(count):
+    return [{"prompt": "Q: ", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(count)]
+
+
+def decoded(data, tokenizer):
+    return [tokenizer.decode(chosen) for chosen, _ in data.pairs(range(len(data)))]
+
+
+def test_jsonl_json_and_parquet_hold_the_same_pairs(load, write_rows, tmp_path, tokenizer):
+    content = rows(5)
+    (tmp_path / "array.json").write_text(json.dumps(content))
+    parquet.write_table(pa.Table.from_pylist(content), tmp_path / "table.parquet")
+    paths = [
+        write_rows(content),
+        write_rows(content, "lines.json"),
+        tmp_path / "array.json",
+        tmp_path / "table.parquet",
+    ]
+    results = [decoded(load([path, "1.0"]), tokenizer) for path in paths]
+    assert results[0] == [f"Q: yes {i}<|eos|>" for i in range(5)]
+    assert all(result == results[0] for result in results)
+
+
+def test_conversations_survive_parquet(load, tmp_path, tokenizer):
+    parquet.write_table(
+        pa.Table.from_pylist([{"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}] * 2), tmp_path / "chat.parquet"
+    )
+    data = load([tmp_path / "chat.parquet", "1.0"])
+    assert data.chat
+    assert decoded(data, tokenizer)[0] == tokenizer.apply_chat_template(PROMPT + GOOD, tokenize=False)
+
+
+def test_counts_fractions_and_repeats_are_exact_and_seeded(load, write_rows, tokenizer):
+    path = write_rows(rows(10))
+    assert len(load([path, "4"])) == 4
+    assert len(load([path, "0.3"])) == 3
+    assert decoded(load([path, "4"]), tokenizer) == decoded(load([path, "4"]), tokenizer)
+    assert decoded(load([path, "4"]), tokenizer) != decoded(load([path, "4"], seed=2), tokenizer)
+    repeated = decoded(load([path, "25"]), tokenizer)
+    assert len(repeated) == 25
+    assert {repeated.count(text) for text in repeated} == {2, 3}
+
+
+def test_sources_are_told_apart(load, write_rows):
+    data = load([write_rows(rows(3), "a.jsonl"), "1.0", write_rows(rows(2), "b.jsonl"), "1.0"])
+    assert data.source_ids().tolist() == [0, 0, 0, 1, 1]
+    assert [label.rpartition("_")[2] for label in data.labels] == ["a", "b"]
+
+
+def test_overlength_pairs_are_filtered_and_counted(load, write_rows, tokenizer):
+    content = rows(3) + [
+        {"prompt": "Q " * 50, "chosen": "a", "rejected": "b"},
+        {"prompt": "", "chosen": "y " * 80, "rejected": "n"},
+    ]
+    data = load([write_rows(content), "1.0"], max_token_length=70, max_prompt_token_length=40)
+    assert len(data) == 3
+    assert data.longest_sides().max() <= 70
+    [line] = data.report
+    assert "5 rows, 5 taken, 1 filtered (prompt > 40 tokens), 1 filtered (a side > 70 tokens), 3 pairs kept" in line
+
+
+def test_filtering_everything_says_what_was_filtered(load, write_rows):
+    with pytest.raises(UserError, match="no pairs are left.*3 filtered.*raise --max_token_length"):
+        load([write_rows(rows(3)), "1.0"], max_token_length=2, max_prompt_token_length=2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (['{"chosen": "a", "rejected": "b"}', '{"chosen": '], r"rows.jsonl:2: not valid JSON"),
+        (['{"chosen": "a", "rejected": "b"}', "", '{"chosen": ""}'], r"rows.jsonl:3: no value for rejected"),
+        (['{"chosen": "a", "rejected": "a"}'], r"rows.jsonl:1: .*identical"),
+        (['{"chosen": "x<|pad|>", "rejected": "a"}'], r"rows.jsonl:1: the text contains the pad token"),
+        (['{"chosen": "\x00'], r"rows.jsonl:1: not valid JSON"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(load, write_rows, lines, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load([write_rows(lines), "1.0"])
+
+
+def test_bytes_that_are_not_utf8_are_named_by_file_and_line(load, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"chosen": "caf\xe9", "rejected": "b"}\n')
+    with pytest.raises(UserError, match="latin.jsonl:1: not UTF-8"):
+        load([tmp_path / "latin.jsonl", "1.0"])
+
+
+@pytest.mark.parametrize(
+    ("mixer", "splits", "sentence"),
+    [
+        (["a.jsonl"], ["train"], "alternates name and amount"),
+        (["no/such/file.jsonl", "1.0"], ["train"], "no file or folder"),
+        (["a/b", "half"], ["train"], "write a count"),
+        (["a/b", "0"], ["train"], "write a count"),
+        (["a/b", "1.0"], ["train", "test"], "2 values for 1 sources"),
+    ],
+)
+def test_a_bad_mixer_names_its_flag(mixer, splits, sentence):
+    with pytest.raises(UserError, match=f"--dataset_mixer_list.*{sentence}"):
+        parse_mixer(mixer, splits, "dataset_mixer_list")
+
+
+def test_unknown_split_of_a_folder_names_the_splits_there_are(toy):
+    with pytest.raises(UserError, match="no split 'validation'; it has test, train"):
+        parse_mixer([str(toy / "data"), "1.0"], ["validation"], "dataset_mixer_list")
+
+
+def test_unreadable_parquet_is_named(load, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match="broken.parquet: not a readable parquet file"):
+        load([tmp_path / "broken.parquet", "1.0"])
+
+
+def test_cache_is_found_again_and_knows_content_lengths_and_tokenizer(load, write_rows, tmp_path, tokenizer):
+    path = write_rows(rows(4))
+    load([path, "1.0"])
+    made = {folder.name for folder in (tmp_path / "cache").iterdir()}
+    assert len(made) == 1
+    stamp = next((tmp_path / "cache").iterdir()).stat().st_mtime_ns
+    load([path, "1.0"])
+    assert next((tmp_path / "cache").iterdir()).stat().st_mtime_ns == stamp
+    load([path, "1.0"], max_token_length=100, max_prompt_token_length=100)
+    write_rows(rows(5))
+    load([path, "1.0"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    load([path, "1.0"])
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_failed_build_leaves_nothing_in_the_cache(load, write_rows, tmp_path):
+    with pytest.raises(UserError):
+        load([write_rows(["{"]), "1.0"])
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "chat", "pairs"), [("hh_harmless", False, 300), ("alpaca_eval", True, 233)])
+def test_real_data_is_read_whole(load, name, chat, pairs, tokenizer):
+    data = load([shared_data(name), "1.0"], ["test"], max_token_length=100_000, max_prompt_token_length=100_000)
+    assert (len(data), data.chat) == (pairs, chat)
+    first = json.loads((shared_data(name) / "test.jsonl").open().readline())
+    text = tokenizer.decode(data.pairs([0])[0][0])
+    answer = first["chosen"] if isinstance(first["chosen"], str) else first["chosen"][-1]["content"]
+    assert text.rstrip().endswith(answer[-40:] + tokenizer.eos_token)

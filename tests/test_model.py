@@ -1,0 +1,186 @@
+"""Loading, the score head, dropout, and where the reward is read."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from open_rm import batching, model
+from open_rm.errors import UserError
+
+STAGE_0 = {"zero_optimization": {"stage": 0}}
+
+
+def load(folder, tokenizer, **changes):
+    options = dict(
+        revision=None,
+        dtype=torch.float32,
+        attn_implementation=None,
+        gradient_checkpointing=False,
+        seed=1,
+        deepspeed_config=STAGE_0,
+    )
+    return model.load_reward_model(str(folder), tokenizer=tokenizer, **(options | changes))
+
+
+def rewards(reward_model, pairs, pad_token_id):
+    return reward_model(**batching.padded_batch(pairs, pad_token_id).inputs(torch.device("cpu")))
+
+
+PAIRS = [([5, 6, 7, 8, 9, 10], [5, 6, 11]), ([20, 21], [20, 22, 23, 24])]
+
+
+def test_head_is_normal_with_std_1_over_sqrt_width_plus_1(toy, tokenizer):
+    reward_model, notes = load(toy / "model", tokenizer)
+    weight = reward_model.classifier.score.weight
+    assert weight.shape == (1, 128)
+    # 128 draws: the sample's std is within four standard errors, sigma / sqrt(2 n)
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(129), abs=4 / math.sqrt(129) / math.sqrt(256))
+    assert any("score head initialised" in note for note in notes)
+    again, _ = load(toy / "model", tokenizer)
+    other, _ = load(toy / "model", tokenizer, seed=2)
+    assert torch.equal(weight, again.classifier.score.weight)
+    assert not torch.equal(weight, other.classifier.score.weight)
+
+
+def test_an_existing_reward_models_head_is_kept(toy, tokenizer, tmp_path):
+    first, _ = load(toy / "model", tokenizer)
+    first.classifier.save_pretrained(tmp_path)
+    second, notes = load(tmp_path, tokenizer, seed=9)
+    assert torch.equal(first.classifier.score.weight, second.classifier.score.weight)
+    assert "the checkpoint already is a reward model: its score head is kept" in notes
+
+
+def test_a_classifier_with_two_outputs_is_refused(toy, tokenizer, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(toy / "model", num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded as a reward model"):
+        load(tmp_path, tokenizer)
+
+
+def test_rewards_do_not_depend_on_padding_or_company(toy, tokenizer):
+    reward_model, _ = load(toy / "model", tokenizer)
+    together = rewards(reward_model, PAIRS, tokenizer.pad_token_id)
+    alone = [rewards(reward_model, [pair], tokenizer.pad_token_id) for pair in PAIRS]
+    # chosen of both pairs, then rejected of both; float32 sums in another order: 1e-6
+    assert torch.allclose(together, torch.stack(alone).T.flatten(), atol=1e-6)
+
+
+def test_rewards_equal_plain_transformers(toy, tokenizer, tmp_path):
+    reward_model, _ = load(toy / "model", tokenizer)
+    reward_model.classifier.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ours = rewards(reward_model, PAIRS, tokenizer.pad_token_id)
+    sequences = [pair[side] for side in (0, 1) for pair in PAIRS]
+    theirs = torch.stack([plain(input_ids=torch.tensor([ids])).logits.squeeze() for ids in sequences])
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_eos_inside_a_conversation_is_not_the_place_that_is_read(toy, tokenizer):
+    reward_model, _ = load(toy / "model", tokenizer)
+    eos = tokenizer.eos_token_id
+    first = rewards(reward_model, [([5, eos, 6, 7, eos], [5, eos])], tokenizer.pad_token_id)
+    changed = rewards(reward_model, [([5, eos, 6, 9, eos], [5, eos])], tokenizer.pad_token_id)
+    assert first[0] != changed[0]  # tokens after the first eos count
+    assert first[1] == changed[1]
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin(toy, tokenizer):
+    reward_model, _ = load(toy / "model", tokenizer)
+    chosen, rejected = rewards(reward_model, PAIRS, tokenizer.pad_token_id).chunk(2)
+    swapped_chosen, swapped_rejected = rewards(
+        reward_model, [pair[::-1] for pair in PAIRS], tokenizer.pad_token_id
+    ).chunk(2)
+    assert torch.allclose(chosen - rejected, swapped_rejected - swapped_chosen, atol=1e-6)
+
+
+def test_dropout_is_off_in_training_mode_in_modules_and_in_config(tokenizer, tmp_path):
+    config = GPT2Config(
+        vocab_size=1100, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    reward_model, _ = load(tmp_path, tokenizer)
+    assert reward_model.training
+    assert torch.equal(
+        rewards(reward_model, PAIRS, tokenizer.pad_token_id), rewards(reward_model, PAIRS, tokenizer.pad_token_id)
+    )
+    # Llama reads attention_dropout from its attention modules at every call, not from nn.Dropout
+    config = Qwen2Config(
+        vocab_size=1100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attention_dropout=0.5,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    reward_model, _ = load(tmp_path / "qwen", tokenizer)
+    assert torch.equal(
+        rewards(reward_model, PAIRS, tokenizer.pad_token_id), rewards(reward_model, PAIRS, tokenizer.pad_token_id)
+    )
+
+
+def test_embeddings_grow_for_an_added_pad_token_and_only_then(tokenizer, tmp_path):
+    for rows, grows in ((len(tokenizer) - 1, True), (len(tokenizer) + 40, False)):
+        config = GPTNeoXConfig(
+            vocab_size=rows, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        )
+        GPTNeoXForCausalLM(config).save_pretrained(tmp_path / str(rows))
+        reward_model, notes = load(tmp_path / str(rows), tokenizer)
+        assert any("embeddings resized" in note for note in notes) == grows
+        assert reward_model.classifier.get_input_embeddings().weight.shape[0] == max(rows, len(tokenizer))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(toy, tokenizer):
+    gradients = []
+    for checkpointing in (False, True):
+        reward_model, _ = load(toy / "model", tokenizer, gradient_checkpointing=checkpointing)
+        rewards(reward_model, PAIRS, tokenizer.pad_token_id).sum().backward()
+        gradients.append([p.grad for p in reward_model.parameters()])
+    assert any(getattr(m, "gradient_checkpointing", False) for m in reward_model.modules())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_score_head_is_float32_in_a_bfloat16_model(toy, tokenizer):
+    reward_model, _ = load(toy / "model", tokenizer, dtype=torch.bfloat16)
+    assert reward_model.classifier.score.weight.dtype == torch.bfloat16
+    assert rewards(reward_model, PAIRS, tokenizer.pad_token_id).dtype == torch.float32
+
+
+def test_more_tokens_than_positions_is_refused_from_the_config_alone(toy):
+    assert model.check_config(str(toy / "model"), revision=None, max_token_length=2048) == 128
+    with pytest.raises(UserError, match="--max_token_length 4096 is beyond the 2048 positions"):
+        model.check_config(str(toy / "model"), revision=None, max_token_length=4096)
+
+
+def test_missing_model_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        model.check_config(str(tmp_path / "nothing"), revision=None, max_token_length=10)
+
+
+def test_unknown_attention_is_refused_by_name(toy, tokenizer):
+    with pytest.raises(UserError, match="cannot be loaded as a reward model"):
+        load(toy / "model", tokenizer, attn_implementation="no_such_attention")
+
+
+def test_without_a_gpu_liger_says_why_it_is_off(toy, tokenizer):
+    reward_model, _ = load(toy / "model", tokenizer)
+    assert "no GPU" in model.apply_liger_kernels(reward_model, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels are Triton kernels and need a GPU")
+def test_liger_kernels_give_the_same_rewards_on_a_gpu(toy, tokenizer):
+    device = torch.device("cuda", 0)
+    results = []
+    for liger in (False, True):
+        reward_model, _ = load(toy / "model", tokenizer)
+        reward_model.to(device)
+        if liger:
+            assert "on" in model.apply_liger_kernels(reward_model, device)
+        results.append(reward_model(**batching.padded_batch(PAIRS, tokenizer.pad_token_id).inputs(device)))
+    assert torch.allclose(*results, atol=1e-4)  # fused kernels add in another order

@@ -1,0 +1,175 @@
+"""The recipe as a user runs it: bad input ends with one sentence, and good input learns."""
+
+import json
+import math
+
+import pytest
+from conftest import REPOSITORY, read_metrics, run_recipe, shared_data, toy_flags
+from test_tokenization import make
+from transformers import LlamaForCausalLM
+
+from open_rm.errors import UserError
+from open_rm.reward_modeling import Args, main
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """main(Args(...)) on the toy, with changes."""
+
+    def call(**changes):
+        options = dict(
+            model_name_or_path=str(toy / "model"),
+            dataset_mixer_list=[str(toy / "data"), "1.0"],
+            dataset_local_cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / "out"),
+            total_episodes=16,
+        )
+        return main(Args(**(options | changes)))
+
+    return call
+
+
+BAD_ROWS = {
+    "malformed JSON": ('{"chosen": "a"', r"bad.jsonl:1: not valid JSON"),
+    "missing column": ({"chosen": "a"}, r"bad.jsonl:1: no value for rejected"),
+    "empty chosen": ({"chosen": "", "rejected": "b"}, r"bad.jsonl:1: chosen is empty"),
+    "identical sides": ({"chosen": "a", "rejected": "a"}, r"bad.jsonl:1: .*identical"),
+    "wrong roles": (
+        {"chosen": [{"role": "human", "content": "a"}], "rejected": [{"role": "gpt", "content": "b"}]},
+        r"bad.jsonl:1: chosen has a message of role 'human'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_stops_the_run_before_the_model_is_loaded(run, write_rows, tmp_path, monkeypatch, case):
+    row, sentence = BAD_ROWS[case]
+    monkeypatch.setattr("open_rm.model.load_reward_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=sentence):
+        run(dataset_mixer_list=[str(write_rows([row], "bad.jsonl")), "1.0"])
+
+
+def test_no_rows_left_is_said_before_the_model_is_loaded(run):
+    with pytest.raises(UserError, match="no pairs are left after filtering"):
+        run(max_token_length=3, max_prompt_token_length=3)
+
+
+def test_unknown_split_names_those_there_are(run):
+    with pytest.raises(UserError, match="no split 'dev'; it has test, train"):
+        run(dataset_mixer_list_splits=["dev"])
+
+
+def test_messages_without_a_chat_template_name_the_templates(run, tmp_path):
+    make(adds_bos=False).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="--chat_template_name.*chatml, llama3, simple_chat"):
+        run(tokenizer_name=str(tmp_path / "tokenizer"))
+
+
+def test_a_tokenizer_without_eos_is_refused(run, tmp_path):
+    make(adds_bos=False, eos_token=None).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="no eos token"):
+        run(tokenizer_name=str(tmp_path / "tokenizer"))
+
+
+def test_an_output_dir_that_cannot_be_written_is_refused_first(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output_dir .*cannot be written"):
+        run(output_dir=str(tmp_path / "file" / "out"))
+
+
+def test_a_model_is_never_overwritten(run, toy):
+    with pytest.raises(UserError, match="already holds a model"):
+        run(output_dir=str(toy / "model"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_step(run, toy, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(toy / "model")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.inf
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"diverged at step 1, after episode 0: loss nan.*--learning_rate"):
+        run(model_name_or_path=str(tmp_path / "broken"), tokenizer_name=str(toy / "model"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_is_one_sentence_on_stderr_with_exit_status_1(toy, tmp_path, write_rows, processes):
+    bad = write_rows(["{"], "bad.jsonl")
+    flags = toy_flags(toy, tmp_path / "out", dataset_mixer_list=[bad, "1.0"])
+    done = run_recipe(*flags, processes=processes)
+    assert done.returncode == 1
+    assert done.stderr.count(f"error: {bad}:1: not valid JSON") == 1
+    # torchrun reports a failed child in its own words; the recipe itself adds no traceback
+    assert "Traceback (most recent call last)" not in done.stderr.split("torch.distributed.elastic")[0]
+
+
+@pytest.mark.parametrize("flags", [["--unknown_flag", "3"], ["--warm_up_steps", "2", "--warmup_ratio", "0.1"]])
+def test_a_bad_command_line_ends_at_once(flags):
+    done = run_recipe(*flags)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_cache_dataset_only_tokenizes_and_stops(run, tmp_path, capfd):
+    assert run(cache_dataset_only=True) == {}
+    assert "stopping (--cache_dataset_only)" in capfd.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_use_slow_tokenizer_is_answered_by_one_line(run, capfd):
+    run(cache_dataset_only=True, use_slow_tokenizer=True)
+    assert "--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("hh_harmless", {"max_token_length": 512, "max_prompt_token_length": 512}),
+        ("alpaca_eval", {"max_token_length": 1024, "max_prompt_token_length": 512}),
+    ],
+)
+def test_real_data_is_trained_on_evaluated_saved_and_reloaded(toy, tmp_path, name, flags):
+    folder = shared_data(name)
+    done = run_recipe(
+        *toy_flags(
+            toy,
+            tmp_path / "out",
+            dataset_mixer_list=[folder, "64"],
+            dataset_mixer_eval_list=[folder, "24"],
+            total_episodes=32,
+            **flags,
+        ),
+        env={"OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check: 8 rewards" in done.stdout
+    assert "eval/rm/accuracy" in json.dumps(read_metrics(tmp_path / "out")[-1])
+
+
+def test_length_alone_says_nothing_about_the_toy_preference(tmp_path):
+    from open_rm.toy import make_pairs
+
+    rows = make_pairs(4000, seed=5)
+    lengths = [(len(row["chosen"][0]["content"]), len(row["rejected"][0]["content"])) for row in rows]
+    longer = sum(chosen > rejected for chosen, rejected in lengths) / len(rows)
+    assert abs(longer - 0.5) < 0.03  # four standard errors of 4000 coin tosses
+
+
+def test_debug_recipe_reaches_90_percent_on_held_out_pairs(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "TOY": str(tmp_path / "toy"), "PYTHON": sys.executable}
+    command = [
+        "bash",
+        str(REPOSITORY / "scripts/train/debug/reward_modeling.sh"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    command += ["--dataset_local_cache_dir", str(tmp_path / "cache")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    evaluations = [row for row in read_metrics(tmp_path / "out") if "eval/rm/accuracy" in row]
+    assert [row["step"] for row in evaluations] == [0, 62, 125, 188, 250, 312, 375]
+    assert evaluations[-1]["eval/rm/accuracy"] >= 0.9
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 20_000

@@ -1,0 +1,73 @@
+"""The bash recipes resolve to the command that they promise."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import REPOSITORY
+
+from open_rm.arguments import Args, check_args
+from open_rm.command_line import parse
+
+
+def dry(script: str, *flags: str, **variables: str) -> list[str]:
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "DRY": "1", **variables}
+    command = ["bash", str(REPOSITORY / "scripts/train" / script), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    return shlex.split(done.stdout)
+
+
+def recipe_args(command: list[str]) -> Args:
+    args = parse(Args, command[command.index("open_rm.reward_modeling") + 1 :])
+    check_args(args)
+    return args
+
+
+def test_debug_recipe_takes_model_data_and_flags_from_the_user(toy):
+    command = dry(
+        "debug/reward_modeling.sh", "--seed", "7", MODEL="my/model", DATASET=str(toy / "data"), EVAL_DATASET="x/y"
+    )
+    args = recipe_args(command)
+    assert (args.model_name_or_path, args.seed) == ("my/model", 7)
+    assert (args.dataset_mixer_list, args.dataset_mixer_eval_list) == ([str(toy / "data"), "1.0"], ["x/y", "1.0"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "accumulation", "nodes"),
+    [
+        ({}, 4, "8"),
+        ({"NNODES": "2"}, 16, "2"),
+        ({"NNODES": "1", "GPUS_PER_NODE": "2", "PER_DEVICE": "4"}, 32, "1"),
+        ({"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_GPUS_ON_NODE": "8", "MASTER_ADDR": "10.0.0.1"}, 8, "4"),
+    ],
+)
+def test_tulu_recipe_makes_steps_of_256_pairs_on_any_number_of_devices(variables, accumulation, nodes):
+    command = dry("tulu3/reward_modeling_8b.sh", **variables)
+    args = recipe_args(command)
+    devices = int(command[command.index("--nproc_per_node") + 1]) * int(nodes)
+    assert args.gradient_accumulation_steps == accumulation
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * devices == 256
+    assert command[command.index("--nnodes") + 1] == nodes
+    assert command[command.index("--node_rank") + 1] == variables.get("SLURM_NODEID", "0")
+
+
+def test_tulu_recipe_is_the_published_run():
+    args = recipe_args(dry("tulu3/reward_modeling_8b.sh"))
+    assert args.model_name_or_path == args.tokenizer_name == "allenai/Llama-3.1-Tulu-3-8B-SFT"
+    assert args.dataset_mixer_list == ["allenai/llama-3.1-tulu-3-8b-preference-mixture", "1.0"]
+    assert (args.max_token_length, args.max_prompt_token_length) == (4096, 2048)
+    assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs, args.seed) == (3e-6, "linear", 1, 8)
+    assert args.with_tracking and args.push_to_hub and args.gradient_checkpointing
+    assert args.deepspeed == "configs/ds/zero3.json"
+
+
+def test_devices_that_do_not_divide_256_are_refused():
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        dry("tulu3/reward_modeling_8b.sh", NNODES="3")
+    assert "not a multiple" in caught.value.stderr
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts").rglob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
