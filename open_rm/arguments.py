@@ -14,7 +14,10 @@ from open_rm.errors import UserError
 
 @dataclass(frozen=True)
 class Args:
-    """Train a reward model (Bradley-Terry) from preference pairs."""
+    """Train a reward model (Bradley-Terry) from preference pairs.
+
+    --config FILE.yaml sets flags from a file (one `name: value` a line); those on the command line override it.
+    """
 
     # ---- model
     model_name_or_path: str = "EleutherAI/pythia-14m"

@@ -31,6 +31,7 @@ from open_rm.errors import UserError
 
 # Tokenizing a large data set on one rank may take long; the others wait for it in a collective.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
+GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 # Keys a DeepSpeed file may not decide, because a flag does.
 OWNED_BY_FLAGS = {
     "optimizer": "--learning_rate, --eps and --weight_decay",
@@ -70,7 +71,7 @@ def start_ranks() -> Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(GROUP_OF_ONE, MASTER_PORT=str(port))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -87,6 +88,9 @@ def stop_ranks() -> None:
     """Leave the process group. Exiting without it ends some runs with a signal on their way out."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
+    if os.environ.get("WORLD_SIZE") == "1":  # what start_ranks set would lead child processes to this group
+        for name in (*GROUP_OF_ONE, "MASTER_PORT"):
+            os.environ.pop(name, None)
 
 
 def broadcast_object(value: Any) -> Any:
