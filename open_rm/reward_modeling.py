@@ -252,7 +252,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     state = trainer.gathered_state()
 
     def finish() -> None:
-        saving.save_reward_model(reward_model, state, tokenizer, output_dir)
+        saving.save_reward_model(reward_model, state, tokenizer, output_dir, chat=train_data.chat)
         sequences = [side.tolist() for pair in probe_data.pairs(probes) for side in pair]
         tracker.say(saving.check_reload(output_dir, sequences, probe_rewards.flatten(), ranks.device))
         saving.write_facts(output_dir, settings | {"notes": notes})

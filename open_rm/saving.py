@@ -45,29 +45,52 @@ def write_facts(folder: str, facts: dict) -> None:
 
 
 def save_reward_model(
-    model: RewardModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: str
+    model: RewardModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: str, *, chat: bool
 ) -> None:
-    """Write the folder (main rank only). `state`: the complete weights, from Engine.gathered_state."""
+    """Write the folder (main rank only).
+
+    Args:
+        state: the complete weights, from Engine.gathered_state.
+        chat: trained on conversations (the template writes the special tokens) or on plain text (the encoder does).
+    """
     path = Path(folder)
     weights = {name.removeprefix("classifier."): tensor.contiguous() for name, tensor in state.items()}
     model.classifier.save_pretrained(path, state_dict=weights)
     tokenizer.save_pretrained(path)
-    _mend_tokenizer_files(path, tokenizer)
+    _mend_model_config(path / "config.json")
+    _mend_tokenizer_files(path, tokenizer, chat)
     for file in path.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
             file.chmod(0o644)
 
 
-def _mend_tokenizer_files(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _mend_model_config(file: Path) -> None:
+    """Write rotary settings where transformers 4 looks for them too; it would silently take its defaults instead."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # else there are none, or one set per kind of layer, which transformers 4 never had
+        rest = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        config["rope_theta"] = rope["rope_theta"]
+        if rest.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rest
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if config["model_type"] == "gpt_neox":
+            config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _mend_tokenizer_files(path: Path, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
     config_file = path / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if tokenizer.chat_template is not None and _template_writes_bos(tokenizer):
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has a dict under this name, and fails
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if chat and tokenizer.chat_template is not None and _template_writes_bos(tokenizer):
         # Clients that render the template and then encode the text (pipelines, servers) would get BOS twice.
-        for key in ("add_bos_token", "add_eos_token"):
-            if key in config:
-                config[key] = False
+        # Written even where it was absent: transformers 4 takes True for some families then.
+        config["add_bos_token"] = False
         _remove_added_bos(path / "tokenizer.json", tokenizer.bos_token)
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -23,6 +23,12 @@ PY
 }
 
 set_up_python() {
+    choose_python "$1"
+    # DeepSpeed compiles its kernels with the ninja that was installed beside it
+    PATH="$("$PYTHON" -c 'import sys; print(sys.prefix)')/bin:$PATH"
+}
+
+choose_python() {
     local requirements=$1 candidate
     for candidate in "${PYTHON:-}" .venv/bin/python python3 python; do
         if [[ -n $candidate ]] && python_has "$candidate" "$requirements"; then

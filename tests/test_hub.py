@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx2
@@ -181,6 +182,19 @@ def test_only_what_belongs_to_the_model_is_uploaded(pushed, downloaded):
 # ---------------------------------------------------------------- refused before training
 
 
+@pytest.fixture(scope="module")
+def giving_up(toy, runs):
+    """The run of `given_up`, below, on its way: (its folder, its own stand-in, its future).
+
+    It sleeps for half a minute; started here, it does so while the tests of this section run.
+    """
+    with HubStandin() as hub, ThreadPoolExecutor(1) as background:
+        hub.fault("/commit/", method="POST", status=503, times=-1)
+        flags = {"run_name": "kept-run", "push_to_hub": True, "hf_repo_id": "later", **SHORT}
+        yield runs / "kept", hub, background.submit(train, hub, toy, runs / "kept", **flags)
+
+
+@pytest.mark.usefixtures("giving_up")
 @pytest.mark.parametrize(
     "token, said",
     [("hf_wrong", ("401", "HF_TOKEN")), (None, ("no Hub token", "HF_TOKEN")), (READ_ONLY_TOKEN, ("403", "write"))],
@@ -254,13 +268,12 @@ if "model.safetensors" in out["files"]:
 
 
 @pytest.fixture(scope="module")
-def given_up(standin, toy, runs):
-    """A run whose commit is answered 503 for ever: (its folder, the finished process, the requests it made)."""
-    start = len(standin.requests())
-    standin.fault("/commit/", method="POST", status=503, times=-1)
-    done = train(standin, toy, runs / "kept", run_name="kept-run", push_to_hub=True, hf_repo_id="later", **SHORT)
-    standin.clear()
-    return runs / "kept", done, standin.requests()[start:]
+def given_up(giving_up):
+    """A run whose commit was answered 503 for ever: (its folder, the finished process, the requests it made)."""
+    folder, hub, running = giving_up
+    done = running.result()
+    hub.clear()
+    return folder, done, hub.requests()
 
 
 def test_a_push_is_given_up_after_five_attempts_and_the_exit_status_tells(given_up):
@@ -282,16 +295,16 @@ def test_a_model_that_could_not_be_pushed_is_complete_on_the_disk(given_up):
     assert len(read_metrics(folder)) == 2
 
 
-def test_the_command_in_the_message_pushes_the_model_later(standin, given_up, runs):
-    folder, done, _ = given_up
-    assert client(standin, runs, LISTING, "standin/later", "kept-run")["files"] == [".gitattributes"]
+def test_the_command_in_the_message_pushes_the_model_later(giving_up, given_up, runs):
+    (folder, hub, _), (_, done, _) = giving_up, given_up
+    assert client(hub, runs, LISTING, "standin/later", "kept-run")["files"] == [".gitattributes"]
     command = shlex.split(re.search(r"python -m open_rm\.hub .*", the_one_sentence(done))[0])
     command[0] = sys.executable
-    env = {**environment(standin), "PYTHONPATH": str(REPOSITORY)}
+    env = {**environment(hub), "PYTHONPATH": str(REPOSITORY)}
     later = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert later.returncode == 0, later.stderr
-    assert later.stdout.strip() == f"{standin.endpoint}/standin/later/tree/kept-run"
-    found = client(standin, runs, LISTING, "standin/later", "kept-run")
+    assert later.stdout.strip() == f"{hub.endpoint}/standin/later/tree/kept-run"
+    found = client(hub, runs, LISTING, "standin/later", "kept-run")
     assert found["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert {"config.json", "tokenizer.json", "README.md"} <= set(found["files"])
     assert found["private"] is True
@@ -363,8 +376,7 @@ def test_the_repository_is_named_by_what_is_given_and_else_by_the_token(monkeypa
 
 
 def given_up_message(monkeypatch, folder, private=True) -> str:
-    api = SimpleNamespace(create_repo=failing(answered(400)))
-    api.create_repo = lambda *_, **__: failing(answered(400))()
+    api = SimpleNamespace(create_repo=lambda *_, **__: failing(answered(400))())
     monkeypatch.setattr(open_rm_hub, "HfApi", lambda: api)
     with pytest.raises(UserError) as caught:
         open_rm_hub.push_folder(str(folder), "me/rm", revision="b", private=private)
