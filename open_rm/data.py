@@ -427,7 +427,13 @@ def _encode_block(tokenizer, places: list[str], block: list[tuple]) -> list[Pair
     texts = []
     for place, row in zip(places, block, strict=True):
         try:
-            texts.append(tokenization.render_pair(tokenizer, *row))
+            text = tokenization.render_pair(tokenizer, *row)
+            (text.chosen + text.rejected).encode()
+            texts.append(text)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: the text holds half a surrogate pair, which is no character; remove it"
+            ) from error
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
     return tokenization.encode_pairs(tokenizer, texts)

@@ -5,6 +5,7 @@ and the message holds the command that pushes it later: `python -m open_rm.hub -
 Tokens come from the environment (HF_TOKEN) or `hf auth login` only.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -36,12 +37,13 @@ SILENCE_SECONDS = 300.0  # the client alone would wait for ever for a server tha
 HUB_ERRORS = (next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"), OSError)
 
 
-def check_access(*, entity: str | None, repo_id: str | None, private: bool) -> str:
-    """Before training: the token works and the repository exists (it is created if not).
+def check_access(*, entity: str | None, repo_id: str | None, revision: str, private: bool) -> str:
+    """Before training: the token may write, which creating repository and branch proves (both may exist).
 
     Args:
         entity: user or organisation; None is the token's user.
         repo_id: "name" or "entity/name"; None is "open_rm_dev".
+        revision: the branch that will be pushed to.
 
     Returns:
         the complete repository id.
@@ -50,16 +52,27 @@ def check_access(*, entity: str | None, repo_id: str | None, private: bool) -> s
         raise UserError("--push_to_hub: there is no Hub token; set HF_TOKEN in the environment or run `hf auth login`")
     api, repo = HfApi(), repo_id or "open_rm_dev"
     try:
-        if "/" not in repo:
-            repo = f"{entity or _persistently(api.whoami)['name']}/{repo}"
-        else:
-            _persistently(api.whoami)
-        _persistently(lambda: api.create_repo(repo, private=private, exist_ok=True))
+        user = _persistently(api.whoami)["name"]
+        repo = repo if "/" in repo else f"{entity or user}/{repo}"
+        _create(lambda: api.create_repo(repo, private=private))
+        if revision != "main":
+            _create(lambda: api.create_branch(repo, branch=revision))
     except HUB_ERRORS as error:
         raise UserError(
-            f"--push_to_hub: {_reason(error)}, so {repo} cannot be pushed to; training was not started"
+            f"--push_to_hub: {_reason(error)}, so {repo} (branch {revision}) cannot be pushed to; training was not started"
         ) from error
+    except ValueError as error:  # the client's own check of names
+        raise UserError(f"--hf_repo_id {repo}: not a name that the Hub accepts; write name or entity/name") from error
     return repo
+
+
+def _create(call: Callable) -> None:
+    """Create something that may exist. Not the client's exist_ok: it takes 403 for "exists" where reading is allowed."""
+    try:
+        _persistently(call)
+    except HUB_ERRORS as error:
+        if _status(error) != 409:
+            raise
 
 
 def push_folder(folder: str, repo_id: str, *, revision: str, private: bool = True) -> str:
@@ -69,10 +82,14 @@ def push_folder(folder: str, repo_id: str, *, revision: str, private: bool = Tru
         UserError: given up; the message holds the command that tries again. The folder is untouched.
     """
     api = HfApi()
+    later = ["python", "-m", "open_rm.hub", "--folder", folder, "--repo_id", repo_id, "--revision", revision]
+    later += [] if private else ["--no_private"]
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"there is no model in {folder}; name a folder that holds config.json")
     try:
-        _persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        _create(lambda: api.create_repo(repo_id, private=private))
         if revision != "main":
-            _persistently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+            _create(lambda: api.create_branch(repo_id, branch=revision))
         _persistently(
             lambda: api.upload_folder(
                 repo_id=repo_id,
@@ -83,11 +100,10 @@ def push_folder(folder: str, repo_id: str, *, revision: str, private: bool = Tru
                 ignore_patterns=NOT_PUSHED,
             )
         )
-    except HUB_ERRORS as error:
+    except (*HUB_ERRORS, ValueError) as error:
         raise UserError(
-            f"push to {repo_id} failed: {_reason(error)}. The model is safe in {folder}; push it later with: "
-            f"python -m open_rm.hub --folder {folder} --repo_id {repo_id} --revision {revision}"
-            + ("" if private else " --no_private")
+            f"push to {repo_id} failed: {_reason(error)}. The model is safe in {folder}; "
+            f"push it later with: {shlex.join(later)}"
         ) from error
     return f"{api.endpoint}/{repo_id}/tree/{revision}"
 
@@ -99,7 +115,7 @@ def _persistently(call: Callable):
         try:
             return call()
         except HUB_ERRORS as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            status = _status(error)
             passing = status is None or status >= 500 or status == 429
             if not passing or attempt == ATTEMPTS:
                 raise
@@ -112,14 +128,21 @@ def _persistently(call: Callable):
             time.sleep(pause)
 
 
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an answer; None where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def _reason(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     if status == 401:
         return "the Hub refuses the token (401); check HF_TOKEN"
     if status == 403:
         return "the token may not write there (403); use one with write access"
     if status is not None:
         return f"the Hub answered {status}"
+    if isinstance(error, ValueError):
+        return str(error).strip().splitlines()[0]
     return f"the Hub cannot be reached ({type(error).__name__})"
 
 

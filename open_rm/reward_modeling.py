@@ -54,7 +54,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         if not args.cache_dataset_only:
             saving.claim_folder(output_dir)
         if args.push_to_hub:
-            return hub.check_access(entity=args.hf_entity, repo_id=args.hf_repo_id, private=args.hf_repo_private)
+            owner = {"entity": args.hf_entity, "repo_id": args.hf_repo_id}
+            return hub.check_access(**owner, revision=revision, private=args.hf_repo_private)
 
     repo_id = engine.on_main_rank(claim, ranks)
 

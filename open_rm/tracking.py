@@ -43,7 +43,7 @@ class Tracker:
         if not enabled:
             return
         # In a log file there is no terminal to ask for a width, and 80 columns would break tables apart.
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_COLUMNS)
+        self.console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else LOG_COLUMNS)
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
@@ -155,6 +155,8 @@ def start_wandb(folder: Path, run_name: str, settings: dict, project: str | None
         except Exception as error:  # whatever a tracking server does, the run goes on
             mode, reason = "offline", f"the server does not answer ({type(error).__name__})"
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(**quiet))
+    if mode == "disabled":
+        return run, f"wandb: disabled, because {reason}"
     return run, f"wandb: {mode}, because {reason}; send it later with: wandb sync {folder}/wandb/offline-run-*"
 
 

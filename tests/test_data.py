@@ -180,6 +180,7 @@ def test_filtering_everything_says_what_was_filtered(load, write_rows):
         (['{"chosen": "a", "rejected": "b"}', "", '{"chosen": ""}'], r"rows.jsonl:3: no value for rejected"),
         (['{"chosen": "a", "rejected": "a"}'], r"rows.jsonl:1: .*identical"),
         (['{"chosen": "x<|pad|>", "rejected": "a"}'], r"rows.jsonl:1: the text contains the pad token"),
+        (['{"chosen": "a", "rejected": "\\ud83d"}'], r"rows.jsonl:1: the text holds half a surrogate pair"),
         (['{"chosen": "\x00'], r"rows.jsonl:1: not valid JSON"),
     ],
 )

@@ -212,30 +212,24 @@ def test_a_token_that_cannot_push_is_refused_before_training(hub, toy, runs, tok
     assert token is None or token not in done.stdout + done.stderr
 
 
-@pytest.mark.xfail(
-    strict=True, reason="create_repo(exist_ok=True) hides the 403 when the repository can be read; the push then fails"
-)
 def test_a_token_that_may_only_read_is_refused_for_a_repository_that_exists(hub, pushed):
     script = """if True:
         from open_rm.errors import UserError
         from open_rm.hub import check_access
         try:
-            out = check_access(entity=None, repo_id="toy_rm", private=True)
+            out = check_access(entity=None, repo_id="toy_rm", revision="main", private=True)
         except UserError as error:
             out = str(error)
         """
     assert "403" in client(hub, REPOSITORY, script, token=READ_ONLY_TOKEN)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the client's HFValidationError is a ValueError, which check_access lets through"
-)
 @pytest.mark.parametrize("repo_id", ["two words", "one/two/three"])
 def test_a_repository_name_that_the_hub_cannot_have_is_one_sentence(monkeypatch, repo_id):
     monkeypatch.setattr(open_rm_hub, "get_token", lambda: TOKEN)
     monkeypatch.setattr(open_rm_hub.HfApi, "whoami", lambda self: {"name": "standin"})
     with pytest.raises(UserError, match=repo_id):
-        open_rm_hub.check_access(entity=None, repo_id=repo_id, private=True)
+        open_rm_hub.check_access(entity=None, repo_id=repo_id, revision="main", private=True)
 
 
 # ---------------------------------------------------------------- faults that pass, and one that stays
@@ -367,15 +361,17 @@ def test_an_answer_that_will_not_change_is_not_asked_for_again(pauses, status):
 def test_the_repository_is_named_by_what_is_given_and_else_by_the_token(monkeypatch, entity, repo_id, complete):
     created = []
     api = SimpleNamespace(
-        whoami=lambda: {"name": "me"}, create_repo=lambda repo, private, exist_ok: created.append((repo, private))
+        whoami=lambda: {"name": "me"}, create_repo=lambda repo, private: created.append((repo, private))
     )
     monkeypatch.setattr(open_rm_hub, "HfApi", lambda: api)
     monkeypatch.setattr(open_rm_hub, "get_token", lambda: TOKEN)
-    assert open_rm_hub.check_access(entity=entity, repo_id=repo_id, private=False) == complete
+    assert open_rm_hub.check_access(entity=entity, repo_id=repo_id, revision="main", private=False) == complete
     assert created == [(complete, False)]
 
 
 def given_up_message(monkeypatch, folder, private=True) -> str:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
     api = SimpleNamespace(create_repo=lambda *_, **__: failing(answered(400))())
     monkeypatch.setattr(open_rm_hub, "HfApi", lambda: api)
     with pytest.raises(UserError) as caught:
@@ -384,18 +380,18 @@ def given_up_message(monkeypatch, folder, private=True) -> str:
 
 
 @pytest.mark.parametrize("private, end", [(True, ["b"]), (False, ["b", "--no_private"])])
-def test_the_command_in_the_message_keeps_the_repository_as_private_as_it_was_to_be(monkeypatch, private, end):
-    command = shlex.split(given_up_message(monkeypatch, "output/x", private).rpartition("with: ")[2])
+def test_the_command_in_the_message_keeps_the_repository_as_private_as_it_was_to_be(
+    monkeypatch, tmp_path, private, end
+):
+    command = shlex.split(given_up_message(monkeypatch, tmp_path / "x", private).rpartition("with: ")[2])
     assert command[-len(end) :] == end
 
 
-@pytest.mark.xfail(strict=True, reason="push_folder does not quote the folder in the command")
-def test_the_command_in_the_message_works_for_a_folder_with_a_space(monkeypatch):
-    command = shlex.split(given_up_message(monkeypatch, "output/my run").rpartition("with: ")[2])
-    assert command[command.index("--folder") + 1] == "output/my run"
+def test_the_command_in_the_message_works_for_a_folder_with_a_space(monkeypatch, tmp_path):
+    command = shlex.split(given_up_message(monkeypatch, tmp_path / "my run").rpartition("with: ")[2])
+    assert command[command.index("--folder") + 1] == str(tmp_path / "my run")
 
 
-@pytest.mark.xfail(strict=True, reason="the client's ValueError for a missing folder is let through")
 def test_pushing_a_folder_that_is_not_there_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(open_rm_hub.HfApi, "create_repo", lambda *_, **__: None)
     with pytest.raises(UserError, match="nowhere"):

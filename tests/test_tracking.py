@@ -357,7 +357,6 @@ def test_sample_texts_are_shown_as_they_are(tracker, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "samples.jsonl").read_text())["prompt"] == text
 
 
-@pytest.mark.xfail(strict=True, reason="rich replaces :name: by an emoji also where markup is off")
 def test_colons_in_what_is_shown_are_no_emoji(tracker, capsys):
     tracker.say("train: data:dog:1.jsonl")
     assert "data:dog:1.jsonl" in capsys.readouterr().out
