@@ -87,11 +87,19 @@ class Args:
     total_episodes: int | None = None
     """Stop after this many pairs instead. None: num_train_epochs decides."""
     per_device_train_batch_size: int = 1
-    """Pairs per forward and device; times gradient_accumulation_steps and devices, the pairs of a step."""
+    """Times gradient_accumulation_steps and devices, the pairs of a step; times 2 x max_token_length, the tokens of a
+    micro-batch."""
     per_device_eval_batch_size: int = 8
-    """Pairs per forward and device in evaluation. It does not change results."""
+    """The same in evaluation: it bounds memory and does not change results."""
     gradient_accumulation_steps: int = 8
-    """Forwards per device and optimizer step."""
+    """See per_device_train_batch_size; fewer forwards are made where pairs are shorter than max_token_length."""
+    batching: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
+    """How pairs lie in memory: padded rows, packed into one row, or packed with every shared prompt computed once; all
+    give the same rewards and gradients. auto: shared_prefix wherever it is exact, else padded and the log says why."""
+    group_by_prompt: bool = False
+    """Keep all pairs of a prompt in one step, so that shared_prefix computes prompt and repeated responses once."""
+    max_tokens_per_micro_batch: int | None = None
+    """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length."""
     deepspeed: str | None = None
     """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
     # ---- evaluation and tracking
@@ -129,7 +137,7 @@ def check_args(args: Args) -> None:
         "eval_steps",
         "gradient_accumulation_steps",
     )
-    ones += ("per_device_train_batch_size", "per_device_eval_batch_size")
+    ones += ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_micro_batch")
     zeros = ("weight_decay", "max_grad_norm", "warm_up_steps", "warmup_ratio", "num_evals", "num_sample_pairs", "seed")
     for names, minimum in ((ones, 1), (zeros, 0)):
         for name in names:
@@ -171,6 +179,10 @@ def check_args(args: Args) -> None:
         (
             (args.hf_entity or args.hf_repo_id or args.hf_repo_revision) and not args.push_to_hub,
             "--hf_entity, --hf_repo_id and --hf_repo_revision do nothing without --push_to_hub; add or remove it",
+        ),
+        (
+            args.attn_implementation and args.batching in ("packed", "shared_prefix"),
+            f"--attn_implementation chooses attention for padded rows and --batching {args.batching} has its own; pass one",
         ),
         (
             args.push_to_hub and args.cache_dataset_only,

@@ -1,113 +1,193 @@
-"""Which pairs form a step, which of them a rank computes together, and how they are laid out in memory.
+"""How pairs lie in memory, and where each reward is read.
 
-A step is a fixed set of pairs decided by (seed, epoch, step), whatever the number of ranks. The step's pairs are dealt
-to the ranks, and each rank cuts its share into micro-batches; every rank makes the same number of them, because under
-ZeRO-3 each forward is a collective call. A rank that runs out computes a pair again that counts for nothing.
+Three layouts of the pairs (abc|de , abc|f) and (gh|i , gh|jk), all with the same rewards and gradients:
 
-The padded layout, for the pairs (abc|de , abc|f) and (gh|i , gh|jk): S = 4 sequences, chosen first, T = 5 positions
+    padded         a b c d e     S = 4 rows of T = 5 positions, chosen first; 16 tokens in 20 positions
+                   g h i . .     rewards read at (0, 4), (1, 2), (2, 3), (3, 3)
+                   a b c f .
+                   g h j k .
+    packed         a b c d e g h i a b c f g h j k       one row, 16 positions, each sequence blind to the others
+    shared_prefix  a b c d e f g h j k i                 one row, 11 positions: abc and gh are computed once; f sees abc
+                                                         and itself, i sees gh and itself
 
-    position   0 1 2 3 4
-    chosen 0   a b c d e      reward read at (0, 4)
-    chosen 1   g h i . .      reward read at (1, 2)
-    rejected 0 a b c f .      reward read at (2, 3)
-    rejected 1 g h j k .      reward read at (3, 3)
+In shared_prefix all pairs of one prompt share it, and a response that stands in several pairs is computed once. The first,
+longest sequence of a prompt is plain causal attention; the others continue their common prefix (see attention.py).
 
 Only this module knows lengths: the reward is read at the last token by length, never by comparing ids with the pad id.
-Shapes: B pairs, S = 2 B sequences, T positions.
+Shapes: B pairs, S rows, T positions.
 """
 
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from open_rm.attention import Segments, make_segments
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of chosen and rejected, prompt included
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch in memory.
 
-    input_ids: [S, T] int64.
-    attention_mask: [S, T] int64, 1 where there is a token.
+    input_ids: [S, T] int64; one row where sequences are packed.
     reward_index: [2 B] int64 into the flattened S * T positions: B chosen, then B rejected.
-    tokens: number of real tokens.
-    squared_lengths: sum of length^2 over sequences (for counting attention FLOPs).
+    attention_mask: [S, T] int64, 1 where there is a token; None where `segments` says who sees whom.
+    position_ids: [S, T] int64, position of each token in its sequence; None where rows are sequences.
+    tokens: tokens of all sequences.  computed: tokens that are computed, padding aside.
+    area: query-key products that are needed.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     reward_index: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    segments: Segments | None
     tokens: int
-    squared_lengths: int
+    computed: int
+    area: int
 
     @property
     def positions(self) -> int:
         """Positions that the model computes, padding included."""
         return self.input_ids.numel()
 
-    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def inputs(self, device: torch.device) -> dict:
         """What the reward model's forward takes, on its device."""
+        names = ("input_ids", "reward_index", "attention_mask", "position_ids", "segments")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "attention_mask", "reward_index")
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value.to(device)
+            for name, value in values.items()
         }
 
 
-def padded_batch(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int) -> Batch:
-    """Lay out (chosen ids, rejected ids) pairs as right-padded rows; the module docstring draws it."""
-    sequences = [np.asarray(pair[side]) for side in (0, 1) for pair in pairs]
+def lay_out(layout: str, pairs: Sequence[Pair], *, pad_token_id: int, prompt_ids: Sequence[int]) -> Batch:
+    """Pairs to a batch in the named layout. prompt_ids: [B], equal for pairs of the same prompt (shared_prefix only)."""
+    if layout == "padded":
+        return padded_batch(pairs, pad_token_id)
+    return packed_batch(pairs) if layout == "packed" else shared_prefix_batch(pairs, prompt_ids)
+
+
+def padded_batch(pairs: Sequence[Pair], pad_token_id: int) -> Batch:
+    """Right-padded rows, chosen first."""
+    sequences = _sequences(pairs)
     lengths = np.array([len(sequence) for sequence in sequences])
     input_ids = np.full((len(sequences), lengths.max()), pad_token_id, np.int64)
     for row, sequence in zip(input_ids, sequences, strict=True):
         row[: len(sequence)] = sequence
+    tokens = int(lengths.sum())
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)),
         reward_index=torch.from_numpy(np.arange(len(sequences)) * lengths.max() + lengths - 1),
-        tokens=int(lengths.sum()),
-        squared_lengths=int((lengths**2).sum()),
+        attention_mask=torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)),
+        position_ids=None,
+        segments=None,
+        tokens=tokens,
+        computed=tokens,
+        area=int((lengths * (lengths + 1) // 2).sum()),
     )
 
 
-def steps(pairs: int, pairs_per_step: int, total_episodes: int, seed: int) -> Iterator[np.ndarray]:
-    """The pair indices of each optimizer step, in order.
+def packed_batch(pairs: Sequence[Pair]) -> Batch:
+    """All sequences one after another in a single row, chosen first."""
+    sequences = _sequences(pairs)
+    ends = np.cumsum([len(sequence) for sequence in sequences])
+    bounds = [(int(end) - len(sequence), int(end), 0, 0) for sequence, end in zip(sequences, ends, strict=True)]
+    positions = [np.arange(len(sequence)) for sequence in sequences]
+    return _row(sequences, positions, bounds, ends - 1, tokens=int(ends[-1]))
 
-    Each epoch is a permutation from (seed, epoch). A step never crosses an epoch; the last one of an epoch may be
-    smaller. Stops after `total_episodes` pairs.
+
+def shared_prefix_batch(pairs: Sequence[Pair], prompt_ids: Sequence[int]) -> Batch:
+    """A single row in which the sequences of one prompt share their common prefix, and equal sequences are one."""
+    sequences = _sequences(pairs)
+    groups: dict[int, dict[bytes, list[int]]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(int(prompt_ids[i % len(pairs)]), {}).setdefault(sequence.tobytes(), []).append(i)
+    pieces, positions, bounds = [], [], []
+    reward_index = np.zeros(len(sequences), np.int64)
+    used = 0
+    for group in groups.values():
+        members = sorted(group.values(), key=lambda same: -len(sequences[same[0]]))
+        distinct = [sequences[same[0]] for same in members]
+        prefix = common_prefix(distinct)
+        start_of_group = used
+        for number, (sequence, same) in enumerate(zip(distinct, members, strict=True)):
+            own = sequence[prefix:] if number else sequence
+            pieces.append(own)
+            positions.append(np.arange(len(sequence) - len(own), len(sequence)))
+            shared = (start_of_group, start_of_group + prefix) if number and prefix else (0, 0)
+            bounds.append((used, used + len(own), *shared))
+            used += len(own)
+            reward_index[same] = used - 1
+    return _row(pieces, positions, bounds, reward_index, tokens=sum(map(len, sequences)))
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """Tokens that all sequences start with, leaving each at least one of its own: its last, where its reward is read."""
+    length = min(len(sequence) for sequence in sequences) - 1
+    for sequence in sequences[1:]:
+        differs = np.flatnonzero(sequence[:length] != sequences[0][:length])
+        length = int(differs[0]) if len(differs) else length
+    return length
+
+
+def _sequences(pairs: Sequence[Pair]) -> list[np.ndarray]:
+    return [np.asarray(pair[side], np.int64) for side in (0, 1) for pair in pairs]
+
+
+def _row(pieces, positions, bounds, reward_index, tokens: int) -> Batch:
+    segments = make_segments(bounds)
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(pieces)).unsqueeze(0),
+        reward_index=torch.from_numpy(np.asarray(reward_index, np.int64)),
+        attention_mask=None,
+        position_ids=torch.from_numpy(np.concatenate(positions)).unsqueeze(0),
+        segments=segments,
+        tokens=tokens,
+        computed=sum(map(len, pieces)),
+        area=segments.score_area(),
+    )
+
+
+def prefetch(items: Iterable, depth: int = 4) -> Iterator:
+    """Yield the items, made ahead by a background thread, so that the device does not wait for the next batch.
+
+    An exception while making an item is raised where the item is asked for. Leaving the loop early ends the thread.
     """
-    epoch = 0
-    while total_episodes > 0:
-        order = np.random.default_rng((seed, epoch)).permutation(pairs)[:total_episodes]
-        for start in range(0, len(order), pairs_per_step):
-            yield order[start : start + pairs_per_step]
-        total_episodes -= len(order)
-        epoch += 1
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
 
+    def put(entry) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Pairs to compute together. The first `counted` of them enter loss and metrics (0: only keeps ranks in step)."""
+    def work():
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
 
-    indices: np.ndarray
-    counted: int
-
-
-def micro_batches(
-    indices: np.ndarray, lengths: np.ndarray, *, rank: int, world_size: int, batch_size: int
-) -> list[MicroBatch]:
-    """This rank's micro-batches of the pairs `indices`; the same number on every rank.
-
-    Pairs are sorted by length, so that a micro-batch holds similar lengths and little padding, and dealt to the ranks
-    in turn, so that shares cost about the same. Neither changes the sum over the pairs, and so not the step.
-
-    Args:
-        indices: [n] pair indices of the step (or of an evaluation set).
-        lengths: [all pairs] tokens of the longer side, by pair index.
-        batch_size: most pairs in a micro-batch.
-    """
-    indices = indices[np.argsort(lengths[indices], kind="stable")]
-    share = indices[rank::world_size]
-    count = -(-len(indices[::world_size]) // batch_size)  # rank 0 has the largest share
-    parts = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-    filler = MicroBatch(indices[:1], counted=0)
-    return [MicroBatch(part, len(part)) for part in parts] + [filler] * (count - len(parts))
+    threading.Thread(target=work, name="batches", daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()

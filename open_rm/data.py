@@ -6,13 +6,15 @@ content-addressed (data, tokenizer, template, lengths, this code's version) and 
 What is refused names file and row; what is filtered is counted and printed. Nothing is dropped silently.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +26,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from open_rm import tokenization
+from open_rm.batching import Batch, common_prefix, lay_out
 from open_rm.errors import UserError
+from open_rm.steps import MicroBatch, PairTable
 from open_rm.tokenization import PairIds, first_sentence
 
-CACHE_VERSION = "1"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "2"  # raise when the meaning of a cached column changes
 BLOCK_ROWS = 1000
 FILE_EXTENSIONS = (".jsonl", ".json", ".parquet")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -35,7 +39,13 @@ SCHEMA = pa.schema(
     {
         "chosen_input_ids": pa.list_(pa.int32()),
         "rejected_input_ids": pa.list_(pa.int32()),
+        "chosen_length": pa.int32(),
+        "rejected_length": pa.int32(),
         "prompt_length": pa.int32(),
+        "shared_length": pa.int32(),
+        "prompt_id": pa.int64(),
+        "chosen_id": pa.int64(),
+        "rejected_id": pa.int64(),
         "source": pa.int32(),
     }
 )
@@ -60,7 +70,7 @@ class Source:
 class PreferenceData:
     """Tokenized pairs.
 
-    dataset: columns chosen_input_ids, rejected_input_ids, prompt_length (tokens), source (index into labels).
+    dataset: columns chosen_input_ids, rejected_input_ids, those of steps.PairTable, and source (index into labels).
     labels: one per source.  report: one line per source on what was read, filtered and kept.
     chat: whether rows were messages (rendered by the chat template) rather than plain text.
     """
@@ -78,17 +88,25 @@ class PreferenceData:
         rows = self.dataset.with_format("numpy", columns=["chosen_input_ids", "rejected_input_ids"])[list(indices)]
         return list(zip(rows["chosen_input_ids"], rows["rejected_input_ids"], strict=True))
 
-    def longest_sides(self) -> np.ndarray:
-        """[pairs] tokens of the longer side of each pair."""
-        return np.maximum(self._lengths("chosen_input_ids"), self._lengths("rejected_input_ids"))
+    def batches(
+        self, parts: Iterable[MicroBatch], layout: str, pad_token_id: int
+    ) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Micro-batches as they lie in memory, one after another."""
+        for part in parts:
+            prompt_ids = self.table.prompt_id[part.indices]
+            yield part, lay_out(layout, self.pairs(part.indices), pad_token_id=pad_token_id, prompt_ids=prompt_ids)
+
+    @functools.cached_property
+    def table(self) -> PairTable:
+        """Lengths and ids of all pairs, for planning steps."""
+        return PairTable(**{field.name: self._column(field.name) for field in dataclasses.fields(PairTable)})
 
     def source_ids(self) -> np.ndarray:
         """[pairs] index into labels."""
-        return np.asarray(self.dataset.with_format("arrow")[:]["source"])
+        return self._column("source")
 
-    def _lengths(self, column: str) -> np.ndarray:
-        chunks = self.dataset.with_format("arrow")[:][column].chunks
-        return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [np.zeros(0, np.int64)])
+    def _column(self, name: str) -> np.ndarray:
+        return np.array(self.dataset.with_format("arrow", columns=[name])[:][name]).astype(np.int64)
 
 
 # ---------------------------------------------------------------- sources
@@ -460,19 +478,31 @@ def _check_ids(pair: PairIds, place: str, tokenizer) -> None:
 
 
 def _record_batch(pairs: list[PairIds], source: int) -> pa.RecordBatch:
-    columns = [
-        _id_column([pair.chosen for pair in pairs]),
-        _id_column([pair.rejected for pair in pairs]),
-        pa.array([pair.prompt_length for pair in pairs], pa.int32()),
-        pa.array([source] * len(pairs), pa.int32()),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+    chosen = [np.array(pair.chosen, np.int32) for pair in pairs]
+    rejected = [np.array(pair.rejected, np.int32) for pair in pairs]
+    columns = {
+        "chosen_input_ids": _id_column(chosen),
+        "rejected_input_ids": _id_column(rejected),
+        "chosen_length": [len(ids) for ids in chosen],
+        "rejected_length": [len(ids) for ids in rejected],
+        "prompt_length": [pair.prompt_length for pair in pairs],
+        "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
+        "prompt_id": [_content_id(ids[: pair.prompt_length]) for ids, pair in zip(chosen, pairs, strict=True)],
+        "chosen_id": [_content_id(ids) for ids in chosen],
+        "rejected_id": [_content_id(ids) for ids in rejected],
+        "source": [source] * len(pairs),
+    }
+    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def _id_column(sequences: list[list[int]]) -> pa.ListArray:
+def _content_id(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def _id_column(sequences: list[np.ndarray]) -> pa.ListArray:
     offsets = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum([len(ids) for ids in sequences], out=offsets[1:])
-    values = np.fromiter((token for ids in sequences for token in ids), np.int32, count=int(offsets[-1]))
+    values = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from open_rm import batching
+from open_rm import steps
 from open_rm.data import PreferenceData
 from open_rm.engine import Engine
 from open_rm.losses import ranking_loss
@@ -25,34 +25,33 @@ class Evaluation:
     rewards: torch.Tensor
 
 
-def score_pairs(engine: Engine, data: PreferenceData, indices: np.ndarray, *, batch_size: int, pad_token_id: int):
-    """Rewards of the pairs `indices`, [n, 2] float64 on every rank. A collective call."""
-    ranks, lengths = engine.ranks, data.longest_sides()
+def score_pairs(
+    engine: Engine, data: PreferenceData, indices: np.ndarray, *, layout: str, max_tokens: int, pad_token_id: int
+) -> torch.Tensor:
+    """Rewards of the pairs `indices`, [n, 2] float64 on every rank. A collective call.
+
+    Args:
+        layout, max_tokens: how they are computed (see steps.plan_step); it does not change the result.
+    """
+    ranks = engine.ranks
     rewards = torch.zeros(len(data), 2, dtype=torch.float64, device=ranks.device)
-    parts = batching.micro_batches(
-        indices, lengths, rank=ranks.rank, world_size=ranks.world_size, batch_size=batch_size
-    )
+    plan = steps.plan_step(indices, data.table, layout=layout, world_size=ranks.world_size, max_tokens=max_tokens)
     with engine.evaluating():
-        for part in parts:
-            batch = batching.padded_batch(data.pairs(part.indices), pad_token_id)
+        for part, batch in data.batches(plan.ranks[ranks.rank], layout, pad_token_id):
             scores = engine(**batch.inputs(ranks.device)).double().view(2, -1).T
             where = torch.from_numpy(part.indices[: part.counted]).to(ranks.device)
             rewards[where] = scores[: part.counted]
     return all_reduce_sum(rewards)[torch.from_numpy(indices).to(ranks.device)].cpu()
 
 
-def evaluate(engine: Engine, data: PreferenceData, *, batch_size: int, pad_token_id: int) -> Evaluation:
-    """Score the whole set and average over its pairs. A collective call.
-
-    Args:
-        batch_size: pairs per forward and rank; it does not change the result.
-    """
+def evaluate(engine: Engine, data: PreferenceData, **how) -> Evaluation:
+    """Score the whole set and average over its pairs; `how` as for `score_pairs`. A collective call."""
     started = time.perf_counter()
-    rewards = score_pairs(engine, data, np.arange(len(data)), batch_size=batch_size, pad_token_id=pad_token_id)
+    rewards = score_pairs(engine, data, np.arange(len(data)), **how)
     seconds = time.perf_counter() - started
     metrics = {f"eval/rm/{name}": value for name, value in _means(rewards).items()}
-    sources = torch.tensor(data.source_ids())
     if len(data.labels) > 1:
+        sources = torch.tensor(data.source_ids())
         for number, label in enumerate(data.labels):
             if (sources == number).any():
                 means = _means(rewards[sources == number])

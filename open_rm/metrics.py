@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
-# Real tokens; positions computed, padding included; model FLOPs.
-COUNTS = ("tokens", "positions", "flops")
+# Tokens of all sequences; those of them that were computed; positions computed, padding included; model FLOPs.
+COUNTS = ("tokens", "computed", "positions", "flops")
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -49,8 +49,8 @@ class StepMetrics:
     def add(self, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor, batch) -> None:
         """Add one micro-batch: [B] rewards and losses of its counted pairs, and the batching.Batch they came from."""
         # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
-        tokens, squares = (batch.tokens, batch.squared_lengths) if len(losses) else (0, 0)
-        counts = (tokens, batch.positions, training_flops(tokens, squares, self._shape))
+        tokens, computed, area = (batch.tokens, batch.computed, batch.area) if len(losses) else (0, 0, 0)
+        counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape))
         self._sums[: len(PAIR_METRICS)] += pair_sums(chosen, rejected, losses)
         self._sums[len(PAIR_METRICS) :] += torch.tensor(counts, dtype=torch.float64, device=self._sums.device)
 
@@ -67,30 +67,40 @@ def perf_metrics(
     pairs: int,
     step_seconds: float,
     data_seconds: float,
+    imbalance: float,
     memory_gib: float,
     total_flops: float,
+    peak_flops: float,
 ) -> dict[str, float]:
-    """perf/...: rates of a step over all ranks; data_seconds is this rank's wait for batches, memory_gib its peak."""
+    """perf/...: what a step took, over all ranks.
+
+    mfu = FLOPs of the model that the step needed (training_flops: nothing for padding, for what a shared prefix saves, or
+    for recomputation) / (step_seconds * peak_flops); peak_flops is the matrix-product rate of all devices together,
+    measured at the start of the run.  data_seconds: this rank's wait for batches.  memory_gib: this rank's peak.
+    """
     return {
         "perf/pairs_per_second": pairs / step_seconds,
         "perf/tokens_per_second": counts["tokens"] / step_seconds,
         "perf/step_seconds": step_seconds,
         "perf/data_seconds": data_seconds,
         "perf/memory_gib": memory_gib,
-        "perf/padding_fraction": 1 - counts["tokens"] / counts["positions"],
+        "perf/padding_fraction": 1 - counts["computed"] / counts["positions"],
+        "perf/distinct_token_fraction": counts["computed"] / counts["tokens"],
+        "perf/rank_imbalance": imbalance,
+        "perf/mfu": counts["flops"] / (step_seconds * peak_flops),
         "perf/total_flops": total_flops,
     }
 
 
-def training_flops(tokens: int, squared_lengths: int, shape) -> float:
+def training_flops(tokens: int, area: int, shape) -> float:
     """Model FLOPs of forward + backward, without recomputation.
 
-    6 * body_parameters * tokens + 6 * layers * attention_width * sum(length^2): the second term is causal attention,
-    half of the 12 * layers * width * length^2 of PaLM, https://arxiv.org/abs/2204.02311, appendix B.
+    6 * body_parameters * tokens + 12 * layers * attention_width * area (PaLM, https://arxiv.org/abs/2204.02311,
+    appendix B, with the query-key products that causal attention needs instead of all length^2).
 
     Args:
-        tokens: real tokens computed.  squared_lengths: sum over sequences of length squared.
+        tokens: tokens computed.  area: query-key products, summed over sequences: length * (length + 1) / 2 for each.
         shape: body_parameters (those that multiply every token: the embedding table is a look-up and left out),
             layers, attention_width (heads * head dimension).
     """
-    return 6.0 * shape.body_parameters * tokens + 6.0 * shape.layers * shape.attention_width * squared_lengths
+    return 6.0 * shape.body_parameters * tokens + 12.0 * shape.layers * shape.attention_width * area

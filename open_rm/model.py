@@ -12,9 +12,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from open_rm import attention
 from open_rm.errors import UserError
 from open_rm.tokenization import first_sentence
 
@@ -48,15 +55,16 @@ class RewardModel(nn.Module):
         """Hidden width D."""
         return self.classifier.config.get_text_config().hidden_size
 
-    def forward(self, input_ids, attention_mask, reward_index) -> torch.Tensor:
+    def forward(self, input_ids, reward_index, **layout) -> torch.Tensor:
         """[N] float32 rewards.
 
         Args:
-            input_ids, attention_mask: [S, T], right-padded.
+            input_ids: [S, T].
             reward_index: [N] into the flattened S * T positions, where each reward is read.
+            layout: attention_mask for right-padded rows; position_ids and segments for a packed row (batching.Batch).
         """
         backbone = getattr(self.classifier, self.backbone_name)
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = backbone(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
         return self.classifier.score(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
 
 
@@ -69,12 +77,44 @@ class Shape:
     attention_width: int
 
 
-def check_config(name: str, *, revision: str | None, max_token_length: int) -> int:
-    """Refuse what cannot work from the model's small config file alone, before data and weights are touched.
+# Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
+# shown equal to padded batches by tests/test_layouts.py.
+SEGMENT_FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gpt_neox"),
+    *("gemma2", "gemma3_text"),
+)
 
-    Returns:
-        the hidden width D.
+
+def choose_layout(wanted: str, config, *, attn_implementation: str | None, max_token_length: int, on_gpu: bool):
+    """The layout to compute in, and the reason where it is not shared_prefix although that was not ruled out by the user.
+
+    Args:
+        wanted: auto, padded, packed or shared_prefix. auto takes shared_prefix wherever it is exact.
+        config: the model's transformers config.
+
+    Raises:
+        UserError: a packed layout was asked for by name and is not exact for this model.
     """
+    text, reason = config.get_text_config(), None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+    if text.model_type not in SEGMENT_FAMILIES:
+        reason = f"packed rows are not known to be exact for {text.model_type}"
+    elif on_gpu and getattr(text, "attn_logit_softcapping", None) is not None:
+        reason = f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
+    elif rope.get("rope_type") in ("dynamic", "longrope") and max_token_length > (original or 0):
+        reason = f"{rope['rope_type']} rotary embeddings depend on the longest sequence beyond {original} tokens"
+    elif attn_implementation is not None:
+        reason = f"--attn_implementation {attn_implementation} is attention for padded rows"
+    if wanted == "padded" or reason is None:
+        return ("shared_prefix" if wanted == "auto" else wanted), None
+    if wanted == "auto":
+        return "padded", reason
+    raise UserError(f"--batching {wanted} is not possible: {reason}; pass --batching padded, or leave it to auto")
+
+
+def read_config(name: str, *, revision: str | None, max_token_length: int):
+    """The model's config; refuses what cannot work from that small file alone, before data and weights are touched."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
@@ -88,7 +128,7 @@ def check_config(name: str, *, revision: str | None, max_token_length: int) -> i
             f"--max_token_length {max_token_length} is beyond the {positions} positions of {name}; "
             f"pass --max_token_length {positions} or less"
         )
-    return config.get_text_config().hidden_size
+    return config
 
 
 def load_reward_model(
@@ -98,6 +138,7 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     attn_implementation: str | None,
+    layout: str = "padded",
     gradient_checkpointing: bool,
     seed: int,
     deepspeed_config: dict,
@@ -107,6 +148,10 @@ def load_reward_model(
     The head is initialised N(0, 1 / (D + 1)), i.e. std = 1 / sqrt(D + 1) (Stiennon et al. 2020,
     https://arxiv.org/abs/2009.01325, p. 11), unless the checkpoint brings one. Dropout is off (Ziegler et al. 2019,
     https://arxiv.org/abs/1909.08593, p. 3).
+
+    Args:
+        layout: from `choose_layout`; packed rows take the place of `attn_implementation` by open_rm.attention.
+        deepspeed_config: from engine.fill_config.
 
     Returns:
         the model, and one line for the log on each thing a user would want to know about it.
@@ -122,6 +167,9 @@ def load_reward_model(
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}  # this is how num_labels = 1 is stored
     config.problem_type = "regression"  # else pipelines and servers return sigmoid(reward)
 
+    if layout != "padded":
+        AttentionInterface.register(attention.NAME, attention.segment_attention)
+        attn_implementation = attention.NAME
     torch.manual_seed(seed)  # rows added to the embeddings are random
     with _zero3_loading(deepspeed_config):
         try:

@@ -3,6 +3,10 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from open_rm.steps import draw_steps
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -10,8 +14,8 @@ class Plan:
 
     pairs_per_step   = per_device_train_batch_size * gradient_accumulation_steps * world_size
     total_episodes   = the flag, or round(num_train_epochs * pairs); an episode is one pair seen
-    total_steps      = full epochs * ceil(pairs / pairs_per_step) + ceil(remaining pairs / pairs_per_step): a step
-                       never crosses an epoch, so the last step of each epoch may be smaller than the others
+    total_steps      = the number of steps that steps.draw_steps draws: ceil(pairs / pairs_per_step) an epoch, since a
+                       step never crosses one; a few more with group_by_prompt, where groups do not always fill a step
     warmup_steps     = warm_up_steps, or ceil(warmup_ratio * total_steps)
     evaluation_steps = {0, total_steps} and every eval_steps, or round(total_steps * i / (num_evals + 1)), i = 1..num_evals
     """
@@ -36,12 +40,18 @@ def make_plan(
     warmup_ratio: float,
     num_evals: int,
     eval_steps: int | None,
+    seed: int,
+    prompt_ids: np.ndarray | None = None,
 ) -> Plan:
-    """Derive the plan; the formulas are in `Plan`. `pairs` is the number of training pairs after filtering."""
+    """Derive the plan; the formulas are in `Plan`.
+
+    Args:
+        pairs: training pairs after filtering.
+        prompt_ids: [pairs], with group_by_prompt (see steps.draw_steps).
+    """
     pairs_per_step = per_device_train_batch_size * gradient_accumulation_steps * world_size
     episodes = total_episodes if total_episodes is not None else max(1, round(num_train_epochs * pairs))
-    full_epochs, rest = divmod(episodes, pairs)
-    steps = full_epochs * math.ceil(pairs / pairs_per_step) + math.ceil(rest / pairs_per_step)
+    steps = sum(1 for _ in draw_steps(pairs, pairs_per_step, episodes, seed, prompt_ids=prompt_ids))
     if eval_steps is not None:
         during = range(eval_steps, steps, eval_steps)
     else:

@@ -12,13 +12,14 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from open_rm import batching, command_line, engine, evaluation, hub, metrics, model, plots, saving, tokenization
+from open_rm import batching, command_line, engine, evaluation, hub, metrics, model, plots, saving, steps, tokenization
 from open_rm import data as preference_data
 from open_rm.arguments import Args, check_args
 from open_rm.errors import UserError
@@ -61,8 +62,15 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
 
     # ---- data: tokenized once, by the main rank, into a cache that the others read
     def load():
-        width = model.check_config(
+        config = model.read_config(
             args.model_name_or_path, revision=args.model_revision, max_token_length=args.max_token_length
+        )
+        layout = model.choose_layout(
+            args.batching,
+            config,
+            attn_implementation=args.attn_implementation,
+            max_token_length=args.max_token_length,
+            on_gpu=ranks.device.type == "cuda",
         )
         own_tokenizer = args.tokenizer_name in (None, args.model_name_or_path)
         tokenizer = tokenization.load_tokenizer(
@@ -81,16 +89,12 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         )
         train = read(args.dataset_mixer_list, args.dataset_mixer_list_splits, flag="dataset_mixer_list")
         if not args.dataset_mixer_eval_list:
-            return width, tokenizer, train, None
+            return config, layout, tokenizer, train, None
         flag = "dataset_mixer_eval_list"
-        return (
-            width,
-            tokenizer,
-            train,
-            read(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, flag=flag),
-        )
+        held_out = read(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, flag=flag)
+        return config, layout, tokenizer, train, held_out
 
-    width, tokenizer, train_data, eval_data = engine.main_rank_first(load, ranks)
+    config, (layout, not_shared), tokenizer, train_data, eval_data = engine.main_rank_first(load, ranks)
     notes = [f"train: {line}" for line in train_data.report]
     notes += [f"eval: {line}" for line in eval_data.report] if eval_data else ["eval: no held-out data was named"]
     scored = train_data.pairs([0])[0][0][-1]
@@ -103,6 +107,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         return {}
 
     # ---- plan and sinks
+    prompt_ids = train_data.table.prompt_id if args.group_by_prompt else None
     plan = make_plan(
         pairs=len(train_data),
         world_size=ranks.world_size,
@@ -114,13 +119,17 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         warmup_ratio=args.warmup_ratio,
         num_evals=args.num_evals,
         eval_steps=args.eval_steps,
+        seed=args.seed,
+        prompt_ids=prompt_ids,
     )
+    per_pair = 2 * args.max_token_length
+    max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * per_pair
     settings = dataclasses.asdict(args) | {
         "run_name": run_name,
         "output_dir": output_dir,
         "world_size": ranks.world_size,
     }
-    settings |= {"hf_repo_id": repo_id, "plan": dataclasses.asdict(plan)}
+    settings |= {"hf_repo_id": repo_id, "plan": dataclasses.asdict(plan), "layout": layout}
     tracker = Tracker(
         output_dir,
         enabled=ranks.is_main,
@@ -134,7 +143,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     # ---- model, engine, schedule
     ds_config = engine.fill_config(
         engine.read_config(args.deepspeed),
-        width=width,
+        width=config.get_text_config().hidden_size,
         bf16=bf16,
         per_device_train_batch_size=args.per_device_train_batch_size,
         max_grad_norm=args.max_grad_norm,
@@ -145,12 +154,14 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         tokenizer=tokenizer,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         attn_implementation=args.attn_implementation,
+        layout=layout,
         gradient_checkpointing=args.gradient_checkpointing,
         seed=args.seed,
         deepspeed_config=ds_config,
     )
     shape = model.model_shape(reward_model)
     notes += [*model_notes, model.apply_liger_kernels(reward_model, ranks.device), engine.describe(ds_config, ranks)]
+    notes.append(f"batching {layout}" + (f", not shared_prefix: {not_shared}" if not_shared else ""))
     notes.append(f"{plan.total_steps} steps of {plan.pairs_per_step} pairs, {plan.total_episodes} episodes")
     for note in notes:
         tracker.say(note)
@@ -172,8 +183,10 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     # ---- the loop
     started, training_seconds, total_flops = time.perf_counter(), 0.0, 0.0
     episode, last_train, last_eval = 0, {}, {}
-    lengths = train_data.longest_sides()
-    eval_batches = {"batch_size": args.per_device_eval_batch_size, "pad_token_id": tokenizer.pad_token_id}
+    peak_flops = engine.matmul_flops(ranks, bf16)
+    area_cost = steps.attention_cost(**dataclasses.asdict(shape))
+    compute = {"layout": layout, "pad_token_id": tokenizer.pad_token_id}
+    eval_compute = compute | {"max_tokens": args.per_device_eval_batch_size * per_pair}
 
     def position() -> dict[str, float]:
         hours = (time.perf_counter() - started) / 3600
@@ -182,7 +195,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     def evaluate(step: int) -> dict[str, float]:
         if eval_data is None:
             return {}
-        result = evaluation.evaluate(trainer, eval_data, **eval_batches)
+        result = evaluation.evaluate(trainer, eval_data, **eval_compute)
         tracker.log(position() | result.metrics, step=step)
         tracker.evaluation_line(result.metrics, step=step)
         if ranks.is_main and args.num_sample_pairs:
@@ -190,28 +203,43 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             tracker.log_samples(rows, step=step)
         return result.metrics
 
-    evaluate(step=0)
-    steps = batching.steps(len(train_data), plan.pairs_per_step, plan.total_episodes, args.seed)
-    for step, indices in enumerate(steps, start=1):
-        step_started, data_seconds = time.perf_counter(), 0.0
-        sums = metrics.StepMetrics(ranks.device, shape)
-        parts = batching.micro_batches(
-            indices,
-            lengths,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            batch_size=args.per_device_train_batch_size,
+    def plans() -> Iterator[steps.StepPlan]:
+        drawn = steps.draw_steps(
+            len(train_data), plan.pairs_per_step, plan.total_episodes, args.seed, prompt_ids=prompt_ids
         )
-        for number, part in enumerate(parts, start=1):
+        for indices in drawn:
+            yield steps.plan_step(
+                indices,
+                train_data.table,
+                layout=layout,
+                world_size=ranks.world_size,
+                max_tokens=max_tokens,
+                area_cost=area_cost,
+            )
+
+    def batches() -> Iterator[tuple]:
+        """This rank's micro-batches of all steps, made ahead of their use."""
+        for step_plan in plans():
+            parts = step_plan.ranks[ranks.rank]
+            for number, (part, batch) in enumerate(train_data.batches(parts, **compute), start=1):
+                yield step_plan, part, batch, number == len(parts)
+
+    evaluate(step=0)
+    ready = batching.prefetch(batches())
+    for step in range(1, plan.total_steps + 1):
+        step_started, data_seconds, last = time.perf_counter(), 0.0, False
+        sums = metrics.StepMetrics(ranks.device, shape)
+        while not last:
             data_started = time.perf_counter()
-            batch = batching.padded_batch(train_data.pairs(part.indices), tokenizer.pad_token_id)
+            step_plan, part, batch, last = next(ready)
+            indices = step_plan.indices
             data_seconds += time.perf_counter() - data_started
 
             rewards = trainer(**batch.inputs(ranks.device))
             chosen, rejected = (side[: part.counted] for side in rewards.chunk(2))
             losses = ranking_loss(chosen, rejected)
             # Divided by the pairs of the whole step on all ranks: micro-batches and ranks do not change the mathematics.
-            trainer.backward(losses.sum() / len(indices), last=number == len(parts))
+            trainer.backward(losses.sum() / len(indices), last=last)
             sums.add(chosen, rejected, losses, batch)
 
         means, counts = sums.reduce(len(indices))
@@ -237,8 +265,10 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             pairs=len(indices),
             step_seconds=seconds,
             data_seconds=data_seconds,
+            imbalance=step_plan.imbalance,
             memory_gib=engine.peak_memory_gib(ranks.device),
             total_flops=total_flops,
+            peak_flops=peak_flops,
         )
         tracker.log(position() | last_train, step=step)
         eta = training_seconds / step * (plan.total_steps - step)
@@ -249,7 +279,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     # ---- save, prove that the folder gives the same rewards, draw, describe, push
     probe_data = eval_data or train_data
     probes = np.unique(np.linspace(0, len(probe_data) - 1, 4).astype(int))
-    probe_rewards = evaluation.score_pairs(trainer, probe_data, probes, **eval_batches)
+    probe_rewards = evaluation.score_pairs(trainer, probe_data, probes, **eval_compute)
     state = trainer.gathered_state()
 
     def finish() -> None:
