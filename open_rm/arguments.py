@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from open_rm import data, engine, tokenization
+from open_rm import engine, sources, tokenization
 from open_rm.errors import UserError
 
 
@@ -193,7 +193,7 @@ def check_args(args: Args) -> None:
         if found:
             raise UserError(sentence)
     engine.read_config(args.deepspeed)
-    data.parse_mixer(args.dataset_mixer_list, args.dataset_mixer_list_splits, "dataset_mixer_list")
-    data.parse_mixer(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, "dataset_mixer_eval_list")
+    sources.parse_mixer(args.dataset_mixer_list, args.dataset_mixer_list_splits, "dataset_mixer_list")
+    sources.parse_mixer(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, "dataset_mixer_eval_list")
     if args.chat_template_name is not None:
         tokenization.read_template(args.chat_template_name)

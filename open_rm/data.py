@@ -1,7 +1,6 @@
 """Preference data: sources to rows, rows to token ids, once; then a memory-mapped cache.
 
-A source is a Hub name, a json/jsonl/parquet file, or a folder that holds <split>.<extension>. Rows stream through in
-blocks: read -> check -> render -> encode -> filter -> Arrow file, so memory does not grow with the data. The cache is
+Rows stream from their sources (sources.py) through in blocks: read -> check -> render -> encode -> filter -> Arrow file, so memory does not grow with the data. The cache is
 content-addressed (data, tokenizer, template, lengths, this code's version) and appears by one atomic rename.
 What is refused names file and row; what is filtered is counted and printed. Nothing is dropped silently.
 """
@@ -18,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
@@ -28,13 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from open_rm import tokenization
 from open_rm.batching import Batch, common_prefix, lay_out
 from open_rm.errors import UserError
+from open_rm.rows import normalise_row
+from open_rm.sources import BLOCK_ROWS, open_source, parse_mixer
 from open_rm.steps import MicroBatch, PairTable
-from open_rm.tokenization import PairIds, first_sentence
+from open_rm.tokenization import PairIds
 
 CACHE_VERSION = "2"  # raise when the meaning of a cached column changes
-BLOCK_ROWS = 1000
-FILE_EXTENSIONS = (".jsonl", ".json", ".parquet")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SCHEMA = pa.schema(
     {
         "chosen_input_ids": pa.list_(pa.int32()),
@@ -49,21 +46,6 @@ SCHEMA = pa.schema(
         "source": pa.int32(),
     }
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of a mixer list.
-
-    name: as the user wrote it.  label: short and unique, used in metric names.  split: e.g. "train".
-    path: the local file, or None for the Hub.  amount: a count of rows, or a fraction (a float).
-    """
-
-    name: str
-    label: str
-    split: str
-    path: Path | None
-    amount: int | float
 
 
 @dataclass(frozen=True)
@@ -109,223 +91,6 @@ class PreferenceData:
         return np.array(self.dataset.with_format("arrow", columns=[name])[:][name]).astype(np.int64)
 
 
-# ---------------------------------------------------------------- sources
-
-
-def parse_mixer(mixer: list[str], splits: list[str], flag: str) -> list[Source]:
-    """Alternating name and amount, e.g. ["a/b", "400", "c.jsonl", "0.5"], to sources.
-
-    An amount is a count of rows, or a fraction when written with a point ("1.0" is everything). Counts beyond the
-    source's size repeat rows. `splits` has one entry, for all, or one per source; a single file is itself the split.
-    """
-    if len(mixer) % 2:
-        raise UserError(f"--{flag} alternates name and amount (e.g. my/data 1.0); got {len(mixer)} values: {mixer}")
-    names, amounts = mixer[::2], mixer[1::2]
-    if len(splits) not in (1, len(names)):
-        raise UserError(
-            f"--{flag}_splits has {len(splits)} values for {len(names)} sources; give one, or one per source"
-        )
-    splits = splits * len(names) if len(splits) == 1 else splits
-    sources, used = [], Counter()
-    for name, amount, split in zip(names, amounts, splits, strict=True):
-        path = _local_file(name, split, flag)
-        label = f"{path.parent.name}_{path.stem}" if path else name.split("/")[-1]
-        used[label] += 1
-        label = label if used[label] == 1 else f"{label}_{used[label]}"
-        sources.append(Source(name, label, split, path, _parse_amount(amount, name, flag)))
-    return sources
-
-
-def _parse_amount(text: str, name: str, flag: str) -> int | float:
-    try:
-        amount = float(text) if "." in text else int(text)
-    except ValueError:
-        amount = 0
-    if not amount > 0:
-        raise UserError(
-            f"--{flag}: the amount after {name} is {text!r}; write a count (400) or a fraction with a point (0.5, 1.0)"
-        )
-    return amount
-
-
-def _local_file(name: str, split: str, flag: str) -> Path | None:
-    """The file behind a local source; None when the name is one of the Hub."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        for extension in FILE_EXTENSIONS:
-            if (path / f"{split}{extension}").is_file():
-                return path / f"{split}{extension}"
-        found = sorted(file.stem for file in path.iterdir() if file.suffix in FILE_EXTENSIONS)
-        raise UserError(f"--{flag}: {name} has no split {split!r}; it has {', '.join(found) or 'no data file at all'}")
-    if path.suffix in FILE_EXTENSIONS or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        if not path.is_file():
-            raise UserError(f"--{flag}: there is no file or folder {name}")
-        if path.suffix not in FILE_EXTENSIONS:
-            raise UserError(f"--{flag}: {name} is not a {', '.join(FILE_EXTENSIONS)} file")
-        return path
-    return None
-
-
-def _open(source: Source) -> tuple[str, int, "Iterator"]:
-    """(fingerprint of the content, number of rows, function that yields (place, row)) of a source."""
-    if source.path is None:
-        return _open_hub(source)
-    digest = hashlib.sha256()
-    with source.path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if source.path.suffix == ".parquet":
-        return digest.hexdigest(), *_open_parquet(source.path)
-    if source.path.suffix == ".json" and (opened := _open_json_array(source.path)):
-        return digest.hexdigest(), *opened
-    with source.path.open("rb") as file:
-        rows = sum(1 for line in file if line.strip())
-    return digest.hexdigest(), rows, lambda: _json_lines(source.path)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not UTF-8 (byte {error.start}); convert the file, e.g. with iconv"
-                    ) from error
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno}); "
-                        "every line must be one JSON object"
-                    ) from error
-
-
-def _open_json_array(path: Path):
-    """A .json file that is one array of rows; None when it is JSON lines under another name."""
-    with path.open("rb") as file:
-        if not file.read(4096).lstrip().startswith(b"["):
-            return None
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not valid JSON ({first_sentence(error)}); mend the array, or use JSON lines"
-        ) from error
-    return len(rows), lambda: ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
-
-
-def _open_parquet(path: Path):
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({first_sentence(error)})") from error
-
-    def rows():
-        number = 0
-        for batch in file.iter_batches(BLOCK_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-
-    return file.metadata.num_rows, rows
-
-
-def _open_hub(source: Source):
-    try:
-        dataset = datasets.load_dataset(source.name, split=source.split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        what = first_sentence(error)
-        advice = "check the name, the split and the network (a private dataset needs HF_TOKEN in the environment)"
-        raise UserError(
-            f"dataset {source.name}, split {source.split!r}: cannot be loaded ({what}); {advice}"
-        ) from error
-
-    def rows():
-        number = 0
-        for block in dataset.iter(BLOCK_ROWS):
-            for values in zip(*block.values(), strict=True):
-                number += 1
-                yield f"{source.name}[{source.split}]: row {number}", dict(zip(block, values, strict=True))
-
-    return dataset._fingerprint, len(dataset), rows
-
-
-# ---------------------------------------------------------------- rows
-
-
-def normalise_row(row: object) -> tuple:
-    """One row of any accepted form to (prompt, chosen, rejected): all text, or all lists of messages.
-
-    Accepted: chosen/rejected as text or as message lists, with `prompt` (text or messages) or without. A prompt that
-    chosen and rejected already begin with is not repeated; without one, the messages both sides begin with are it.
-
-    Raises:
-        UserError: what is wrong with the row; the caller adds where it is.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"a row is an object with chosen and rejected, not {type(row).__name__}")
-    missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
-    if missing:
-        raise UserError(
-            f"no value for {' and '.join(missing)}; the row has the columns {', '.join(sorted(row)) or 'none'}"
-        )
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
-            if not text.strip():
-                raise UserError(f"{name} is empty; remove the row or fill it in")
-        if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        prompt = prompt or ""
-    else:
-        chosen, rejected = _messages("chosen", chosen), _messages("rejected", rejected)
-        # A text prompt beside complete conversations (the common Hub form) only repeats one of their turns.
-        if prompt is None or (isinstance(prompt, str) and chosen[0]["role"] != "assistant"):
-            same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-            same = min(len(chosen), len(rejected)) - 1 if same is None else same
-            prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-        else:
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
-            chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
-        for name, messages in (("chosen", chosen), ("rejected", rejected)):
-            if not messages or messages[-1]["role"] != "assistant":
-                last = messages[-1]["role"] if messages else "nothing"
-                raise UserError(f"{name} must end with an assistant message (the response that is scored), not {last}")
-            if not messages[-1]["content"].strip():
-                raise UserError(f"{name} is empty; remove the row or fill it in")
-    if chosen == rejected:
-        raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
-    return prompt, chosen, rejected
-
-
-def _messages(name: str, value: object) -> list[dict]:
-    if isinstance(value, str):  # beside message lists, text is the assistant's answer
-        return [{"role": "assistant", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{name} must be text or a list of messages, not {'empty' if value == [] else type(value).__name__}"
-        )
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise UserError(
-                f"{name} holds something that is not a message with role and content (text): {str(message)[:80]}"
-            )
-        if message["role"] not in ROLES:
-            raise UserError(f"{name} has a message of role {message['role']!r}; the roles are {', '.join(ROLES)}")
-    return value
-
-
-def _without_prompt(prompt: list[dict], messages: list[dict]) -> list[dict]:
-    if messages[: len(prompt)] == prompt and len(messages) > len(prompt):
-        return messages[len(prompt) :]
-    return messages
-
-
-# ---------------------------------------------------------------- building and cache
-
-
 def load_preference_data(
     mixer: list[str],
     splits: list[str],
@@ -348,7 +113,7 @@ def load_preference_data(
         seed: which random rows a partial amount takes.
         progress: show a progress bar (one rank should).
     """
-    opened = [(source, *_open(source)) for source in parse_mixer(mixer, splits, flag)]
+    opened = [(source, *open_source(source)) for source in parse_mixer(mixer, splits, flag)]
     identity = {
         "version": CACHE_VERSION,
         "sources": [(content, source.amount, source.label) for source, content, _, _ in opened],

@@ -1,4 +1,4 @@
-"""The one exception that is shown to a user as a sentence instead of a traceback."""
+"""The one exception that is shown to a user as a sentence instead of a traceback, and how it quotes a library."""
 
 
 class UserError(Exception):
@@ -7,3 +7,9 @@ class UserError(Exception):
     The message is one clear sentence or two: where (file, row or flag), what is wrong, what to do.
     The recipe prints it and exits with status 1; anything else that is raised is our bug and keeps its traceback.
     """
+
+
+def quote_error(error: Exception) -> str:
+    """The first line of a library's error, shortened, for quoting inside one sentence of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")[:200]

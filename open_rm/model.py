@@ -22,8 +22,7 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from open_rm import attention
-from open_rm.errors import UserError
-from open_rm.tokenization import first_sentence
+from open_rm.errors import UserError, quote_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,7 +118,7 @@ def read_config(name: str, *, revision: str | None, max_token_length: int):
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"--model_name_or_path {name}: no model could be found ({first_sentence(error)}); "
+            f"--model_name_or_path {name}: no model could be found ({quote_error(error)}); "
             "check the name, the revision and the network, or pass a local folder"
         ) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -183,7 +182,7 @@ def load_reward_model(
             )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise UserError(
-                f"--model_name_or_path {name}: cannot be loaded as a reward model ({first_sentence(error)})"
+                f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
             ) from error
         notes = []
         if not isinstance(getattr(classifier, "score", None), nn.Linear) or classifier.score.bias is not None:

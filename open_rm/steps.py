@@ -150,6 +150,11 @@ def plan_step(
     return StepPlan(indices, [parts + [filler] * (most - len(parts)) for parts in ranks], float(imbalance))
 
 
+def pair_costs(indices: np.ndarray, table: PairTable, layout: str, area_cost: float) -> np.ndarray:
+    """[n] what each pair costs on its own, in tokens."""
+    return np.array([_cost(_work(indices[i : i + 1], table, layout), area_cost) for i in range(len(indices))])
+
+
 def attention_cost(body_parameters: int, layers: int, attention_width: int) -> float:
     """FLOPs of a query-key product (12 * layers * width) over those of a token (6 * body_parameters)."""
     return 2.0 * layers * attention_width / body_parameters

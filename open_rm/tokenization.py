@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from open_rm.errors import UserError
+from open_rm.errors import UserError, quote_error
 
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 PAD_TOKEN = "<|pad|>"
@@ -56,7 +56,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"--tokenizer_name {name}: no tokenizer could be loaded ({first_sentence(error)}); "
+            f"--tokenizer_name {name}: no tokenizer could be loaded ({quote_error(error)}); "
             "check the name, or pass a folder that holds tokenizer.json"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -70,12 +70,6 @@ def load_tokenizer(
     if chat_template_name is not None:
         tokenizer.chat_template = read_template(chat_template_name)
     return tokenizer
-
-
-def first_sentence(error: Exception) -> str:
-    """The first line of a library's error, shortened, for quoting inside one sentence of ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")[:200]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -139,7 +133,7 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt, chosen, rejected) ->
             rejected=tokenizer.apply_chat_template(prompt + rejected, tokenize=False),
         )
     except TemplateError as error:
-        raise UserError(f"the chat template refuses these messages: {first_sentence(error)}") from error
+        raise UserError(f"the chat template refuses these messages: {quote_error(error)}") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bool) -> list[list[int]]:

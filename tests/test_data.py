@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import shared_data
 from pyarrow import parquet
 
-from open_rm.data import load_preference_data, normalise_row, parse_mixer
+from open_rm.data import load_preference_data
 from open_rm.errors import UserError
+from open_rm.rows import normalise_row
+from open_rm.sources import parse_mixer
 
 
 def user(text):
@@ -163,9 +166,34 @@ def test_overlength_pairs_are_filtered_and_counted(load, write_rows, tokenizer):
     ]
     data = load([write_rows(content), "1.0"], max_token_length=70, max_prompt_token_length=40)
     assert len(data) == 3
-    assert data.longest_sides().max() <= 70
+    assert max(data.table.chosen_length.max(), data.table.rejected_length.max()) <= 70
     [line] = data.report
     assert "5 rows, 5 taken, 1 filtered (prompt > 40 tokens), 1 filtered (a side > 70 tokens), 3 pairs kept" in line
+
+
+def test_the_table_says_of_each_pair_what_its_tokens_say(load, write_rows):
+    """Lengths, the tokens both sides start with (short of the last), and equal ids exactly where tokens are equal."""
+    answers = [" yes", " yes indeed", " no", " no", " never"]
+    content = [
+        {"prompt": prompt, "chosen": a, "rejected": b}
+        for prompt in ("Q:", "Another question:")
+        for a in answers
+        for b in answers
+        if a != b
+    ]
+    data = load([write_rows(content), "1.0"])
+    table, pairs = data.table, data.pairs(range(len(data)))
+    assert len(table) == len(pairs) == len(content)
+    for i, (chosen, rejected) in enumerate(pairs):
+        shortest = min(len(chosen), len(rejected))
+        same = np.cumprod(chosen[:shortest] == rejected[:shortest]).sum()
+        assert (table.chosen_length[i], table.rejected_length[i]) == (len(chosen), len(rejected))
+        assert table.shared_length[i] == min(same, shortest - 1)
+    prompts = [tuple(chosen[:length]) for (chosen, _), length in zip(pairs, table.prompt_length, strict=True)]
+    sides = [tuple(side) for pair in zip(*pairs, strict=True) for side in pair]
+    for ids, tokens in ((table.prompt_id, prompts), (np.concatenate((table.chosen_id, table.rejected_id)), sides)):
+        assert len(set(ids.tolist())) == len(set(tokens)) == len(set(zip(ids.tolist(), tokens, strict=True)))
+    assert len(set(table.prompt_id.tolist())) == 2
 
 
 def test_filtering_everything_says_what_was_filtered(load, write_rows):

@@ -9,8 +9,15 @@ import pytest
 from conftest import REPOSITORY
 
 ROOMS = sorted((REPOSITORY / "open_rm").glob("*.py"))
-# Rooms that import nothing of ours but the exception that is shown to a user.
-LEAVES = ("losses", "batching", "tokenization", "metrics", "tracking", "plots", "hub", "plan", "errors", "command_line")
+# Rooms that import nothing of ours but the exception that is shown to a user, and what stands here.
+LEAVES = {
+    **dict.fromkeys(
+        ("errors", "losses", "attention", "steps", "tokenization", "metrics", "tracking", "plots", "hub"), set()
+    ),
+    **dict.fromkeys(("command_line", "rows", "sources"), set()),
+    "batching": {"attention"},  # a packed batch carries its segments
+    "plan": {"steps"},  # the number of steps is counted by drawing them
+}
 
 
 def imports_of_ours(path) -> set[str]:
@@ -27,7 +34,7 @@ def imports_of_ours(path) -> set[str]:
 def test_leaf_rooms_import_nothing_of_ours():
     for path in ROOMS:
         if path.stem in LEAVES:
-            assert imports_of_ours(path) <= {"errors"}, path.name
+            assert imports_of_ours(path) <= {"errors"} | LEAVES[path.stem], path.name
 
 
 def test_nobody_imports_the_recipe():
@@ -52,8 +59,7 @@ def test_rooms_are_small_documented_and_named_for_what_they_do(path):
     source = path.read_text()
     assert ast.get_docstring(ast.parse(source)), "no module docstring"
     assert path.stem not in {"utils", "common", "helpers"} | set(sys.stdlib_module_names)
-    limit = 500 if path.stem == "data" else 400
-    assert len(source.splitlines()) <= limit
+    assert len(source.splitlines()) <= 400
 
 
 def test_the_peer_is_never_imported():

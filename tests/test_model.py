@@ -152,14 +152,15 @@ def test_score_head_is_float32_in_a_bfloat16_model(toy, tokenizer):
 
 
 def test_more_tokens_than_positions_is_refused_from_the_config_alone(toy):
-    assert model.check_config(str(toy / "model"), revision=None, max_token_length=2048) == 128
+    config = model.read_config(str(toy / "model"), revision=None, max_token_length=2048)
+    assert (config.hidden_size, config.model_type) == (128, "llama")
     with pytest.raises(UserError, match="--max_token_length 4096 is beyond the 2048 positions"):
-        model.check_config(str(toy / "model"), revision=None, max_token_length=4096)
+        model.read_config(str(toy / "model"), revision=None, max_token_length=4096)
 
 
 def test_missing_model_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="--model_name_or_path"):
-        model.check_config(str(tmp_path / "nothing"), revision=None, max_token_length=10)
+        model.read_config(str(tmp_path / "nothing"), revision=None, max_token_length=10)
 
 
 def test_unknown_attention_is_refused_by_name(toy, tokenizer):

@@ -1,8 +1,9 @@
 """Derived numbers: they count optimizer steps that really happen."""
 
+import numpy as np
 import pytest
 
-from open_rm import batching
+from open_rm import steps
 from open_rm.plan import make_plan
 
 DEFAULTS = dict(
@@ -16,6 +17,7 @@ DEFAULTS = dict(
     warmup_ratio=0.0,
     num_evals=1,
     eval_steps=None,
+    seed=1,
 )
 
 
@@ -28,9 +30,17 @@ def plan(**changes):
 )
 def test_total_steps_are_the_steps_that_the_loop_makes(changes):
     p = plan(**changes)
-    made = list(batching.steps(p.pairs, p.pairs_per_step, p.total_episodes, seed=1))
+    made = list(steps.draw_steps(p.pairs, p.pairs_per_step, p.total_episodes, seed=1))
     assert len(made) == p.total_steps
     assert sum(map(len, made)) == p.total_episodes
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_total_steps_count_the_steps_that_groups_do_not_fill(seed):
+    prompt_ids = np.repeat(np.arange(20), 5)  # one group of five fits into a step of eight, two do not
+    p = plan(prompt_ids=prompt_ids, seed=seed, num_train_epochs=1.5)
+    made = list(steps.draw_steps(p.pairs, p.pairs_per_step, p.total_episodes, seed, prompt_ids=prompt_ids))
+    assert (p.total_steps, p.total_episodes) == (len(made), 150) == (30, sum(map(len, made)))
 
 
 def test_trailing_partial_step_is_counted():

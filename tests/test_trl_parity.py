@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification
 
-from open_rm import batching
+from open_rm import steps
 from open_rm.data import PreferenceData, load_preference_data
 from open_rm.tokenization import load_tokenizer
 
@@ -131,7 +131,9 @@ def peer(toy, tmp_path_factory) -> Peer:
     model.save_pretrained(start)
 
     data = {split: encoded(toy / "data", split, tokenizer, folder / "cache") for split in ("train", "test")}
-    order = np.concatenate(list(batching.steps(len(data["train"]), PAIRS_PER_STEP, STEPS * PAIRS_PER_STEP, seed=SEED)))
+    order = np.concatenate(
+        list(steps.draw_steps(len(data["train"]), PAIRS_PER_STEP, STEPS * PAIRS_PER_STEP, seed=SEED))
+    )
     # The set decides whether TRL's average over batches is one over pairs.
     assert len(data["test"]) == TEST_PAIRS and TEST_PAIRS % EVAL_BATCH == 0
     pairs = {"train": data["train"].pairs(order), "test": data["test"].pairs(range(TEST_PAIRS))}

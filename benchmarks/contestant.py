@@ -1,0 +1,153 @@
+"""One training run in a process of its own, so that its peak memory is its own. Started by throughput.py.
+
+    python benchmarks/contestant.py SETTINGS.json      prints one JSON line: pairs/s, tokens/s, peak memory, seconds
+
+The clock runs from the end of the second step (the first ones compile and allocate) to the end of the last, everything
+between included: batches, logging, the optimizer. Both trainers get the same folder, the same token ids and the same
+numbers of pairs a step.
+"""
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+WARM_UP_STEPS = 2
+
+
+def peak_gib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def train_ours(settings: dict) -> dict:
+    """The recipe itself, without evaluation; rates come from its own metrics.jsonl."""
+    from open_rm.reward_modeling import Args, main
+
+    output = Path(settings["scratch"])
+    with contextlib.redirect_stdout(sys.stderr):
+        main(
+            Args(
+                model_name_or_path=settings["model"],
+                dataset_mixer_list=[settings["data"], "1.0"],
+                dataset_local_cache_dir=str(output / "cache"),
+                output_dir=str(output / "out"),
+                max_token_length=settings["max_token_length"],
+                max_prompt_token_length=settings["max_token_length"],
+                per_device_train_batch_size=settings["batch"],
+                gradient_accumulation_steps=settings["accumulation"],
+                learning_rate=1e-5,
+                lr_scheduler_type="constant",
+                dtype=settings["dtype"],
+                gradient_checkpointing=settings["gradient_checkpointing"],
+                batching=settings["layout"],
+                group_by_prompt=settings["group_by_prompt"],
+                num_evals=0,
+            )
+        )
+    rows = [json.loads(line) for line in (output / "out" / "metrics.jsonl").open()]
+    first, last = rows[WARM_UP_STEPS - 1], rows[-1]
+    seconds = 3600 * (last["hours"] - first["hours"])
+    tokens = sum(row["perf/tokens_per_second"] * row["perf/step_seconds"] for row in rows[WARM_UP_STEPS:])
+    return {
+        "pairs_per_second": (last["episode"] - first["episode"]) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "peak_gib": last["perf/memory_gib"],
+        "mfu": sum(row["perf/mfu"] for row in rows[WARM_UP_STEPS:]) / len(rows[WARM_UP_STEPS:]),
+        "data_share": sum(row["perf/data_seconds"] for row in rows[WARM_UP_STEPS:]) / seconds,
+        "distinct": sum(row["perf/distinct_token_fraction"] for row in rows) / len(rows),
+        "loss": last["train/rm/loss"],
+    }
+
+
+def train_trl(settings: dict) -> dict:
+    """TRL's RewardTrainer on the same token ids."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    from open_rm.data import load_preference_data
+    from open_rm.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(settings["model"])
+    data = load_preference_data(
+        [settings["data"], "1.0"],
+        ["train"],
+        flag="dataset_mixer_list",
+        tokenizer=tokenizer,
+        max_token_length=settings["max_token_length"],
+        max_prompt_token_length=settings["max_token_length"],
+        cache_dir=str(Path(settings["scratch"]) / "cache"),
+        seed=1,
+    )
+    pairs = data.pairs(range(len(data)))
+    rows = {
+        "chosen_ids": [chosen.tolist() for chosen, _ in pairs],
+        "rejected_ids": [rejected.tolist() for _, rejected in pairs],
+        "length": [max(len(chosen), len(rejected)) for chosen, rejected in pairs],
+    }
+    dtype = torch.bfloat16 if settings["dtype"] == "bfloat16" else torch.float32
+    model = AutoModelForSequenceClassification.from_pretrained(settings["model"], num_labels=1, dtype=dtype)
+
+    ends: list[tuple[float, int]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append((time.perf_counter(), state.global_step))
+
+    class Trainer(RewardTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            tokens.append(int(inputs["attention_mask"].sum()))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    tokens: list[int] = []
+    config = RewardConfig(
+        output_dir=str(Path(settings["scratch"]) / "trl"),
+        per_device_train_batch_size=settings["batch"],
+        gradient_accumulation_steps=settings["accumulation"],
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        max_length=None,
+        train_sampling_strategy=settings["sampling"],
+        length_column_name="length",
+        remove_unused_columns=False,
+        gradient_checkpointing=settings["gradient_checkpointing"],  # TRL's own default is True, slower and smaller
+        bf16=settings["dtype"] == "bfloat16",
+        use_liger_kernel=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=1,
+    )
+    trainer = Trainer(
+        model=model, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer, callbacks=[Clock()]
+    )
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    seconds = ends[-1][0] - ends[WARM_UP_STEPS - 1][0]
+    per_step = settings["batch"] * settings["accumulation"]
+    counted = len(data) - WARM_UP_STEPS * per_step
+    return {
+        "pairs_per_second": counted / seconds,
+        "tokens_per_second": sum(tokens[WARM_UP_STEPS * settings["accumulation"] :]) / seconds,
+        "seconds": seconds,
+        "peak_gib": peak_gib(),
+        "loss": trainer.state.log_history[-2].get("loss"),
+    }
+
+
+if __name__ == "__main__":
+    chosen = json.loads(Path(sys.argv[1]).read_text())
+    print("RESULT " + json.dumps(train_trl(chosen) if chosen["trainer"] == "trl" else train_ours(chosen)))

@@ -1,0 +1,351 @@
+"""Training throughput: our three layouts and TRL's RewardTrainer, side by side on the same model and pairs.
+
+    python benchmarks/throughput.py --profile cpu      # 6 layers x 384, float32, 8 pairs a step
+    python benchmarks/throughput.py --profile gpu      # 1B and 8B shapes, bfloat16; its correctness part runs anywhere
+
+Every round runs each contestant once, in turn, in a process of its own; ratios are taken within a round, so a machine
+whose speed drifts slows both sides alike. Prints medians with their spread, writes results.json and a picture.
+See benchmarks/README.md for how to read it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cuda" if shutil.which("nvidia-smi") else "cpu"
+)  # read when deepspeed is imported
+
+import matplotlib.pyplot as plt
+import workloads
+
+from open_rm import steps, tokenization
+from open_rm.data import load_preference_data
+
+HERE = Path(__file__).parent
+CONTESTANTS = {
+    "TRL": {"trainer": "trl", "sampling": "random"},
+    "TRL group_by_length": {"trainer": "trl", "sampling": "group_by_length"},
+    "padded": {"trainer": "ours", "layout": "padded"},
+    "packed": {"trainer": "ours", "layout": "packed"},
+    "shared_prefix": {"trainer": "ours", "layout": "shared_prefix"},
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkArgs:
+    """Measure training throughput against TRL."""
+
+    profile: Literal["cpu", "gpu"] = "cpu"
+    """cpu: a 6 x 384 Llama in float32. gpu: 1B and 8B shapes in bfloat16, with and without gradient checkpointing."""
+    data: str = "../shared/data"
+    """Folder that holds hh_harmless/ and alpaca_eval/ with train.jsonl; workloads without data are left out."""
+    rounds: int = 3
+    """Times each contestant runs."""
+    hh_pairs: int = 160
+    """Pairs of hh_harmless."""
+    alpaca_pairs: int = 96
+    """Pairs of alpaca_eval, whole prompts."""
+    only: tuple[str, ...] = ()
+    """Workloads to run. Empty: all of the profile."""
+    output: str = "output/benchmark"
+    """Folder for results.json and throughput.png."""
+
+
+def main(args: BenchmarkArgs) -> None:
+    """Run the profile, print and draw."""
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="open_rm_benchmark_"))
+    try:
+        results = run_profile(args, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    (output / "results.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+    if results:
+        draw(results, output / "throughput.png")
+        print(f"results in {output}/results.json, picture in {output}/throughput.png")
+
+
+def run_profile(args: BenchmarkArgs, scratch: Path) -> list[dict]:
+    print(f"machine: {machine()}", flush=True)
+    loads = make_workloads(args)
+    tokenizer = workloads.make_tokenizer(loads)
+    print_planning(args, tokenizer, scratch)
+    if args.profile == "gpu":
+        check_layouts(loads, tokenizer, scratch)
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no GPU here: correctness was checked above; the timings of this profile need one")
+            return []
+    # (shape, gradient checkpointing, dtype, pairs a micro-batch, accumulation, longest side in tokens)
+    settings = {
+        "cpu": [("6x384", False, "float32", 8, 1, 1024)],
+        "gpu": [
+            ("1B", False, "bfloat16", 16, 1, 2048),
+            ("1B", True, "bfloat16", 16, 1, 2048),
+            ("8B/4", True, "bfloat16", 16, 1, 2048),
+        ],
+    }[args.profile]
+    results = []
+    for shape, checkpointing, dtype, batch, accumulation, max_token_length in settings:
+        model = scratch / shape.replace("/", "_")
+        if not model.exists():
+            workloads.write_model(model, workloads.SHAPES[shape], tokenizer)
+        for load in loads:
+            data = workloads.write_rows(scratch, load)
+            common = {
+                "model": str(model),
+                "data": str(data),
+                "dtype": dtype,
+                "batch": batch,
+                "accumulation": accumulation,
+                "max_token_length": max_token_length,
+                "gradient_checkpointing": checkpointing,
+                "group_by_prompt": load.by_prompt,
+            }
+            title = f"{load.name}, {shape}, {dtype}{', gradient checkpointing' if checkpointing else ''}"
+            results.append({"title": title, "rounds": race(common, args.rounds, scratch)})
+            report(results[-1])
+    return results
+
+
+def make_workloads(args: BenchmarkArgs) -> list[workloads.Workload]:
+    folder, gpu, loads = Path(args.data), args.profile == "gpu", []
+    for name, pairs, by_prompt in (("hh_harmless", args.hh_pairs, False), ("alpaca_eval", args.alpaca_pairs, True)):
+        if (folder / name / "train.jsonl").is_file():
+            loads.append(workloads.real(folder / name, pairs * (4 if gpu else 1), seed=1, by_prompt=by_prompt))
+        else:
+            print(f"{folder / name} is not there: left out")
+    loads.append(workloads.long_prompts(192, seed=1) if gpu else workloads.equal_lengths(64, seed=1))
+    return [load for load in loads if not args.only or load.name in args.only]
+
+
+def race(common: dict, rounds: int, scratch: Path) -> list[dict[str, dict]]:
+    """Every contestant once a round, in turn; the order is reversed every other round."""
+    results = []
+    for number in range(rounds):
+        names = list(CONTESTANTS) if number % 2 == 0 else list(reversed(CONTESTANTS))
+        times = {}
+        for name in names:
+            started = time.perf_counter()
+            times[name] = run_contestant(common | CONTESTANTS[name], scratch)
+            figures = (
+                f"{times[name]['pairs_per_second']:.2f} pairs/s" if "error" not in times[name] else times[name]["error"]
+            )
+            print(f"  round {number + 1}, {name}: {figures} ({time.perf_counter() - started:.0f} s)", flush=True)
+        results.append(times)
+    return results
+
+
+def run_contestant(settings: dict, scratch: Path) -> dict:
+    own = Path(tempfile.mkdtemp(dir=scratch))
+    (own / "settings.json").write_text(json.dumps(settings | {"scratch": str(own)}))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parent),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "contestant.py"), str(own / "settings.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    shutil.rmtree(own, ignore_errors=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+
+
+def figures(result: dict, name: str, key: str) -> list[float]:
+    return [times[name][key] for times in result["rounds"] if key in times[name]]
+
+
+def ratios(result: dict, name: str, peer: str) -> list[float]:
+    """pairs/s of one over the other, within each round."""
+    pairs = [(times[name], times[peer]) for times in result["rounds"]]
+    return [a["pairs_per_second"] / b["pairs_per_second"] for a, b in pairs if "error" not in a and "error" not in b]
+
+
+def report(result: dict) -> None:
+    print(f"\n{result['title']}\n")
+    print("| trainer | pairs/s | tokens/s | peak GiB | over TRL | over TRL group_by_length | over our padded |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in CONTESTANTS:
+        speeds = figures(result, name, "pairs_per_second")
+        if not speeds:
+            print(f"| {name} | failed: {result['rounds'][0][name].get('error')} |")
+            continue
+        columns = [
+            spread(speeds),
+            f"{statistics.median(figures(result, name, 'tokens_per_second')):.0f}",
+            f"{statistics.median(figures(result, name, 'peak_gib')):.2f}",
+            *(spread(ratios(result, name, peer)) for peer in ("TRL", "TRL group_by_length", "padded")),
+        ]
+        print(f"| {name} | {' | '.join(columns)} |")
+    shared = [times["shared_prefix"] for times in result["rounds"] if "mfu" in times["shared_prefix"]]
+    if shared:
+        parts = {key: statistics.median(row[key] for row in shared) for key in ("mfu", "data_share", "distinct")}
+        print(
+            f"\nshared_prefix: {parts['distinct']:.2f} of the tokens are distinct, mfu {parts['mfu']:.2f} of the measured "
+            f"matrix-product rate, waiting for data {parts['data_share']:.2%}\n",
+            flush=True,
+        )
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the range of the rounds."""
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def print_planning(args: BenchmarkArgs, tokenizer, scratch: Path) -> None:
+    """How evenly the planner deals steps to 64 ranks, on the complete real sets, and what planning costs.
+
+    No deal of whole pairs can be more even than the heaviest pair allows; that bound is printed beside it.
+    """
+    tokenizer.save_pretrained(scratch / "tokenizer")
+    loaded = tokenization.load_tokenizer(str(scratch / "tokenizer"))
+    shape = workloads.SHAPES["1B"]
+    body = shape.layers * (shape.width**2 * (2 + 2 * shape.kv_heads / shape.heads) + 3 * shape.width * shape.mlp)
+    area_cost = steps.attention_cost(int(body), shape.layers, shape.width)
+    print("planning for 64 ranks; imbalance = max over mean cost of the ranks, pairs drawn without grouping:")
+    for name in ("hh_harmless", "alpaca_eval"):
+        file = Path(args.data) / name / "train.jsonl"
+        if not file.is_file():
+            continue
+        data = load_preference_data(
+            [str(file), "1.0"],
+            ["train"],
+            flag="dataset_mixer_list",
+            tokenizer=loaded,
+            max_token_length=1024,
+            max_prompt_token_length=1024,
+            cache_dir=str(scratch / "cache"),
+            seed=1,
+        )
+        for layout, pairs in (("packed", 256), ("shared_prefix", 256), ("shared_prefix", 64 * 256)):
+            figures = [plan_once(data, layout, pairs, area_cost, seed) for seed in range(10 if pairs == 256 else 2)]
+            planned, bound, at_random, seconds = zip(*figures, strict=True)
+            print(
+                f"  {name}, {layout}, {pairs} pairs a step: {spread(planned)}, the heaviest pair allows {spread(bound)}, "
+                f"dealt at random {spread(at_random)}; {1e3 * statistics.median(seconds):.0f} ms a step",
+                flush=True,
+            )
+
+
+def plan_once(data, layout: str, pairs: int, area_cost: float, seed: int) -> tuple[float, float, float, float]:
+    """(imbalance planned, the least that whole pairs allow, imbalance at random, seconds) of one step for 64 ranks."""
+    rng = np.random.default_rng(seed)
+    epochs = -(-pairs // len(data))  # more pairs than the set has: several epochs together
+    indices = np.concatenate([rng.permutation(len(data)) for _ in range(epochs)])[:pairs]
+    started = time.perf_counter()
+    plan = steps.plan_step(indices, data.table, layout=layout, world_size=64, max_tokens=16384, area_cost=area_cost)
+    seconds = time.perf_counter() - started
+    costs = steps.pair_costs(indices, data.table, layout, area_cost)
+    at_random = [share.sum() for share in np.array_split(rng.permutation(costs), 64)]
+    return plan.imbalance, max(1.0, costs.max() / costs.sum() * 64), max(at_random) / costs.sum() * 64, seconds
+
+
+def check_layouts(loads: list[workloads.Workload], tokenizer, scratch: Path) -> None:
+    """The three layouts give the same rewards here, on this device and in its dtype."""
+    import torch
+
+    from open_rm import batching, model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    workloads.write_model(scratch / "tiny", workloads.SHAPES["tiny"], tokenizer)
+    loaded = tokenization.load_tokenizer(str(scratch / "tiny"))
+    for load in loads:
+        data = load_preference_data(
+            [str(workloads.write_rows(scratch, load)), "8"],
+            ["train"],
+            flag="dataset_mixer_list",
+            tokenizer=loaded,
+            max_token_length=8192,
+            max_prompt_token_length=8192,
+            cache_dir=str(scratch / "cache"),
+            seed=1,
+        )
+        rewards = {}
+        for layout in steps.LAYOUTS:
+            reward_model, _ = model.load_reward_model(
+                str(scratch / "tiny"),
+                revision=None,
+                tokenizer=loaded,
+                dtype=dtype,
+                attn_implementation=None,
+                layout=layout,
+                gradient_checkpointing=False,
+                seed=1,
+                deepspeed_config={"zero_optimization": {"stage": 0}},
+            )
+            indices = np.arange(len(data))
+            batch = batching.lay_out(
+                layout,
+                data.pairs(indices),
+                pad_token_id=loaded.pad_token_id,
+                prompt_ids=data.table.prompt_id[indices],
+            )
+            with torch.no_grad():
+                rewards[layout] = reward_model.to(device)(**batch.inputs(device)).float().cpu()
+        worst = max((rewards[layout] - rewards["padded"]).abs().max().item() for layout in steps.LAYOUTS)
+        print(f"correctness on {device.type}, {load.name}: largest difference of rewards between layouts {worst:.1e}")
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Bars of pairs/s relative to TRL, one group per workload; the lines are the range of the rounds."""
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), constrained_layout=True, squeeze=False)
+    colours = ("silver", "grey", "tab:blue", "tab:cyan", "tab:green")
+    for axis, result in zip(axes[0], results, strict=True):
+        for x, (name, colour) in enumerate(zip(CONTESTANTS, colours, strict=True)):
+            values = ratios(result, name, "TRL")
+            if not values:
+                continue
+            middle = statistics.median(values)
+            axis.bar(x, middle, color=colour)
+            axis.plot([x, x], [min(values), max(values)], color="black")
+            axis.text(x, max(values), f"{middle:.2f}x", ha="center", va="bottom")
+        axis.set_xticks(range(len(CONTESTANTS)), [name.replace(" ", "\n") for name in CONTESTANTS], fontsize=8)
+        axis.set_title(result["title"], fontsize=9)
+        axis.set_ylabel("pairs/s over TRL")
+        axis.margins(y=0.15)
+    figure.suptitle(machine())
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def machine() -> str:
+    """The device's name."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models_of_cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models_of_cpu[0] if models_of_cpu else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchmarkArgs, use_underscores=True))

@@ -1,0 +1,149 @@
+"""What the benchmark trains on: models of given shapes with random weights, a tokenizer, and pairs of real lengths."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from open_rm.tokenization import read_template
+
+VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama: layers, width, query heads, key/value heads, MLP width."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp: int
+
+
+SHAPES = {
+    "6x384": Shape(6, 384, 6, 6, 1024),
+    "1B": Shape(16, 2048, 32, 8, 8192),  # Llama 3.2 1B
+    # Llama 3.1 8B, a quarter of its layers: with all 32 the float32 optimizer state alone exceeds one device
+    "8B/4": Shape(8, 4096, 32, 8, 14336),
+    "tiny": Shape(2, 64, 4, 2, 128),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """name; rows as dicts with chosen, rejected (and prompt); by_prompt: several pairs share a prompt."""
+
+    name: str
+    rows: list[dict]
+    by_prompt: bool
+
+
+def real(folder: Path, pairs: int, seed: int, by_prompt: bool) -> Workload:
+    """About `pairs` rows of a data folder's train.jsonl: random ones, or all rows of random prompts."""
+    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    rng = random.Random(seed)
+    if not by_prompt:
+        return Workload(folder.name, rng.sample(rows, min(pairs, len(rows))), False)
+    prompts: dict[str, list[dict]] = {}
+    for row in rows:
+        prompts.setdefault(json.dumps(row["prompt"]), []).append(row)
+    chosen: list[dict] = []
+    for key in rng.sample(sorted(prompts), len(prompts)):
+        if len(chosen) < pairs:
+            chosen += prompts[key]
+    return Workload(folder.name, chosen, True)
+
+
+def long_prompts(pairs: int, seed: int, words: int = 2000) -> Workload:
+    """A long document as the prompt, two short answers."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(3000)]
+
+    def text(count: int) -> str:
+        return " ".join(rng.choices(vocabulary, k=count))
+
+    rows = []
+    for _ in range(pairs):
+        prompt = text(rng.randint(words // 2, words))
+        rows.append(
+            {"prompt": prompt + " ", "chosen": text(rng.randint(20, 120)), "rejected": text(rng.randint(20, 120))}
+        )
+    return Workload("long_prompts", rows, False)
+
+
+def equal_lengths(pairs: int, seed: int, words: int = 120) -> Workload:
+    """Nothing to gain: all sides of one length, nothing shared from the first token on."""
+    rng = random.Random(seed)
+    vocabulary = [chr(ord("a") + i) + chr(ord("a") + j) for i in range(26) for j in range(26)]
+
+    def text(first: str) -> str:
+        return " ".join([first, *rng.choices(vocabulary, k=words - 1)])
+
+    return Workload("equal_lengths", [{"chosen": text("aa"), "rejected": text("zz")} for _ in range(pairs)], False)
+
+
+def make_tokenizer(workloads: list[Workload]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 8 K tokens trained on the rows (words of `equal_lengths` are single tokens by themselves)."""
+
+    def texts():
+        for workload in workloads:
+            for row in workload.rows:
+                for value in row.values():
+                    yield from (
+                        [value]
+                        if isinstance(value, str)
+                        else (m["content"] for m in value if isinstance(m, dict))
+                        if (isinstance(value, list))
+                        else []
+                    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|bos|>", "<|eos|>", "<|pad|>"]
+    tokenizer.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], pad_token=special[2]
+    )
+    fast.chat_template = read_template("tulu")
+    return fast
+
+
+def write_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> None:
+    """A causal model of the shape with random weights, and the tokenizer, as a folder that both trainers load."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=max(VOCABULARY, len(tokenizer)),
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        dtype=torch.bfloat16 if shape.width >= 2048 else torch.float32,
+    )
+    model = LlamaForCausalLM(config).to(config.dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(folder: Path, workload: Workload) -> Path:
+    """The rows as a jsonl file."""
+    path = folder / f"{workload.name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in workload.rows), encoding="utf-8")
+    return path

@@ -1,0 +1,569 @@
+"""Padded, packed and shared-prefix batches give the same rewards and the same gradient of every parameter.
+
+Everything here is float32. Layouts differ in nothing but the order in which the same numbers are added.
+"""
+
+import dataclasses
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+from conftest import read_metrics, run_recipe, shared_data, toy_flags
+from test_attention import Largest
+
+from open_rm import batching, data, model, steps, toy
+from open_rm.errors import UserError
+from open_rm.losses import ranking_loss
+from open_rm.reward_modeling import Args, main
+from open_rm.tokenization import PairIds
+
+LAYOUTS = steps.LAYOUTS
+CPU = torch.device("cpu")
+# Absolute. Measured over all tests of this file: rewards (up to 3) 2e-6 apart, gradients (up to 10) 5e-6.
+TOLERANCE = 1e-5
+# Losses after some steps of training; as in test_engine.py.
+RUN_TOLERANCE = 1e-5
+EVERYTHING = 10**6  # a budget that holds all pairs of a test in one micro-batch
+
+
+def load(folder, tokenizer, layout, **changes):
+    options = dict(
+        revision=None,
+        dtype=torch.float32,
+        attn_implementation=None,
+        gradient_checkpointing=False,
+        seed=1,
+        deepspeed_config={"zero_optimization": {"stage": 0}},
+    )
+    reward_model, _ = model.load_reward_model(str(folder), tokenizer=tokenizer, layout=layout, **(options | changes))
+    return reward_model
+
+
+@dataclasses.dataclass
+class Result:
+    """rewards: [pairs, 2].  gradients: of the step's loss, by parameter.  micro_batches, positions: over all ranks."""
+
+    rewards: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    micro_batches: int
+    positions: int
+
+
+def computed(reward_model, pairs: data.PreferenceData, layout: str, *, world_size=1, max_tokens=EVERYTHING) -> Result:
+    """All pairs as one step, as the recipe computes it; the ranks' gradients added up as their all-reduce would."""
+    reward_model.zero_grad()
+    rewards = torch.full((len(pairs), 2), torch.nan)
+    indices = np.arange(len(pairs))
+    plan = steps.plan_step(indices, pairs.table, layout=layout, world_size=world_size, max_tokens=max_tokens)
+    positions = 0
+    for rank in plan.ranks:
+        for part, batch in pairs.batches(rank, layout, pad_token_id=2):
+            scores = reward_model(**batch.inputs(CPU))
+            chosen, rejected = (side[: part.counted] for side in scores.chunk(2))
+            (ranking_loss(chosen, rejected).sum() / len(indices)).backward()
+            rewards[part.indices[: part.counted]] = torch.stack((chosen, rejected), 1).detach()
+            positions += batch.positions
+    gradients = {name: parameter.grad.clone() for name, parameter in reward_model.named_parameters()}
+    return Result(rewards, gradients, sum(map(len, plan.ranks)), positions)
+
+
+def differences(result: Result, reference: Result) -> tuple[float, float]:
+    """(largest difference of rewards, of gradients)"""
+    assert result.gradients.keys() == reference.gradients.keys()
+    assert not result.rewards.isnan().any()
+    apart = [(result.gradients[name] - reference.gradients[name]).abs().max().item() for name in reference.gradients]
+    return (result.rewards - reference.rewards).abs().max().item(), max(apart)
+
+
+def assert_same(result: Result, reference: Result, what=""):
+    rewards, gradients = differences(result, reference)
+    assert rewards < TOLERANCE, f"{what}: rewards {rewards} apart"
+    assert gradients < TOLERANCE, f"{what}: gradients {gradients} apart"
+
+
+def as_data(pairs, prompt_lengths) -> data.PreferenceData:
+    """Pairs of token ids as data.py would have written them."""
+    ids = [PairIds(length, *pair) for pair, length in zip(pairs, prompt_lengths, strict=True)]
+    columns = pa.Table.from_batches([data._record_batch(ids, 0)]).to_pydict()
+    return data.PreferenceData(datasets.Dataset.from_dict(columns), ["pairs"], [], chat=False)
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    """Token ids of the toy's vocabulary, none of them special."""
+    return np.random.default_rng(seed).integers(5, 500, count).tolist()
+
+
+def ranked(prompt, responses) -> list[tuple]:
+    """All pairs of a ranked list."""
+    sequences = [prompt + response for response in responses]
+    return [(better, worse) for i, better in enumerate(sequences) for worse in sequences[i + 1 :]]
+
+
+P, Q, R = tokens(30, 1), tokens(12, 2), [tokens(n, 10 + n) for n in (20, 14, 9, 25)]
+CASES = {
+    "one pair": ([(P + R[0], P + R[1])], [30]),
+    "rejected longer than chosen": ([(P + R[2], P + R[3])], [30]),
+    "ranked lists of two prompts": (ranked(P, R) + ranked(Q, R[:3]), [30] * 6 + [12] * 3),
+    "two pairs with the same chosen": ([(P + R[0], P + R[1]), (P + R[0], P + R[2])], [30] * 2),
+    "chosen of one pair is rejected of another": ([(P + R[0], P + R[1]), (P + R[1], P + R[2])], [30] * 2),
+    "the same pair twice": ([(P + R[0], P + R[1])] * 2 + [(Q + R[0], Q + R[1])], [30, 30, 12]),
+    "a response that begins another": ([(P + R[0], P + R[0][:5]), (P + R[0][:1], P + R[0])], [30] * 2),
+    "sides alike beyond the prompt": ([(P + R[0] + [7], P + R[0] + [8]), (P + R[1] + [7], P + R[1])], [30] * 2),
+    "nothing in common": ([(R[0], R[1]), (R[2], R[3])], [0, 0]),
+    "responses of one token": ([(P + [7], P + [8]), (P + [7], P + [9])], [30] * 2),
+    "sequences of one token": ([([7], [8]), ([9], [7])], [0, 0]),
+    "a prompt longer than what is shared": ([(P + R[0], P[:20] + R[1]), (P + R[0], P + R[2])], [30] * 2),
+}
+
+
+@pytest.fixture(scope="module")
+def toy_models(toy):
+    """The toy as a reward model, by (layout, gradient checkpointing)."""
+    from open_rm.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(str(toy / "model"))
+    made = {}
+
+    def get(layout: str, checkpointing: bool = False):
+        key = layout, checkpointing
+        if key not in made:
+            made[key] = load(toy / "model", tokenizer, layout, gradient_checkpointing=checkpointing)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rewards_and_gradients_are_equal_whatever_the_pairs_share(toy_models, case):
+    pairs = as_data(*CASES[case])
+    reference = computed(toy_models("padded"), pairs, "padded")
+    assert max(gradient.abs().max() for gradient in reference.gradients.values()) > 0.01
+    for layout in LAYOUTS:
+        for world_size, max_tokens in ((1, EVERYTHING), (1, 60), (2, EVERYTHING)):
+            result = computed(toy_models(layout), pairs, layout, world_size=world_size, max_tokens=max_tokens)
+            assert_same(result, reference, f"{layout}, {world_size} ranks, {max_tokens} tokens")
+
+
+def test_identical_responses_of_a_prompt_are_computed_once(toy_models):
+    """Six pairs over four responses: the prompt once and each response once, and gradients as if computed six times."""
+    pairs = as_data(ranked(P, R), [30] * 6)
+    shared, packed = (computed(toy_models(layout), pairs, layout) for layout in ("shared_prefix", "packed"))
+    assert shared.positions == 30 + sum(map(len, R))
+    assert packed.positions == 3 * sum(len(P + response) for response in R)
+    assert_same(shared, packed)
+
+
+# ---------------------------------------------------------------- real rows
+
+
+def short_rows(name: str, toy) -> list[dict]:
+    """Ten rows with sides of at most 400 characters; of alpaca_eval, all such pairs of some prompts."""
+    folder = toy / "data" if name == "toy" else shared_data(name)
+    prompts: dict[str, list[dict]] = {}
+    for line in (folder / "train.jsonl").open(encoding="utf-8"):
+        row = json.loads(line)
+        if max(len(json.dumps(row[side])) for side in ("chosen", "rejected")) < 400:
+            prompts.setdefault(json.dumps(row.get("prompt", len(prompts))), []).append(row)
+    least = 3 if name == "alpaca_eval" else 1
+    rows = [row for group in prompts.values() if len(group) >= least for row in group]
+    assert len(rows) >= 10
+    return rows[:10]
+
+
+@pytest.fixture(scope="module")
+def real_pairs(toy, tmp_path_factory):
+    from open_rm.tokenization import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("pairs")
+    made = {}
+
+    def get(name: str) -> data.PreferenceData:
+        if name not in made:
+            rows = short_rows(name, toy)
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            made[name] = data.load_preference_data(
+                [str(folder / f"{name}.jsonl"), "1.0"],
+                ["train"],
+                flag="dataset_mixer_list",
+                tokenizer=load_tokenizer(str(toy / "model")),
+                max_token_length=2048,
+                max_prompt_token_length=2048,
+                cache_dir=str(folder / "cache"),
+                seed=1,
+            )
+        return made[name]
+
+    return get
+
+
+REAL = ("toy", "hh_harmless", "alpaca_eval")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", REAL)
+def test_real_rows_give_the_same_with_any_ranks_and_budget(toy_models, real_pairs, name, layout, checkpointing):
+    """Budgets: everything at once, a third of what padding takes, and a pair each; on 1, 2 and 5 ranks."""
+    pairs = real_pairs(name)
+    reference = computed(toy_models("padded"), pairs, "padded")
+    some = reference.positions // 3
+    counts = set()
+    for world_size, max_tokens in ((1, EVERYTHING), (1, 1), (2, EVERYTHING), (2, some), (5, some)):
+        result = computed(
+            toy_models(layout, checkpointing), pairs, layout, world_size=world_size, max_tokens=max_tokens
+        )
+        assert_same(result, reference, f"{world_size} ranks, {max_tokens} tokens")
+        counts.add(result.micro_batches)
+    assert {1, 2, 5, len(pairs)} <= counts
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_layouts_compute_fewer_positions_in_the_order_of_their_names(toy_models, real_pairs, name):
+    padded, packed, shared = (computed(toy_models(layout), real_pairs(name), layout).positions for layout in LAYOUTS)
+    assert shared < packed < padded
+
+
+# ---------------------------------------------------------------- the test tested
+
+
+def seeing_more(layout):
+    """Segments that also see what stands between their prefix and them: rejected sees chosen."""
+    whole = layout == "packed"
+    return lambda bounds: make_segments([(s, e, ps, s if pe or whole else 0) for s, e, ps, pe in bounds])
+
+
+make_segments = batching.make_segments
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_the_comparison_notices_a_rejected_response_that_sees_the_chosen_one(
+    toy_models, real_pairs, monkeypatch, layout, name
+):
+    pairs = real_pairs(name)
+    reference = computed(toy_models("padded"), pairs, "padded")
+    monkeypatch.setattr(batching, "make_segments", seeing_more(layout))
+    mutated = computed(toy_models(layout), pairs, layout)
+    assert min(differences(mutated, reference)) > 100 * TOLERANCE
+    with pytest.raises(AssertionError, match="apart"):
+        assert_same(mutated, reference)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_comparison_notices_positions_that_do_not_restart(toy_models, real_pairs, monkeypatch, name):
+    pairs = real_pairs(name)
+    reference = computed(toy_models("padded"), pairs, "padded")
+
+    def running_on(*args, **kwargs):
+        batch = batching.lay_out(*args, **kwargs)
+        return dataclasses.replace(batch, position_ids=torch.arange(batch.positions)[None])
+
+    monkeypatch.setattr(data, "lay_out", running_on)
+    mutated = computed(toy_models("shared_prefix"), pairs, "shared_prefix")
+    assert min(differences(mutated, reference)) > 10 * TOLERANCE
+
+
+def test_the_comparison_notices_a_loss_averaged_over_micro_batches(toy_models):
+    """Uneven micro-batches: dividing by their own pairs instead of the step's would weigh pairs differently."""
+    pairs = as_data(*CASES["ranked lists of two prompts"])
+    reference = computed(toy_models("padded"), pairs, "padded")
+    few = as_data(*(part[:3] for part in CASES["ranked lists of two prompts"]))
+    rest = as_data(*(part[3:] for part in CASES["ranked lists of two prompts"]))
+    halves = [computed(toy_models("shared_prefix"), part, "shared_prefix").gradients for part in (few, rest)]
+    name = "classifier.score.weight"
+    right = sum(len(part) / len(pairs) * half[name] for part, half in zip((few, rest), halves, strict=True))
+    assert (right - reference.gradients[name]).abs().max() < TOLERANCE
+    assert (sum(half[name] for half in halves) / 2 - reference.gradients[name]).abs().max() > 10 * TOLERANCE
+
+
+# ---------------------------------------------------------------- families
+
+WINDOW = 8  # below every prompt and below most responses
+SIZE = dict(
+    vocab_size=1100,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=2,
+    initializer_range=0.1,  # with the usual 0.02, attention is nearly uniform and caps and windows hardly matter
+)
+GROUPED = SIZE | {"num_key_value_heads": 2}
+BOTH = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+FAMILIES = {
+    "llama": lambda **c: transformers.LlamaConfig(**(GROUPED | c)),
+    "qwen2": lambda **c: transformers.Qwen2Config(**(GROUPED | c)),
+    "qwen2 with windows": lambda **c: transformers.Qwen2Config(
+        **(GROUPED | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1} | c)
+    ),
+    "qwen3": lambda **c: transformers.Qwen3Config(**(GROUPED | {"head_dim": 8} | c)),
+    "mistral": lambda **c: transformers.MistralConfig(**(GROUPED | {"sliding_window": WINDOW} | c)),
+    "gemma2": lambda **c: transformers.Gemma2Config(
+        **(GROUPED | BOTH | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8} | c)
+    ),
+    "gemma3_text": lambda **c: transformers.Gemma3TextConfig(**(GROUPED | BOTH | {"query_pre_attn_scalar": 8} | c)),
+    "phi3": lambda **c: transformers.Phi3Config(**(GROUPED | c)),
+    "phi3 with windows": lambda **c: transformers.Phi3Config(**(GROUPED | {"sliding_window": WINDOW} | c)),
+    "olmo2": lambda **c: transformers.Olmo2Config(**(GROUPED | c)),
+    "gpt_neox": lambda **c: transformers.GPTNeoXConfig(**(SIZE | c)),
+}
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory):
+    """A folder with a tiny causal model of the family; the same weights whatever the changes to its config."""
+
+    def make(family: str, **changes):
+        folder = tmp_path_factory.mktemp("family")
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(FAMILIES[family](**changes)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+FAMILY_PAIRS = (ranked(P, R[:3]) + [(Q + R[3], Q + R[1]), (R[1], R[2] + R[0])], [30] * 3 + [12, 0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, family):
+    folder, pairs = family_folder(family), as_data(*FAMILY_PAIRS)
+    config = model.read_config(str(folder), revision=None, max_token_length=256)
+    choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False)
+    assert model.choose_layout("auto", config, **choice) == ("shared_prefix", None)
+    assert config.model_type == family.split()[0] and config.model_type in model.SEGMENT_FAMILIES
+    reference = computed(load(folder, tokenizer, "padded"), pairs, "padded")
+    largest = (0.0, 0.0)
+    for layout in ("packed", "shared_prefix"):
+        assert model.choose_layout(layout, config, **choice) == (layout, None)
+        for checkpointing in (False, True):
+            reward_model = load(folder, tokenizer, layout, gradient_checkpointing=checkpointing)
+            for world_size, max_tokens in ((1, EVERYTHING), (2, 120)):
+                result = computed(reward_model, pairs, layout, world_size=world_size, max_tokens=max_tokens)
+                assert_same(result, reference, f"{family}, {layout}")
+                largest = tuple(map(max, zip(largest, differences(result, reference), strict=True)))
+    print(f"{family}: rewards {largest[0]:.1e} apart, gradients {largest[1]:.1e}")
+
+
+def test_every_family_that_may_be_packed_is_tested_here():
+    assert {family.split()[0] for family in FAMILIES} == set(model.SEGMENT_FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("family", "without"),
+    [
+        ("qwen2 with windows", {"sliding_window": 200}),
+        ("mistral", {"sliding_window": 200}),
+        ("gemma2", {"sliding_window": 200}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma3_text", {"sliding_window": 200}),
+        ("phi3 with windows", {"sliding_window": 200}),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_windows_and_soft_caps_matter_in_these_models(family_folder, tokenizer, family, without, layout):
+    """Else their families would pass above with a window or a cap that nobody applies."""
+    pairs = as_data(*FAMILY_PAIRS)
+    plain, changed = (
+        computed(load(family_folder(family, **changes), tokenizer, layout), pairs, layout) for changes in ({}, without)
+    )
+    assert min(differences(plain, changed)) > 100 * TOLERANCE
+
+
+OTHERS = {
+    "bert": transformers.BertConfig(),
+    "mamba": transformers.MambaConfig(),
+    "gpt2": transformers.GPT2Config(),
+    "gpt_oss": transformers.GptOssConfig(),  # attention sinks
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_padded_and_refused_by_name(family):
+    choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False)
+    layout, reason = model.choose_layout("auto", OTHERS[family], **choice)
+    assert layout == "padded" and family in reason
+    assert model.choose_layout("padded", OTHERS[family], **choice) == ("padded", None)
+    for wanted in ("packed", "shared_prefix"):
+        with pytest.raises(
+            UserError, match=rf"--batching {wanted} is not possible: .*{family}; pass --batching padded"
+        ):
+            model.choose_layout(wanted, OTHERS[family], **choice)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "choice", "reason"),
+    [
+        ("gemma2", {}, {"on_gpu": True}, "gemma2 soft-caps attention scores"),
+        ("llama", {}, {"attn_implementation": "eager"}, "--attn_implementation eager is attention for padded rows"),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 100},
+            {},
+            "longrope rotary embeddings depend on the longest sequence beyond 100 tokens",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            {"max_token_length": 257},
+            "dynamic rotary embeddings depend on the longest sequence beyond 256 tokens",
+        ),
+    ],
+)
+def test_settings_that_packed_rows_do_not_have_are_padded_with_the_reason(family, changes, choice, reason):
+    choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False) | choice
+    layout, found = model.choose_layout("auto", FAMILIES[family](**changes), **choice)
+    assert layout == "padded" and found.startswith(reason)
+    with pytest.raises(UserError, match=reason):
+        model.choose_layout("shared_prefix", FAMILIES[family](**changes), **choice)
+
+
+def test_rotary_embeddings_that_change_only_beyond_the_longest_sequence_may_be_packed():
+    config = FAMILIES["phi3"](rope_parameters=LONGROPE, original_max_position_embeddings=100)
+    choice = dict(attn_implementation=None, max_token_length=100, on_gpu=False)
+    assert model.choose_layout("auto", config, **choice) == ("shared_prefix", None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_no_mask_of_the_whole_row_is_made_by_the_model(family_folder, tokenizer, family):
+    """A row of some 5,000 tokens forward and backward: no tensor comes near 5,000 * 5,000."""
+    pairs = as_data([pair for i in range(60) for pair in [(P + tokens(30, i), P + tokens(20, i + 99))]], [30] * 60)
+    pairs = [(pair[0].tolist(), pair[1].tolist()) for pair in pairs.pairs(range(60))]
+    for layout in ("packed", "shared_prefix"):
+        reward_model = load(family_folder(family), tokenizer, layout)
+        batch = batching.lay_out(layout, pairs, pad_token_id=2, prompt_ids=range(60))
+        assert batch.positions > 4500
+        with Largest() as largest:
+            reward_model(**batch.inputs(CPU)).sum().backward()
+        assert largest.elements < batch.positions**2 / 50
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory):
+    """Run the recipe on ranked lists (12 prompts, 3 responses, 36 pairs); returns its lines of metrics.
+
+    A run of one process is made in this one, which saves the seconds of its imports.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    texts = [message["content"] for row in toy_rows(36) for message in row["chosen"]]
+    lines = []
+    for prompt in range(12):
+        prefix = {"prompt": toy_rows(12)[prompt]["prompt"]}
+        answers = [[{"role": "assistant", "content": text}] for text in texts[3 * prompt : 3 * prompt + 3]]
+        lines += [prefix | {"chosen": answers[i], "rejected": answers[j]} for i, j in ((0, 1), (0, 2), (1, 2))]
+    (folder / "ranked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    made = {}
+
+    def run(layout: str, processes: int, max_tokens: int | None, grouped: bool):
+        key = layout, processes, max_tokens, grouped
+        if key not in made:
+            output = folder / "-".join(map(str, key))
+            changes = dict(
+                dataset_mixer_list=[str(folder / "ranked.jsonl"), "1.0"],
+                dataset_mixer_eval_list=[str(toy / "data"), "20"],
+                per_device_train_batch_size=10 // processes,
+                gradient_accumulation_steps=1,
+                max_tokens_per_micro_batch=max_tokens,
+                total_episodes=45,
+                num_evals=0,
+                batching=layout,
+                group_by_prompt=grouped,
+            )
+            if processes == 1:
+                own = dict(
+                    model_name_or_path=str(toy / "model"),
+                    dataset_local_cache_dir=str(folder / "cache"),
+                    output_dir=str(output),
+                    per_device_eval_batch_size=16,
+                    learning_rate=1e-3,
+                    num_sample_pairs=2,
+                )
+                main(Args(**own, **changes))
+            else:
+                done = run_recipe(*toy_flags(toy, output, **changes), processes=processes)
+                assert done.returncode == 0, done.stderr[-3000:]
+                assert f"batching {layout}" in done.stdout
+            made[key] = read_metrics(output)
+        return made[key]
+
+    return run
+
+
+def toy_rows(count: int) -> list[dict]:
+    return toy.make_pairs(count, seed=11)
+
+
+def column(lines, name):
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "max_tokens", "grouped"),
+    [
+        ("padded", 2, 400, False),
+        ("packed", 1, 300, False),
+        ("packed", 2, None, False),
+        ("shared_prefix", 1, None, False),
+        ("shared_prefix", 2, 250, False),
+        ("packed", 1, 300, True),
+        ("shared_prefix", 1, None, True),
+        ("shared_prefix", 2, 250, True),
+    ],
+)
+def test_layouts_processes_and_budgets_give_the_same_run(runs, layout, processes, max_tokens, grouped):
+    """Compared within --group_by_prompt, since that decides which pairs form a step."""
+    reference, other = runs("padded", 1, None, grouped), runs(layout, processes, max_tokens, grouped)
+    expected = [9, 18, 27, 36, 45] if grouped else [10, 20, 30, 36, 45]  # with groups of three, steps of ten hold nine
+    lines = [[line for line in run if "train/rm/loss" in line] for run in (reference, other)]
+    assert column(lines[0], "episode") == column(lines[1], "episode") == expected
+    for name in ("train/rm/loss", "eval/rm/loss", "train/rm/chosen_rewards", "train/rm/rejected_rewards"):
+        assert column(other, name) == pytest.approx(column(reference, name), abs=RUN_TOLERANCE, rel=0), name
+    assert column(other, "train/rm/grad_norm") == pytest.approx(column(reference, "train/rm/grad_norm"), rel=1e-4)
+    # Of three responses in three pairs each is computed once, and the prompt once, where a rank holds all of them.
+    fraction = max(column(other, "perf/distinct_token_fraction"))
+    assert fraction < (0.5 if grouped and processes == 1 else 0.95) if layout == "shared_prefix" else fraction == 1
+
+
+@pytest.fixture(scope="module")
+def gpt2(toy, tmp_path_factory):
+    from open_rm.tokenization import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=1100, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
+    load_tokenizer(str(toy / "model")).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_says_in_one_line_why_it_is_padded(toy, gpt2, tmp_path, capfd):
+    options = dict(
+        model_name_or_path=str(gpt2),
+        dataset_mixer_list=[str(toy / "data"), "16"],
+        dataset_local_cache_dir=str(tmp_path / "cache"),
+        output_dir=str(tmp_path / "out"),
+    )
+    with pytest.raises(UserError, match="--batching shared_prefix is not possible: .*gpt2"):
+        main(Args(**options, batching="shared_prefix"))
+    main(Args(**options))
+    assert (
+        "batching padded, not shared_prefix: packed rows are not known to be exact for gpt2" in capfd.readouterr().out
+    )
