@@ -52,7 +52,7 @@ class Args:
     max_prompt_token_length: int = 256
     """Pairs with a prompt of more tokens are filtered, and counted."""
     dataset_local_cache_dir: str = "local_dataset_cache"
-    """Folder for tokenized data; it is found again by content."""
+    """Folder for tokenized data; found again while data, tokenizer and lengths are the same."""
     cache_dataset_only: bool = False
     """Tokenize into the cache and stop."""
     # ---- experiment
@@ -146,6 +146,10 @@ def check_args(args: Args) -> None:
     for name in ("learning_rate", "eps", "num_train_epochs"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed {args.seed}: must be below 2**32")
+    if args.lr_scheduler_type == "polynomial" and args.learning_rate <= 1e-7:
+        raise UserError(f"--learning_rate {args.learning_rate}: polynomial decay ends at 1e-7; start above it")
     if args.warmup_ratio >= 1:
         raise UserError(f"--warmup_ratio {args.warmup_ratio}: is a share of all steps, below 1")
     if args.max_prompt_token_length > args.max_token_length:
@@ -166,6 +170,14 @@ def check_args(args: Args) -> None:
         (
             args.eval_steps is not None and not args.dataset_mixer_eval_list,
             "--eval_steps needs held-out data; name some with --dataset_mixer_eval_list",
+        ),
+        (
+            args.num_evals != Args.num_evals and not args.dataset_mixer_eval_list,
+            "--num_evals needs held-out data; name some with --dataset_mixer_eval_list",
+        ),
+        (
+            args.total_episodes is not None and args.num_train_epochs != Args.num_train_epochs,
+            "--total_episodes and --num_train_epochs both say how long to train; pass one",
         ),
         (not args.dataset_mixer_list, "--dataset_mixer_list is empty; name training data and an amount: my/data 1.0"),
         (

@@ -59,8 +59,8 @@ def _read_yaml(path: Path | None) -> dict:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read as UTF-8 text ({error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())[:160]})") from error
     if not isinstance(content, dict):

@@ -31,7 +31,7 @@ from open_rm.sources import BLOCK_ROWS, open_source, parse_mixer
 from open_rm.steps import MicroBatch, PairTable
 from open_rm.tokenization import PairIds
 
-CACHE_VERSION = "2"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "3"  # raise when the meaning of a cached column changes
 SCHEMA = pa.schema(
     {
         "chosen_input_ids": pa.list_(pa.int32()),
@@ -133,7 +133,7 @@ def load_preference_data(
             report, chat = _write_pairs(
                 building / "pairs.arrow", opened, tokenizer, max_token_length, max_prompt_token_length, seed, progress
             )
-            (building / "report.json").write_text(json.dumps({"report": report, "chat": chat}))
+            (building / "report.json").write_text(json.dumps({"report": report, "chat": bool(chat)}))
             try:
                 os.rename(building, folder)
             except OSError:  # another process finished the same cache first; the content is the same
@@ -143,6 +143,10 @@ def load_preference_data(
             shutil.rmtree(building, ignore_errors=True)
     facts = json.loads((folder / "report.json").read_text())
     dataset = Dataset.from_file(str(folder / "pairs.arrow"))
+    if len(dataset) == 0 and all(" 0 taken" in line for line in facts["report"]):
+        raise UserError(
+            f"--{flag}: no rows at all ({'; '.join(facts['report'])}); name a file with rows, or a larger amount"
+        )
     if len(dataset) == 0:
         raise UserError(
             f"--{flag}: no pairs are left after filtering ({'; '.join(facts['report'])}); "
@@ -152,7 +156,7 @@ def load_preference_data(
 
 
 def _write_pairs(path, opened, tokenizer, max_token_length, max_prompt_token_length, seed, progress):
-    report, chat = [], False
+    report, chat = [], None
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for index, (source, _, size, rows) in enumerate(opened):
             copies = _copies(size, source.amount, seed)
@@ -160,7 +164,7 @@ def _write_pairs(path, opened, tokenizer, max_token_length, max_prompt_token_len
             bar = tqdm(total=int(copies.sum()), unit=" pairs", desc=f"tokenize {source.label}", disable=not progress)
             for places, block in _blocks(rows(), copies):
                 kept = []
-                chat |= not isinstance(block[0][1], str)
+                chat = _one_kind(chat, places, block)
                 for place, pair in zip(places, _encode_block(tokenizer, places, block), strict=True):
                     if fault := _overlength(pair, max_token_length, max_prompt_token_length):
                         counts[fault] += 1
@@ -175,6 +179,18 @@ def _write_pairs(path, opened, tokenizer, max_token_length, max_prompt_token_len
                 _source_line(source, size, int(copies.sum()), counts, max_token_length, max_prompt_token_length)
             )
     return report, chat
+
+
+def _one_kind(chat: bool | None, places: list[str], block: list[tuple]) -> bool:
+    """Whether the rows are messages; they must all be of one kind, since special tokens are written differently."""
+    for place, (_, chosen, _) in zip(places, block, strict=True):
+        if chat is not None and chat == isinstance(chosen, str):
+            kinds = ("messages", "text") if chat else ("text", "messages")
+            raise UserError(
+                f"{place}: the rows before are {kinds[0]} and this one is {kinds[1]}; train on one kind at a time"
+            )
+        chat = not isinstance(chosen, str)
+    return chat
 
 
 def _copies(size: int, amount: int | float, seed: int) -> np.ndarray:

@@ -27,6 +27,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from open_rm.errors import UserError
 
@@ -44,6 +45,7 @@ OWNED_BY_FLAGS = {
     "bf16": "--dtype",
     "fp16": "--dtype",
     "torch_autocast": "--dtype",
+    "data_types": "--dtype",
 }
 
 
@@ -118,9 +120,13 @@ def on_main_rank(work: Callable[[], Any], ranks: Ranks) -> Any:
 
 
 def main_rank_first(build: Callable[[], Any], ranks: Ranks) -> Any:
-    """Run `build` on the main rank, then on the others, which find in the cache what it left there."""
+    """Run `build` on the main rank, then on one rank of each other node, then on all: they find what it left in the cache."""
     result = on_main_rank(build, ranks)
-    return result if ranks.is_main else build()
+    first_of_node = not ranks.is_main and ranks.local_rank == 0
+    if first_of_node:
+        result = build()
+    dist.barrier()
+    return result if ranks.is_main or first_of_node else build()
 
 
 def fail_together(sentence: str, ranks: Ranks) -> NoReturn:
@@ -147,13 +153,31 @@ def read_config(path: str | None) -> dict:
         ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed {path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(
+            f"--deepspeed {path}: must hold a JSON object with zero_optimization; see configs/ds/ for examples"
+        )
     for key, flags in OWNED_BY_FLAGS.items():
-        value = config.get(key, "auto")
-        if value != "auto" and not (isinstance(value, dict) and set(value.values()) == {"auto"}):
+        if not _is_auto(config.pop(key, "auto")):
             raise UserError(
                 f'--deepspeed {path}: "{key}" is decided by {flags}; remove it from the file or write "auto"'
             )
-    return config
+    zero = {name: value for name, value in config.get("zero_optimization", {}).items() if value != "auto"}
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except (ValueError, TypeError) as error:
+        what = " ".join(str(error).split())[:160]
+        raise UserError(f"--deepspeed {path}: DeepSpeed refuses zero_optimization ({what})") from error
+    return config | {"zero_optimization": {"stage": 0} | config.get("zero_optimization", {})}
+
+
+def _is_auto(value: object) -> bool:
+    """Whether a value, or everything in it, is left to us. (A dict without values decides nothing.)"""
+    if isinstance(value, dict):
+        if value.get("enabled") in ("auto", False):
+            return True
+        return all(_is_auto(part) for name, part in value.items() if name != "type")
+    return value == "auto"
 
 
 def fill_config(

@@ -84,7 +84,9 @@ SEGMENT_FAMILIES = (
 )
 
 
-def choose_layout(wanted: str, config, *, attn_implementation: str | None, max_token_length: int, on_gpu: bool):
+def choose_layout(
+    wanted: str, config, *, attn_implementation: str | None, max_token_length: int, on_gpu: bool, bf16: bool = True
+):
     """The layout to compute in, and the reason where it is not shared_prefix although that was not ruled out by the user.
 
     Args:
@@ -101,6 +103,8 @@ def choose_layout(wanted: str, config, *, attn_implementation: str | None, max_t
         reason = f"packed rows are not known to be exact for {text.model_type}"
     elif on_gpu and getattr(text, "attn_logit_softcapping", None) is not None:
         reason = f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
+    elif on_gpu and not bf16:
+        reason = "flash attention over packed rows computes in bfloat16, and --dtype is float32"
     elif rope.get("rope_type") in ("dynamic", "longrope") and max_token_length > (original or 0):
         reason = f"{rope['rope_type']} rotary embeddings depend on the longest sequence beyond {original} tokens"
     elif attn_implementation is not None:
@@ -239,6 +243,7 @@ def apply_liger_kernels(model: RewardModel, device: torch.device) -> str:
 
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"Liger kernels off: liger-kernel has none for {family}"
+    # This patches transformers' modules, not only this model: what is built in this process afterwards is not plain.
     # The fused losses of language modelling stay out: there is no vocabulary head here.
     _apply_liger_kernel_to_instance(model.classifier, cross_entropy=False, fused_linear_cross_entropy=False)
     return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"

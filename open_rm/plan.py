@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from open_rm.errors import UserError
 from open_rm.steps import draw_steps
 
 
@@ -52,6 +53,9 @@ def make_plan(
     pairs_per_step = per_device_train_batch_size * gradient_accumulation_steps * world_size
     episodes = total_episodes if total_episodes is not None else max(1, round(num_train_epochs * pairs))
     steps = sum(1 for _ in draw_steps(pairs, pairs_per_step, episodes, seed, prompt_ids=prompt_ids))
+    warmup_steps = warm_up_steps or math.ceil(warmup_ratio * steps)
+    if warmup_steps >= steps and warm_up_steps:
+        raise UserError(f"--warm_up_steps {warm_up_steps}: the run has {steps} steps in all, so it would only warm up")
     if eval_steps is not None:
         during = range(eval_steps, steps, eval_steps)
     else:
@@ -61,6 +65,6 @@ def make_plan(
         pairs_per_step=pairs_per_step,
         total_episodes=episodes,
         total_steps=steps,
-        warmup_steps=warm_up_steps or math.ceil(warmup_ratio * steps),
+        warmup_steps=warmup_steps,
         evaluation_steps=tuple(sorted({0, *during, steps})),
     )

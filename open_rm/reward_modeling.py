@@ -48,7 +48,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and ranks.device.type == "cuda")
     run_name = engine.broadcast_object(args.run_name or f"{args.exp_name}__{args.seed}__{int(time.time())}")
-    output_dir = args.output_dir or f"output/{run_name}"
+    output_dir = str(Path(args.output_dir or f"output/{run_name}").expanduser())
     revision = args.hf_repo_revision or run_name
 
     def claim() -> str | None:
@@ -71,6 +71,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             attn_implementation=args.attn_implementation,
             max_token_length=args.max_token_length,
             on_gpu=ranks.device.type == "cuda",
+            bf16=bf16,
         )
         own_tokenizer = args.tokenizer_name in (None, args.model_name_or_path)
         tokenizer = tokenization.load_tokenizer(
@@ -99,6 +100,10 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     notes += [f"eval: {line}" for line in eval_data.report] if eval_data else ["eval: no held-out data was named"]
     scored = train_data.pairs([0])[0][0][-1]
     notes.append(f"the reward is read at the last token, here {tokenization.token_name(tokenizer, scored)}")
+    if tokenization.prints_date(tokenizer):
+        notes.append(
+            f"the chat template prints today's date; here and in the saved tokenizer it is {tokenization.DATE}"
+        )
     if args.use_slow_tokenizer:
         notes.append("--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers")
     if args.cache_dataset_only:
@@ -284,8 +289,6 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
 
     def finish() -> None:
         saving.save_reward_model(reward_model, state, tokenizer, output_dir, chat=train_data.chat)
-        sequences = [side.tolist() for pair in probe_data.pairs(probes) for side in pair]
-        tracker.say(saving.check_reload(output_dir, sequences, probe_rewards.flatten(), ranks.device))
         saving.write_facts(output_dir, settings | {"notes": notes})
         curves = plots.draw_curves(read_metrics(Path(output_dir) / "metrics.jsonl"), Path(output_dir), title=run_name)
         tracker.log_figure(curves, step=plan.total_steps)
@@ -302,6 +305,10 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             facts=dataclasses.asdict(plan) | settings | {"plan": None, "total_flops": f"{total_flops:.3e}"},
         )
         tracker.say(f"saved in {output_dir} after {position()['hours'] * 60:.1f} min; curves: {curves}")
+        sequences = [side.tolist() for pair in probe_data.pairs(probes) for side in pair]
+        probe = saving.Probe(sequences, probe_rewards.flatten().tolist())
+        on_gpu = ranks.device.type == "cuda"
+        tracker.say(saving.check_reload(output_dir, probe, tokenizer, chat=train_data.chat, fresh_process=on_gpu))
         if args.push_to_hub:
             url = hub.push_folder(output_dir, repo_id, revision=revision, private=args.hf_repo_private)
             tracker.say(f"pushed to {url}")

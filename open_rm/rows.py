@@ -3,6 +3,7 @@
 from open_rm.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
 def normalise_row(row: object) -> tuple:
@@ -10,6 +11,7 @@ def normalise_row(row: object) -> tuple:
 
     Accepted: chosen/rejected as text or as message lists, with `prompt` (text or messages) or without. A prompt that
     chosen and rejected already begin with is not repeated; without one, the messages both sides begin with are it.
+    Both sides must continue the same prompt: what tells them apart may only be the answer.
 
     Raises:
         UserError: what is wrong with the row; the caller adds where it is.
@@ -23,34 +25,68 @@ def normalise_row(row: object) -> tuple:
         )
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
-            if not text.strip():
-                raise UserError(f"{name} is empty; remove the row or fill it in")
-        if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        prompt = prompt or ""
+        prompt, chosen, rejected = _normalise_text(prompt or "", chosen, rejected)
     else:
-        chosen, rejected = _messages("chosen", chosen), _messages("rejected", rejected)
-        # A text prompt beside complete conversations (the common Hub form) only repeats one of their turns.
-        if prompt is None or (isinstance(prompt, str) and chosen[0]["role"] != "assistant"):
-            same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-            same = min(len(chosen), len(rejected)) - 1 if same is None else same
-            prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-        else:
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
-            chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
-        for name, messages in (("chosen", chosen), ("rejected", rejected)):
-            if not messages or messages[-1]["role"] != "assistant":
-                last = messages[-1]["role"] if messages else "nothing"
-                raise UserError(f"{name} must end with an assistant message (the response that is scored), not {last}")
-            if not messages[-1]["content"].strip():
-                raise UserError(f"{name} is empty; remove the row or fill it in")
+        prompt, chosen, rejected = _normalise_messages(
+            prompt, _messages("chosen", chosen), _messages("rejected", rejected)
+        )
     if chosen == rejected:
         raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
     return prompt, chosen, rejected
 
 
+def _normalise_text(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise UserError(f"{name} is empty; remove the row or fill it in")
+    if prompt and _both_begin_with_it(chosen.startswith(prompt), rejected.startswith(prompt)):
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    return prompt, chosen, rejected
+
+
+def _normalise_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
+    complete = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
+    if prompt is None or (isinstance(prompt, str) and complete):
+        if prompt is not None and not all(_has_turn(messages, prompt) for messages in (chosen, rejected)):
+            raise UserError("the prompt column is no turn of both conversations; correct it, or remove the column")
+        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        same = min(len(chosen), len(rejected)) - 1 if same is None else same
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+    else:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
+        size = len(prompt)
+        if _both_begin_with_it(chosen[:size] == prompt, rejected[:size] == prompt):
+            chosen, rejected = chosen[size:], rejected[size:]
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages or messages[-1]["role"] != "assistant":
+            last = messages[-1]["role"] if messages else "nothing"
+            raise UserError(f"{name} must end with an assistant message (the response that is scored), not {last}")
+        if not messages[-1]["content"].strip():
+            raise UserError(f"{name} is empty; remove the row or fill it in")
+        if prompt and messages[0]["role"] != "assistant":
+            raise UserError(
+                f"after the prompt, {name} goes on with a message of role {messages[0]['role']!r}: chosen and rejected "
+                "must answer the same prompt"
+            )
+    return prompt, chosen, rejected
+
+
+def _both_begin_with_it(chosen: bool, rejected: bool) -> bool:
+    """Whether chosen and rejected repeat the prompt; one side alone would be told apart by that."""
+    if chosen != rejected:
+        repeats, does_not = ("chosen", "rejected") if chosen else ("rejected", "chosen")
+        raise UserError(
+            f"{repeats} begins with the prompt and {does_not} does not; repeat it in both sides, or in neither"
+        )
+    return chosen
+
+
+def _has_turn(messages: list[dict], text: str) -> bool:
+    return any(text.strip() in message["content"] for message in messages if message["role"] != "assistant")
+
+
 def _messages(name: str, value: object) -> list[dict]:
+    """A checked list of messages, reduced to what a chat template reads: columns of a table file leave empty keys."""
     if isinstance(value, str):  # beside message lists, text is the assistant's answer
         return [{"role": "assistant", "content": value}]
     if not isinstance(value, list) or not value:
@@ -64,10 +100,4 @@ def _messages(name: str, value: object) -> list[dict]:
             )
         if message["role"] not in ROLES:
             raise UserError(f"{name} has a message of role {message['role']!r}; the roles are {', '.join(ROLES)}")
-    return value
-
-
-def _without_prompt(prompt: list[dict], messages: list[dict]) -> list[dict]:
-    if messages[: len(prompt)] == prompt and len(messages) > len(prompt):
-        return messages[len(prompt) :]
-    return messages
+    return [{key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None} for message in value]

@@ -6,7 +6,11 @@ that older clients load too, no BOS twice, files readable by others, nothing tha
 """
 
 import json
+import os
 import platform
+import subprocess
+import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,21 +20,26 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from open_rm.errors import UserError
 from open_rm.model import RewardModel
+from open_rm.tokenization import encode, render_pair
 
 # Absolute plus relative to the reward. float32: the order of sums differs between layouts. bfloat16: 8 bits of
 # mantissa in every layer, and plain transformers rounds the reward itself to bfloat16 (ours is float32).
-RELOAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def claim_folder(folder: str) -> None:
-    """Make sure that a model can be written there when the training is over, and that none is overwritten."""
+    """Make sure that a model can be written there when the training is over, and that no run is overwritten."""
     path = Path(folder)
-    if (path / "config.json").exists():
-        raise UserError(f"--output_dir {folder} already holds a model; choose another folder, or move that one away")
+    for name, what in (("config.json", "a model"), ("metrics.jsonl", "the record of a run")):
+        if (path / name).exists():
+            raise UserError(f"--output_dir {folder} already holds {what}; choose another folder, or move that one away")
+    was_there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink()
+        if not was_there:
+            path.rmdir()  # a run that is refused later leaves nothing behind
     except OSError as error:
         raise UserError(
             f"--output_dir {folder}: cannot be written ({error.strerror}); choose another folder"
@@ -87,28 +96,28 @@ def _mend_tokenizer_files(path: Path, tokenizer: PreTrainedTokenizerBase, chat: 
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has a dict under this name, and fails
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if chat and tokenizer.chat_template is not None and _template_writes_bos(tokenizer):
-        # Clients that render the template and then encode the text (pipelines, servers) would get BOS twice.
-        # Written even where it was absent: transformers 4 takes True for some families then.
+    # What the encoder adds by itself must not come on top of what the text already has. On a conversation the template
+    # has written everything; on plain text the encoder's BOS was trained with, and EOS stands at the end of the text.
+    # Written even where absent: transformers 4 takes True for some families then.
+    config["add_eos_token"] = False
+    unwanted = {tokenizer.eos_token}
+    if chat:
         config["add_bos_token"] = False
-        _remove_added_bos(path / "tokenizer.json", tokenizer.bos_token)
+        unwanted.add(tokenizer.bos_token)
+    _remove_added(path / "tokenizer.json", unwanted)
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _template_writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+def _remove_added(file: Path, tokens: set[str | None]) -> None:
+    """Take special tokens out of what the encoder adds (its post-processor)."""
 
-
-def _remove_added_bos(file: Path, bos_token: str) -> None:
     def without(processor: dict | None) -> dict | None:
         if processor and processor["type"] == "Sequence":
             processor["processors"] = [without(part) for part in processor["processors"]]
         elif processor and processor["type"] == "TemplateProcessing":
             for key in ("single", "pair"):
-                processor[key] = [
-                    piece for piece in processor[key] if piece.get("SpecialToken", {}).get("id") != bos_token
-                ]
+                pieces = processor[key]
+                processor[key] = [piece for piece in pieces if piece.get("SpecialToken", {}).get("id") not in tokens]
         return processor
 
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -116,41 +125,95 @@ def _remove_added_bos(file: Path, bos_token: str) -> None:
     Tokenizer.from_str(json.dumps(content)).save(str(file))
 
 
-def check_reload(folder: str, sequences: list[list[int]], rewards: torch.Tensor, device: torch.device) -> str:
-    """Load the folder as any client would and compare rewards, one by one and as a padded batch.
+@dataclass(frozen=True)
+class Probe:
+    """What the trainer computed for a few texts. sequences: token ids.  rewards: one each."""
+
+    sequences: list[list[int]]
+    rewards: list[float]
+
+
+def check_reload(
+    folder: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, *, chat: bool, fresh_process: bool
+) -> str:
+    """Load the folder as any client would and compare token ids, and rewards one by one and as a padded batch.
 
     Args:
-        sequences: token ids of a few complete texts.
-        rewards: [len(sequences)] what the trainer computed for them.
-        device: where the trainer computed; used when the reloaded model fits beside it.
+        tokenizer: the trainer's; `chat` says how it was used.
+        fresh_process: reload in a process of its own. Needed where transformers' modules were patched in this one (Liger):
+            what is built here would not be plain.
 
     Returns:
         a line for the log with the largest difference.
 
     Raises:
-        UserError: a reward differs by more than the tolerance; the model must not be trusted.
+        UserError: a client would not get the trainer's rewards; the model must not be trusted.
     """
+    _check_encoding(folder, tokenizer, chat)
+    if fresh_process:
+        command = [sys.executable, "-m", "open_rm.saving", folder]
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
+        done = subprocess.run(
+            command, input=json.dumps(probe.sequences), env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise UserError(f"{folder}: plain transformers cannot load it: {done.stderr.strip().splitlines()[-1:]}")
+        reloaded = json.loads(done.stdout.splitlines()[-1])
+    else:
+        reloaded = plain_rewards(folder, probe.sequences)
+    tolerance = RELOAD_TOLERANCE[reloaded["dtype"]]
+    worst = 0.0
+    for how in ("one by one", "in a padded batch"):
+        for ours, theirs in zip(probe.rewards, reloaded[how], strict=True):
+            worst = max(worst, abs(theirs - ours))
+            if not abs(theirs - ours) <= tolerance * (1 + abs(ours)):
+                raise UserError(
+                    f"{folder}: reloaded by plain transformers {how}, a reward is {theirs:.6f} and the trainer's {ours:.6f} "
+                    f"(allowed: {tolerance:.0e} * (1 + |reward|)); do not use this model"
+                )
+    return (
+        f"reload check: {len(probe.sequences)} rewards from {folder} in plain transformers, one by one and padded, equal ours "
+        f"(largest difference {worst:.1e}, {reloaded['dtype']})"
+    )
+
+
+def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    """A client that encodes a complete text, with the tokenizer's defaults or without special tokens, gets our ids."""
+    saved = AutoTokenizer.from_pretrained(folder)
+    if chat:
+        conversation = [{"role": "user", "content": "Hello, you."}, {"role": "assistant", "content": "Hello!"}]
+        text = saved.apply_chat_template(conversation, tokenize=False)
+        ours = render_pair(tokenizer, conversation[:1], conversation[1:], conversation[1:])
+        ways = ({}, {"add_special_tokens": False})
+    else:
+        text = f"Hello, you.{tokenizer.eos_token}"
+        ours = render_pair(tokenizer, "", "Hello, you.", "Hello, you.")
+        ways = ({},)
+    expected = encode(tokenizer, [ours.chosen], chat=chat)[0]
+    for options in ways:
+        ids = saved(text, **options)["input_ids"]
+        if ids != expected:
+            raise UserError(
+                f"{folder}: a client that encodes {text!r} gets the tokens {ids}, and training had {expected}; "
+                "do not use this model"
+            )
+
+
+def plain_rewards(folder: str, sequences: list[list[int]]) -> dict:
+    """Rewards by plain transformers, {"one by one": [...], "in a padded batch": [...], "dtype": name}."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto").eval()
     bytes_needed = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > bytes_needed:
-        model.to(device)
-    tolerance = RELOAD_TOLERANCE[model.dtype]
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > bytes_needed:
+        model.to("cuda")
     with torch.no_grad():
-        single = [model(input_ids=torch.tensor([ids], device=model.device)).logits.squeeze() for ids in sequences]
+        single = [model(input_ids=torch.tensor([ids], device=model.device)).logits.item() for ids in sequences]
         batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt").to(model.device)
-        batched = model(**batch).logits.squeeze(-1)
-    ours = rewards.double().cpu()
-    worst = 0.0
-    for how, theirs in (("one by one", torch.stack(single)), ("in a padded batch", batched)):
-        difference = (theirs.double().cpu() - ours).abs()
-        worst = max(worst, difference.max().item())
-        if not bool((difference <= tolerance * (1 + ours.abs())).all()):
-            raise UserError(
-                f"{folder}: reloaded by plain transformers, rewards {how} differ from the trainer's by up to "
-                f"{difference.max():.2e} (allowed: {tolerance:.0e} * (1 + |reward|)); do not use this model"
-            )
-    return (
-        f"reload check: {len(sequences)} rewards from {folder} in plain transformers, one by one and padded, equal ours "
-        f"(largest difference {worst:.1e}, {str(model.dtype).removeprefix('torch.')})"
-    )
+        batched = model(**batch).logits.float().squeeze(-1).tolist()
+    return {"one by one": single, "in a padded batch": batched, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+if __name__ == "__main__":
+    print(json.dumps(plain_rewards(sys.argv[1], json.load(sys.stdin))))

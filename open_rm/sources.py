@@ -6,7 +6,6 @@ line or row, is what an error names.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from open_rm.errors import UserError, quote_error
 
 FILE_EXTENSIONS = (".jsonl", ".json", ".parquet")
 BLOCK_ROWS = 1000
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before the first character
 Opened = tuple[str, int, Callable[[], Iterator[tuple[str, dict]]]]
 
 
@@ -51,12 +51,15 @@ def parse_mixer(mixer: list[str], splits: list[str], flag: str) -> list[Source]:
             f"--{flag}_splits has {len(splits)} values for {len(names)} sources; give one, or one per source"
         )
     splits = splits * len(names) if len(splits) == 1 else splits
-    sources, used = [], Counter()
+    sources: list[Source] = []
     for name, amount, split in zip(names, amounts, splits, strict=True):
         path = _local_file(name, split, flag)
-        label = f"{path.parent.name}_{path.stem}" if path else name.split("/")[-1]
-        used[label] += 1
-        label = label if used[label] == 1 else f"{label}_{used[label]}"
+        own = [path.parent.name, path.stem] if path else [name.split("/")[-1]]
+        label = base = "_".join(part for part in own if part)
+        number = 1
+        while label in {source.label for source in sources}:
+            number += 1
+            label = f"{base}_{number}"
         sources.append(Source(name, label, split, path, _parse_amount(amount, name, flag)))
     return sources
 
@@ -113,7 +116,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield f"{path}:{number}", json.loads(line)
+                    yield f"{path}:{number}", json.loads(line.removeprefix(BYTE_ORDER_MARK))
+                except RecursionError as error:
+                    raise UserError(f"{path}:{number}: nested too deeply to be a preference row; remove it") from error
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{path}:{number}: not UTF-8 (byte {error.start}); convert the file, e.g. with iconv"
@@ -128,11 +133,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
 def _open_json_array(path: Path):
     """A .json file that is one array of rows; None when it is JSON lines under another name."""
     with path.open("rb") as file:
-        if not file.read(4096).lstrip().startswith(b"["):
+        if not file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
             return None
     try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
+        rows = json.loads(path.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({quote_error(error)}); mend the array, or use JSON lines") from error
     return len(rows), lambda: ((f"{path}: row {i}", row) for i, row in enumerate(rows, start=1))
 

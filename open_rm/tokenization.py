@@ -20,6 +20,10 @@ from open_rm.errors import UserError, quote_error
 
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 PAD_TOKEN = "<|pad|>"
+# Some templates print today's date, and rewards would change from day to day. This is the date that those of Llama 3.1 and
+# later take when they are not told today's.
+DATE = "26 Jul 2024"
+FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 
 def template_names() -> list[str]:
@@ -36,7 +40,10 @@ def read_template(name: str) -> str:
             f"--chat_template_name {name}: neither a file nor a known name; the names are {', '.join(template_names())}"
         )
     # One trailing newline belongs to the file, not to the template: it would become the scored token.
-    return path.read_text(encoding="utf-8").removesuffix("\n")
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat_template_name {name}: cannot be read as UTF-8 text ({quote_error(error)})") from error
 
 
 def load_tokenizer(
@@ -69,7 +76,15 @@ def load_tokenizer(
     tokenizer.padding_side = "right"
     if chat_template_name is not None:
         tokenizer.chat_template = read_template(chat_template_name)
+    if prints_date(tokenizer):
+        # The template may look the function up under this name: a macro of its own takes precedence.
+        tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template.removeprefix(FIXED_DATE)
     return tokenizer
+
+
+def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template prints today's date (or did, before `load_tokenizer` fixed it)."""
+    return "strftime_now(" in (tokenizer.chat_template or "")
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

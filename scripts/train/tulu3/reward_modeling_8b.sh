@@ -14,6 +14,7 @@ PER_DEVICE=${PER_DEVICE:-1}                                       # pairs per fo
 NNODES=${NNODES:-${SLURM_NNODES:-8}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
+GPUS_PER_NODE=${GPUS_PER_NODE##*:}                                # Slurm may write gpu:8
 MASTER_PORT=${MASTER_PORT:-29500}
 if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -26,6 +27,12 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=127.0.0.1
 fi
 
+for number in "$GLOBAL_BATCH" "$PER_DEVICE" "$NNODES" "$GPUS_PER_NODE"; do
+    if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: GLOBAL_BATCH, PER_DEVICE, NNODES and GPUS_PER_NODE are counts of 1 or more, not '$number'" >&2
+        exit 1
+    fi
+done
 per_forward=$((PER_DEVICE * NNODES * GPUS_PER_NODE))
 if (( GLOBAL_BATCH % per_forward != 0 )); then
     echo "error: GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of PER_DEVICE x NNODES x GPUS_PER_NODE = $per_forward" >&2
