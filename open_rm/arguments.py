@@ -172,7 +172,7 @@ def check_args(args: Args) -> None:
             "--eval_steps needs held-out data; name some with --dataset_mixer_eval_list",
         ),
         (
-            args.num_evals != Args.num_evals and not args.dataset_mixer_eval_list,
+            args.num_evals > Args.num_evals and not args.dataset_mixer_eval_list,
             "--num_evals needs held-out data; name some with --dataset_mixer_eval_list",
         ),
         (

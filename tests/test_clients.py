@@ -17,8 +17,9 @@ from test_trl_parity import in_a_process
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from open_rm.errors import UserError
 from open_rm.model import load_reward_model
-from open_rm.saving import save_reward_model
+from open_rm.saving import Probe, check_reload, save_reward_model
 from open_rm.tokenization import encode, load_tokenizer
 
 # float32 on both sides and the same weights: only the order of sums differs, with the padding.
@@ -249,3 +250,22 @@ def test_settings_are_where_transformers_4_looks_for_them(bos_folder):
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer_config["add_bos_token"] is False
     assert not isinstance(tokenizer_config.get("extra_special_tokens"), list)
+
+
+def test_a_model_reloaded_in_a_fresh_process_gives_the_same_rewards(bos_folder, conversations):
+    """The way the recipe checks where Liger has patched transformers in its own process."""
+    folder = bos_folder(chat=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sequences = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in conversations[:2]]
+    rewards = plain_rewards(folder, conversations[:2])
+    line = check_reload(str(folder), Probe(sequences, rewards), tokenizer, chat=True, fresh_process=True)
+    assert "reload check: 2 rewards" in line
+    with pytest.raises(UserError, match="do not use this model"):
+        wrong = Probe(sequences, [reward + 0.1 for reward in rewards])
+        check_reload(str(folder), wrong, tokenizer, chat=True, fresh_process=True)
+
+
+def test_reload_check_refuses_a_tokenizer_that_encodes_other_ids(bos_tokenizer, bos_folder):
+    """The folder of a plain-text model keeps the encoder's BOS; for conversations it would come twice."""
+    with pytest.raises(UserError, match="a client that encodes"):
+        check_reload(str(bos_folder(chat=False)), Probe([], []), bos_tokenizer, chat=True, fresh_process=False)

@@ -125,6 +125,11 @@ CONTRADICTIONS = [
     ),
     ("--num_evals 3 --eval_steps 4 --dataset_mixer_eval_list a/b 1.0", "--num_evals and --eval_steps"),
     ("--eval_steps 4", "--eval_steps needs held-out data"),
+    ("--num_evals 4", "--num_evals needs held-out data"),
+    ("--total_episodes 10 --num_train_epochs 2", "--total_episodes and --num_train_epochs"),
+    ("--seed 99999999999999999999999", "must be below"),
+    ("--lr_scheduler_type polynomial --learning_rate 1e-8", "polynomial decay ends at 1e-7"),
+    ("--batching packed --attn_implementation eager", "--attn_implementation chooses attention for padded rows"),
     ("--hf_repo_id me/it", "do nothing without --push_to_hub"),
     ("--push_to_hub --hf_entity me --hf_repo_id you/it", "both name the owner"),
     ("--wandb_entity me", "--wandb_entity does nothing without --with_tracking"),
@@ -144,6 +149,17 @@ CONTRADICTIONS = [
 def test_values_that_cannot_work_are_refused_before_anything_is_read(flags, sentence):
     with pytest.raises(UserError, match=sentence):
         check_args(parse(Args, shlex.split(flags)))
+
+
+def test_values_given_from_python_are_checked_like_flags():
+    with pytest.raises(UserError, match="--dtype float16: must be one of auto, float32, bfloat16"):
+        check_args(Args(dtype="float16"))
+
+
+def test_a_config_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"exp_name: caf\xe9")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+        parse(Args, ["--config", str(tmp_path / "latin.yaml")])
 
 
 def test_every_flag_is_read_by_the_recipe():

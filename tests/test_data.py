@@ -25,6 +25,7 @@ def assistant(text):
 PROMPT = [user("Write a happy line about the lake.")]
 GOOD, BAD = [assistant("The lake is glad.")], [assistant("The lake is grey.")]
 NORMAL = (PROMPT, GOOD, BAD)
+SYSTEM = [{"role": "system", "content": "Be kind."}]
 TEXT = {"prompt": "Q: ", "chosen": "yes", "rejected": "no"}
 
 
@@ -42,6 +43,12 @@ TEXT = {"prompt": "Q: ", "chosen": "yes", "rejected": "no"}
 )
 def test_all_forms_of_a_conversation_are_the_same_row(row):
     assert normalise_row(row) == NORMAL
+
+
+def test_empty_keys_that_a_table_file_adds_to_one_side_change_nothing(load, tmp_path, tokenizer):
+    """Parquet gives every message all keys; compared whole, the prompt would be found in one side only."""
+    padded = [{**message, "name": None} for message in PROMPT + GOOD]
+    assert normalise_row({"prompt": PROMPT, "chosen": padded, "rejected": PROMPT + BAD}) == NORMAL
 
 
 def test_conversations_may_part_before_the_last_turn():
@@ -87,6 +94,18 @@ def test_text_prompt_is_counted_once(row):
         ({"chosen": [user("a")], "rejected": [user("b")]}, "must end with an assistant message"),
         ({"chosen": GOOD, "rejected": [{"role": "assistant", "content": None}]}, "not a message with role and content"),
         ({"chosen": GOOD, "rejected": ["x"]}, "not a message with role and content"),
+        (
+            {"prompt": PROMPT, "chosen": PROMPT + GOOD, "rejected": BAD},
+            "chosen begins with the prompt and rejected does not",
+        ),
+        (
+            {"prompt": "Q: ", "chosen": "Q: yes", "rejected": "no"},
+            "chosen begins with the prompt and rejected does not",
+        ),
+        ({"prompt": PROMPT, "chosen": SYSTEM + PROMPT + GOOD, "rejected": SYSTEM + PROMPT + BAD}, "same prompt"),
+        ({"prompt": "Other", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD}, "prompt column is no turn"),
+        ({"prompt": "Q", "chosen": SYSTEM + GOOD, "rejected": SYSTEM + BAD}, "prompt column is no turn"),
+        ({"chosen": [*PROMPT, *GOOD, user("a"), *GOOD], "rejected": [*PROMPT, *GOOD, user("b"), *BAD]}, "same prompt"),
         ({"chosen": 3, "rejected": 4}, "must be text or a list of messages, not int"),
     ],
 )
@@ -241,6 +260,43 @@ def test_a_bad_mixer_names_its_flag(mixer, splits, sentence):
 def test_unknown_split_of_a_folder_names_the_splits_there_are(toy):
     with pytest.raises(UserError, match="no split 'validation'; it has test, train"):
         parse_mixer([str(toy / "data"), "1.0"], ["validation"], "dataset_mixer_list")
+
+
+def test_text_and_messages_are_not_mixed(load, write_rows):
+    rows = [TEXT, {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}]
+    with pytest.raises(UserError, match="rows.jsonl:2: the rows before are text and this one is messages"):
+        load([write_rows(rows), "1.0"])
+
+
+def test_a_source_without_rows_says_so(load, write_rows, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="no rows at all"):
+        load([tmp_path / "empty.jsonl", "1.0"])
+    with pytest.raises(UserError, match="no rows at all"):
+        load([write_rows(rows(3)), "0.001"])
+
+
+def test_labels_of_sources_are_unique(write_rows, tmp_path):
+    for folder in ("b/x", "c/x", "d"):
+        (tmp_path / folder).mkdir(parents=True)
+    names = ["b/x/t.jsonl", "c/x/t.jsonl", "d/x_t_2.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    mixer = [part for name in names for part in (str(tmp_path / name), "1.0")]
+    labels = [source.label for source in parse_mixer(mixer, ["train"], "dataset_mixer_list")]
+    assert labels == ["x_t", "x_t_2", "d_x_t_2"]
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "array.json"])
+def test_a_byte_order_mark_is_read_over(load, tmp_path, name):
+    content = json.dumps(rows(1)) if name == "array.json" else json.dumps(rows(1)[0])
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert len(load([tmp_path / name, "1.0"])) == 1
+
+
+def test_a_line_nested_without_end_is_named(load, write_rows):
+    with pytest.raises(UserError, match="rows.jsonl:1: (nested too deeply|not valid JSON)"):
+        load([write_rows(['{"chosen": ' + "[" * 100_000]), "1.0"])
 
 
 def test_unreadable_parquet_is_named(load, tmp_path):

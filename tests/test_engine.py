@@ -39,6 +39,7 @@ def losses(toy, tmp_path_factory):
             evaluations = [row["eval/rm/loss"] for row in read_metrics(output) if "eval/rm/loss" in row]
             results[key] = {
                 "loss": [row["train/rm/loss"] for row in rows],
+                "lr": [row["train/rm/lr"] for row in rows],
                 "norm": [row["train/rm/grad_norm"] for row in rows],
                 "eval": evaluations,
                 "weights": load_file(output / "model.safetensors"),
@@ -63,6 +64,12 @@ def test_processes_zero_stages_and_accumulation_give_the_same_run(losses, proces
     assert other["eval"] == pytest.approx(reference["eval"], abs=1e-5)
     for name, weight in reference["weights"].items():
         assert torch.allclose(weight, other["weights"][name], atol=2e-5), name
+
+
+def test_learning_rate_falls_linearly_over_optimizer_steps(losses):
+    # ten steps, whatever the accumulation: the scheduler counts optimizer steps
+    for layout in ((1, "zero0"), (1, "zero0", 4)):
+        assert losses(*layout)["lr"] == pytest.approx([1e-3 * (1 - i / 10) for i in range(10)])
 
 
 def test_offloaded_zero3_gives_the_same_run(losses):
@@ -117,9 +124,8 @@ def run_script(path, processes):
 
 def test_bfloat16_keeps_float32_master_weights(toy, tmp_path):
     """At a learning rate of 3e-6, an update is far below bfloat16's spacing: only master weights remember it."""
-    flags = toy_flags(toy, tmp_path / "out", dtype="bfloat16", learning_rate="3e-6", total_episodes=240, num_evals=0)
-    flags += ["--num_train_epochs", "8", "--lr_scheduler_type", "constant", "--deepspeed", "configs/ds/zero2.json"]
-    flags[flags.index("--total_episodes") + 1] = "1200"
+    flags = toy_flags(toy, tmp_path / "out", dtype="bfloat16", learning_rate="3e-6", total_episodes=1200, num_evals=0)
+    flags += ["--lr_scheduler_type", "constant", "--deepspeed", "configs/ds/zero2.json"]
     done = run_recipe(*flags, env={"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = load_file(toy / "model" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -137,12 +143,37 @@ def test_bfloat16_keeps_float32_master_weights(toy, tmp_path):
         ({"optimizer": {"type": "Adam"}}, '"optimizer" is decided by --learning_rate'),
         ({"gradient_clipping": 1.0}, '"gradient_clipping" is decided by --max_grad_norm'),
         ({"bf16": {"enabled": True}}, '"bf16" is decided by --dtype'),
+        ([], "must hold a JSON object"),
+        ({"zero_optimization": 3}, "must hold a JSON object"),
+        ({"zero_optimization": {"stage": 7}}, "DeepSpeed refuses zero_optimization"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "DeepSpeed refuses zero_optimization"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_a_flag_is_refused(tmp_path, content, sentence):
     (tmp_path / "ds.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=sentence):
         engine.read_config(str(tmp_path / "ds.json"))
+
+
+def test_a_deepspeed_file_written_for_transformers_is_taken(tmp_path):
+    """Everything that a flag decides is "auto" there, and the rest is memory layout."""
+    content = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    config = engine.read_config(str(tmp_path / "ds.json"))
+    assert set(config) == {"zero_optimization"}
 
 
 def test_a_broken_deepspeed_file_is_named(tmp_path):

@@ -5,6 +5,7 @@ Everything here is float32. Layouts differ in nothing but the order in which the
 
 import dataclasses
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
-from conftest import read_metrics, run_recipe, shared_data, toy_flags
+from conftest import read_metrics, shared_data
 from test_attention import Largest
+from test_engine import run_script
 
 from open_rm import batching, data, model, steps, toy
 from open_rm.errors import UserError
@@ -455,11 +457,31 @@ def test_no_mask_of_the_whole_row_is_made_by_the_model(family_folder, tokenizer,
 # ---------------------------------------------------------------- whole runs
 
 
+# (layout, processes, --max_tokens_per_micro_batch, --group_by_prompt)
+RUNS = [
+    ("padded", 2, 400, False),
+    ("packed", 1, 300, False),
+    ("packed", 2, None, False),
+    ("shared_prefix", 1, None, False),
+    ("shared_prefix", 2, 250, False),
+    ("packed", 1, 300, True),
+    ("shared_prefix", 1, None, True),
+    ("shared_prefix", 2, 250, True),
+]
+SEVERAL_RUNS = """
+import json, sys
+from open_rm.reward_modeling import Args, main
+for flags in json.load(open(sys.argv[0].replace(".py", ".json"))):
+    main(Args(**flags))
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory):
     """Run the recipe on ranked lists (12 prompts, 3 responses, 36 pairs); returns its lines of metrics.
 
-    A run of one process is made in this one, which saves the seconds of its imports.
+    Most of a small run's seconds are its start, so runs of one process are made in this one, and all those of two
+    processes one after another in the same two.
     """
     folder = tmp_path_factory.mktemp("runs")
     texts = [message["content"] for row in toy_rows(36) for message in row["chosen"]]
@@ -469,39 +491,40 @@ def runs(toy, tmp_path_factory):
         answers = [[{"role": "assistant", "content": text}] for text in texts[3 * prompt : 3 * prompt + 3]]
         lines += [prefix | {"chosen": answers[i], "rejected": answers[j]} for i, j in ((0, 1), (0, 2), (1, 2))]
     (folder / "ranked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    made = {}
 
-    def run(layout: str, processes: int, max_tokens: int | None, grouped: bool):
-        key = layout, processes, max_tokens, grouped
-        if key not in made:
-            output = folder / "-".join(map(str, key))
-            changes = dict(
-                dataset_mixer_list=[str(folder / "ranked.jsonl"), "1.0"],
-                dataset_mixer_eval_list=[str(toy / "data"), "20"],
-                per_device_train_batch_size=10 // processes,
-                gradient_accumulation_steps=1,
-                max_tokens_per_micro_batch=max_tokens,
-                total_episodes=45,
-                num_evals=0,
-                batching=layout,
-                group_by_prompt=grouped,
-            )
-            if processes == 1:
-                own = dict(
-                    model_name_or_path=str(toy / "model"),
-                    dataset_local_cache_dir=str(folder / "cache"),
-                    output_dir=str(output),
-                    per_device_eval_batch_size=16,
-                    learning_rate=1e-3,
-                    num_sample_pairs=2,
-                )
-                main(Args(**own, **changes))
+    def output(case) -> Path:
+        return folder / "-".join(map(str, case))
+
+    def flags(case) -> dict:
+        layout, processes, max_tokens, grouped = case
+        return dict(
+            model_name_or_path=str(toy / "model"),
+            dataset_mixer_list=[str(folder / "ranked.jsonl"), "1.0"],
+            dataset_mixer_eval_list=[str(toy / "data"), "20"],
+            dataset_local_cache_dir=str(folder / "cache"),
+            output_dir=str(output(case)),
+            per_device_train_batch_size=10 // processes,
+            gradient_accumulation_steps=1,
+            per_device_eval_batch_size=16,
+            max_tokens_per_micro_batch=max_tokens,
+            learning_rate=1e-3,
+            total_episodes=45,
+            num_evals=0,
+            batching=layout,
+            group_by_prompt=grouped,
+        )
+
+    def run(*case) -> list[dict]:
+        if not output(case).exists():
+            if case[1] == 1:
+                main(Args(**flags(case)))
             else:
-                done = run_recipe(*toy_flags(toy, output, **changes), processes=processes)
+                together = [flags(other) for other in RUNS if other[1] == case[1]]
+                (folder / "several.py").write_text(SEVERAL_RUNS)
+                (folder / "several.json").write_text(json.dumps(together))
+                done = run_script(folder / "several.py", processes=case[1])
                 assert done.returncode == 0, done.stderr[-3000:]
-                assert f"batching {layout}" in done.stdout
-            made[key] = read_metrics(output)
-        return made[key]
+        return read_metrics(output(case))
 
     return run
 
@@ -514,19 +537,7 @@ def column(lines, name):
     return [line[name] for line in lines if name in line]
 
 
-@pytest.mark.parametrize(
-    ("layout", "processes", "max_tokens", "grouped"),
-    [
-        ("padded", 2, 400, False),
-        ("packed", 1, 300, False),
-        ("packed", 2, None, False),
-        ("shared_prefix", 1, None, False),
-        ("shared_prefix", 2, 250, False),
-        ("packed", 1, 300, True),
-        ("shared_prefix", 1, None, True),
-        ("shared_prefix", 2, 250, True),
-    ],
-)
+@pytest.mark.parametrize(("layout", "processes", "max_tokens", "grouped"), RUNS)
 def test_layouts_processes_and_budgets_give_the_same_run(runs, layout, processes, max_tokens, grouped):
     """Compared within --group_by_prompt, since that decides which pairs form a step."""
     reference, other = runs("padded", 1, None, grouped), runs(layout, processes, max_tokens, grouped)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from open_rm import steps
+from open_rm.errors import UserError
 from open_rm.plan import make_plan
 
 DEFAULTS = dict(
@@ -60,3 +61,8 @@ def test_evaluations_stand_at_the_start_the_end_and_evenly_between():
 
 def test_global_batch_multiplies_devices_micro_batch_and_accumulation():
     assert plan(world_size=8).pairs_per_step == 64
+
+
+def test_a_run_that_would_only_warm_up_is_refused():
+    with pytest.raises(UserError, match="--warm_up_steps 13: the run has 13 steps"):
+        plan(warm_up_steps=13)

@@ -82,6 +82,22 @@ def test_a_model_is_never_overwritten(run, toy):
         run(output_dir=str(toy / "model"))
 
 
+def test_the_record_of_an_interrupted_run_is_never_overwritten(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="already holds the record of a run"):
+        run()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_refused_run_leaves_no_folder_behind(run, tmp_path):
+    with pytest.raises(UserError):
+        run(dataset_mixer_list_splits=["dev"])
+    with pytest.raises(UserError):
+        run(max_token_length=3, max_prompt_token_length=3)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(run, toy, tmp_path):
     model = LlamaForCausalLM.from_pretrained(toy / "model")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.inf

@@ -36,6 +36,7 @@ def test_debug_recipe_takes_model_data_and_flags_from_the_user(toy):
 @pytest.mark.parametrize(
     ("variables", "accumulation", "nodes"),
     [
+        ({"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "gpu:8"}, 32, "1"),
         ({}, 4, "8"),
         ({"NNODES": "2"}, 16, "2"),
         ({"NNODES": "1", "GPUS_PER_NODE": "2", "PER_DEVICE": "4"}, 32, "1"),
@@ -60,6 +61,13 @@ def test_tulu_recipe_is_the_published_run():
     assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs, args.seed) == (3e-6, "linear", 1, 8)
     assert args.with_tracking and args.push_to_hub and args.gradient_checkpointing
     assert args.deepspeed == "configs/ds/zero3.json"
+
+
+@pytest.mark.parametrize("name", ["NNODES", "GPUS_PER_NODE", "PER_DEVICE"])
+def test_a_count_of_none_is_refused(name):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        dry("tulu3/reward_modeling_8b.sh", **{name: "0"})
+    assert "counts of 1 or more" in caught.value.stderr
 
 
 def test_devices_that_do_not_divide_256_are_refused():

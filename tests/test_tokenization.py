@@ -146,3 +146,22 @@ def test_fingerprint_sees_template_and_vocabulary(tmp_path):
     with_template = tokenization.fingerprint(one)
     one.add_tokens(["new"])
     assert len({before, with_template, tokenization.fingerprint(one)}) == 3
+
+
+def test_a_template_that_prints_todays_date_prints_a_fixed_one(tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    tokenizer = load(tmp_path, make(False, chat_template=template))
+    assert tokenization.prints_date(tokenizer)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == f"{tokenization.DATE} hi"
+    # saved and loaded again, by anyone, it stays that date
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = tokenization.load_tokenizer(str(tmp_path / "saved"))
+    assert again.chat_template == tokenizer.chat_template
+    assert again.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == text
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+        tokenization.read_template(str(tmp_path / "latin.jinja"))
