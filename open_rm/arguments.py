@@ -6,7 +6,7 @@ open-instruct's reward_modeling.py where it has the flag.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from open_rm import engine, sources, tokenization
 from open_rm.errors import UserError
@@ -130,6 +130,9 @@ class Args:
 
 def check_args(args: Args) -> None:
     """Refuse, before anything is read or downloaded, every value and combination that cannot work."""
+    for name, kind in get_type_hints(Args).items():
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            raise UserError(f"--{name} {getattr(args, name)}: must be one of {', '.join(get_args(kind))}")
     ones = (
         "max_token_length",
         "max_prompt_token_length",

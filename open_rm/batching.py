@@ -105,13 +105,11 @@ def packed_batch(pairs: Sequence[Pair]) -> Batch:
 def shared_prefix_batch(pairs: Sequence[Pair], prompt_ids: Sequence[int]) -> Batch:
     """A single row in which the sequences of one prompt share their common prefix, and equal sequences are one."""
     sequences = _sequences(pairs)
-    groups: dict[int, dict[bytes, list[int]]] = {}
-    for i, sequence in enumerate(sequences):
-        groups.setdefault(int(prompt_ids[i % len(pairs)]), {}).setdefault(sequence.tobytes(), []).append(i)
+    groups = [group for members in _by_prompt(prompt_ids) for group in _worth_sharing(members, sequences, len(pairs))]
     pieces, positions, bounds = [], [], []
     reward_index = np.zeros(len(sequences), np.int64)
     used = 0
-    for group in groups.values():
+    for group in groups:
         members = sorted(group.values(), key=lambda same: -len(sequences[same[0]]))
         distinct = [sequences[same[0]] for same in members]
         prefix = common_prefix(distinct)
@@ -125,6 +123,32 @@ def shared_prefix_batch(pairs: Sequence[Pair], prompt_ids: Sequence[int]) -> Bat
             used += len(own)
             reward_index[same] = used - 1
     return _row(pieces, positions, bounds, reward_index, tokens=sum(map(len, sequences)))
+
+
+def _by_prompt(prompt_ids: Sequence[int]) -> list[list[int]]:
+    """Pairs of the same prompt, in order of first appearance."""
+    members: dict[int, list[int]] = {}
+    for pair, prompt in enumerate(prompt_ids):
+        members.setdefault(int(prompt), []).append(pair)
+    return list(members.values())
+
+
+def _worth_sharing(pairs: list[int], sequences: list[np.ndarray], count: int) -> list[dict[bytes, list[int]]]:
+    """The pairs of a prompt as one group of equal sequences, or as one group each where that leaves fewer tokens: two
+    sides may have more in common with each other than with the prompt's other pairs."""
+
+    def group(members: list[int]) -> dict[bytes, list[int]]:
+        equal: dict[bytes, list[int]] = {}
+        for i in [*members, *(pair + count for pair in members)]:
+            equal.setdefault(sequences[i].tobytes(), []).append(i)
+        return equal
+
+    def tokens(equal: dict[bytes, list[int]]) -> int:
+        distinct = [sequences[same[0]] for same in equal.values()]
+        return sum(map(len, distinct)) - common_prefix(distinct) * (len(distinct) - 1)
+
+    together, apart = group(pairs), [group([pair]) for pair in pairs]
+    return [together] if tokens(together) <= sum(map(tokens, apart)) else apart
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:

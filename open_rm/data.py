@@ -31,7 +31,7 @@ from open_rm.sources import BLOCK_ROWS, open_source, parse_mixer
 from open_rm.steps import MicroBatch, PairTable
 from open_rm.tokenization import PairIds
 
-CACHE_VERSION = "3"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "4"  # raise when the meaning of a cached column changes
 SCHEMA = pa.schema(
     {
         "chosen_input_ids": pa.list_(pa.int32()),
@@ -239,7 +239,7 @@ def _encode_block(tokenizer, places: list[str], block: list[tuple]) -> list[Pair
 
 
 def _overlength(pair: PairIds, max_token_length: int, max_prompt_token_length: int) -> str | None:
-    if pair.prompt_length > max_prompt_token_length:
+    if len(pair.prompt) > max_prompt_token_length:
         return "prompt"
     if max(len(pair.chosen), len(pair.rejected)) > max_token_length:
         return "side"
@@ -266,9 +266,9 @@ def _record_batch(pairs: list[PairIds], source: int) -> pa.RecordBatch:
         "rejected_input_ids": _id_column(rejected),
         "chosen_length": [len(ids) for ids in chosen],
         "rejected_length": [len(ids) for ids in rejected],
-        "prompt_length": [pair.prompt_length for pair in pairs],
+        "prompt_length": [len(pair.prompt) for pair in pairs],
         "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
-        "prompt_id": [_content_id(ids[: pair.prompt_length]) for ids, pair in zip(chosen, pairs, strict=True)],
+        "prompt_id": [_content_id(np.array(pair.prompt, np.int32)) for pair in pairs],
         "chosen_id": [_content_id(ids) for ids in chosen],
         "rejected_id": [_content_id(ids) for ids in rejected],
         "source": [source] * len(pairs),

@@ -172,12 +172,13 @@ def read_config(path: str | None) -> dict:
 
 
 def _is_auto(value: object) -> bool:
-    """Whether a value, or everything in it, is left to us. (A dict without values decides nothing.)"""
-    if isinstance(value, dict):
-        if value.get("enabled") in ("auto", False):
-            return True
-        return all(_is_auto(part) for name, part in value.items() if name != "type")
-    return value == "auto"
+    """Whether a value is left to us: "auto", a block that is switched off, or a block in which all but its type is."""
+    if not isinstance(value, dict):
+        return value == "auto"
+    if "enabled" in value:
+        return value["enabled"] in ("auto", False)
+    parts = [part for name, part in value.items() if name != "type"]
+    return bool(parts) and all(map(_is_auto, parts))
 
 
 def fill_config(

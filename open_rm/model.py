@@ -101,6 +101,8 @@ def choose_layout(
     original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
     if text.model_type not in SEGMENT_FAMILIES:
         reason = f"packed rows are not known to be exact for {text.model_type}"
+    elif getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
+        reason = "its attention is not causal"
     elif on_gpu and getattr(text, "attn_logit_softcapping", None) is not None:
         reason = f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
     elif on_gpu and not bf16:

@@ -11,7 +11,7 @@ Only columns of numbers are looked at here, never token ids.
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,14 +176,25 @@ def _work(unit: np.ndarray, table: PairTable, layout: str) -> Work:
         return Work(2 * len(unit) * longest, len(unit) * longest**2)
     if layout == "packed":
         return Work(int((chosen + rejected).sum()), int((chosen**2 + rejected**2).sum()) // 2)
+    apart = [
+        _tree_work(int(prefix), pair)
+        for prefix, pair in zip(
+            table.shared_length[unit], zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True
+        )
+    ]
+    alone = sum(apart[1:], apart[0])
     if len(unit) == 1:
-        prefix, longer = int(table.shared_length[unit[0]]), (int(chosen[0]), int(rejected[0]))
-    else:
-        prefix = int(min(table.prompt_length[unit].min(), table.shared_length[unit].min()))
-        ids = np.concatenate((table.chosen_id[unit], table.rejected_id[unit]))
-        _, first = np.unique(ids, return_index=True)
-        longer = np.concatenate((chosen, rejected))[first].tolist()
-    suffixes = [length - prefix for length in longer]
+        return alone
+    ids = np.concatenate((table.chosen_id[unit], table.rejected_id[unit]))
+    _, first = np.unique(ids, return_index=True)
+    prefix = int(min(table.prompt_length[unit].min(), table.shared_length[unit].min()))
+    together = _tree_work(prefix, np.concatenate((chosen, rejected))[first].tolist())
+    return min(together, alone, key=lambda work: work.tokens)  # batching.shared_prefix_batch decides the same way
+
+
+def _tree_work(prefix: int, lengths: Sequence[int]) -> Work:
+    """Sequences of the given lengths that share their first `prefix` tokens."""
+    suffixes = [length - prefix for length in lengths]
     area = prefix * prefix // 2 + sum(suffix * prefix + suffix * suffix // 2 for suffix in suffixes)
     return Work(prefix + sum(suffixes), area)
 
@@ -239,12 +250,13 @@ def _cut(units: list[np.ndarray], table: PairTable, layout: str, max_tokens: int
     """A share to micro-batches of at most `max_tokens` positions."""
     if layout == "padded":
         return _cut_padded(units, table, max_tokens)
-    pieces = []
-    for unit in units:
-        step = len(unit)
-        while step > 1 and _work(unit[:step], table, layout).tokens > max_tokens:
-            step = (step + 1) // 2
-        pieces += [unit[start : start + step] for start in range(0, len(unit), step)]
+    pieces, waiting = [], list(units)
+    while waiting:
+        unit = waiting.pop()
+        if len(unit) > 1 and _work(unit, table, layout).tokens > max_tokens:
+            waiting += [unit[: len(unit) // 2], unit[len(unit) // 2 :]]
+        else:
+            pieces.append(unit)
     sizes = [_work(piece, table, layout).tokens for piece in pieces]
     bins: list[list[np.ndarray]] = []
     room: list[int] = []

@@ -114,9 +114,9 @@ class PairText:
 
 @dataclass(frozen=True)
 class PairIds:
-    """A preference pair as token ids; prompt_length is in tokens."""
+    """A preference pair as token ids. prompt: its own tokens, which may merge with the response's first ones in a side."""
 
-    prompt_length: int
+    prompt: list[int]
     chosen: list[int]
     rejected: list[int]
 
@@ -181,8 +181,9 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PairText]) 
         for k, i in enumerate(where):
             prompt, chosen, rejected = ids[3 * k : 3 * k + 3]
             # Text that names no prompt: what the two sides share from the start is the prompt.
-            length = len(prompt) if pairs[i].prompt else shared_prefix_length(chosen, rejected)
-            result[i] = PairIds(length, chosen, rejected)
+            if not pairs[i].prompt:
+                prompt = chosen[: shared_prefix_length(chosen, rejected)]
+            result[i] = PairIds(prompt, chosen, rejected)
     return result
 
 

@@ -276,6 +276,12 @@ def test_a_source_without_rows_says_so(load, write_rows, tmp_path):
         load([write_rows(rows(3)), "0.001"])
 
 
+def test_pairs_of_one_prompt_have_one_id_also_where_its_last_token_merges_with_the_answer(load, write_rows):
+    content = [{"prompt": "Q: ", "chosen": f"{a} it is", "rejected": f"{b} it is"} for a, b in ("xy", "yz", "xz")]
+    data = load([write_rows(content), "1.0"])
+    assert len(set(data.table.prompt_id.tolist())) == 1
+
+
 def test_labels_of_sources_are_unique(write_rows, tmp_path):
     for folder in ("b/x", "c/x", "d"):
         (tmp_path / folder).mkdir(parents=True)

@@ -35,7 +35,7 @@ def load(tmp_path, tokenizer, **kwargs):
 
 def ids(tokenizer, prompt, chosen, rejected):
     [pair] = tokenization.encode_pairs(tokenizer, [tokenization.render_pair(tokenizer, prompt, chosen, rejected)])
-    return pair.chosen, pair.rejected, pair.prompt_length
+    return pair.chosen, pair.rejected, len(pair.prompt)
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

@@ -33,6 +33,9 @@ TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "lr", "grad_norm")} | {
         "data_seconds",
         "memory_gib",
         "padding_fraction",
+        "distinct_token_fraction",
+        "rank_imbalance",
+        "mfu",
         "total_flops",
     )
 }
