@@ -1,7 +1,7 @@
 """Training throughput: our three layouts and TRL's RewardTrainer, side by side on the same model and pairs.
 
-    python benchmarks/throughput.py --profile cpu      # 6 layers x 384, float32, 8 pairs a step
-    python benchmarks/throughput.py --profile gpu      # 1B and 8B shapes, bfloat16; its correctness part runs anywhere
+    python -m benchmarks.throughput --profile cpu      # 6 layers x 384, float32, 8 pairs a step
+    python -m benchmarks.throughput --profile gpu      # 1B and 8B shapes, bfloat16; its correctness part runs anywhere
 
 Every round runs each contestant once, in turn, in a process of its own; ratios are taken within a round, so a machine
 whose speed drifts slows both sides alike. Prints medians with their spread, writes results.json and a picture.
@@ -31,8 +31,8 @@ os.environ.setdefault(
 )  # read when deepspeed is imported
 
 import matplotlib.pyplot as plt
-import workloads
 
+from benchmarks import workloads
 from open_rm import steps, tokenization
 from open_rm.data import load_preference_data
 
