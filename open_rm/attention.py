@@ -135,12 +135,11 @@ def _per_segment(query, key, value, segments, scaling, window, softcap):
             k, v = (
                 torch.cat((tensor[:, :, prefix_start:prefix_end], own), 2) for tensor, own in ((key, k), (value, v))
             )
-        plain = not prefix and (window is None or end - start <= window)
+        plain = softcap is None and not prefix and (window is None or end - start <= window)
         mask = None if plain else _mask(segments.masks, end - start, prefix, window, q)
         if softcap is None:
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling))
         else:
-            mask = _mask(segments.masks, end - start, prefix, window, q)
             outputs.append(_soft_capped(q, k, v, mask, scaling, softcap))
     return torch.cat(outputs, 2).transpose(1, 2)
 

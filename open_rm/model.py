@@ -24,8 +24,6 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from open_rm import attention
 from open_rm.errors import UserError, quote_error
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class ScoreHead(nn.Linear):
     """The linear score head, computed in float32 whatever the weights' dtype: bfloat16 would round a reward of 5 by
@@ -79,8 +77,15 @@ class Shape:
 # Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
 # shown equal to padded batches by tests/test_layouts.py.
 SEGMENT_FAMILIES = (
-    *("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gpt_neox"),
-    *("gemma2", "gemma3_text"),
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "gemma2",
+    "gemma3_text",
 )
 
 
