@@ -127,21 +127,28 @@ def _per_segment(query, key, value, segments, scaling, window, softcap):
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # once for the row; per segment it would be done again for every prefix
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # Split once, not sliced per segment: the gradient of a slice is a tensor of the whole row's size.
+    lengths = [end - start for start, end, *_ in segments.bounds]
+    parts = [tensor.split(lengths, 2) for tensor in (query, key, value)]
+    starting = {start: (number, end) for number, (start, end, *_) in enumerate(segments.bounds)}
     outputs = []
-    for start, end, prefix_start, prefix_end in segments.bounds:
-        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+    for q, k, v, (start, end, prefix_start, prefix_end) in zip(*parts, segments.bounds, strict=True):
         prefix = prefix_end - prefix_start
         if prefix:
-            k, v = (
-                torch.cat((tensor[:, :, prefix_start:prefix_end], own), 2) for tensor, own in ((key, k), (value, v))
-            )
+            first, first_end = starting.get(prefix_start, (0, 0))
+            if prefix_end <= first_end:  # as batching.py lays rows out: the beginning of an earlier segment
+                seen = [of[first][:, :, :prefix] for of in parts[1:]]
+            else:
+                seen = [tensor[:, :, prefix_start:prefix_end] for tensor in (key, value)]
+            k, v = torch.cat((seen[0], k), 2), torch.cat((seen[1], v), 2)
         plain = softcap is None and not prefix and (window is None or end - start <= window)
         mask = None if plain else _mask(segments.masks, end - start, prefix, window, q)
         if softcap is None:
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling))
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
         else:
-            outputs.append(_soft_capped(q, k, v, mask, scaling, softcap))
-    return torch.cat(outputs, 2).transpose(1, 2)
+            output = _soft_capped(q, k, v, mask, scaling, softcap)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
 def _mask(masks: dict, queries: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ Only this module knows lengths: the reward is read at the last token by length, 
 Shapes: B pairs, S rows, T positions.
 """
 
+import functools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,9 +57,14 @@ class Batch:
         """Positions that the model computes, padding included."""
         return self.input_ids.numel()
 
+    @functools.cached_property
+    def read_index(self) -> torch.Tensor:
+        """[<= 2 B] int64: the distinct positions of `reward_index`; equal sequences share theirs."""
+        return self.reward_index.unique()
+
     def inputs(self, device: torch.device) -> dict:
         """What the reward model's forward takes, on its device."""
-        names = ("input_ids", "reward_index", "attention_mask", "position_ids", "segments")
+        names = ("input_ids", "reward_index", "read_index", "attention_mask", "position_ids", "segments")
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value.to(device)

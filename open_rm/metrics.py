@@ -49,8 +49,9 @@ class StepMetrics:
     def add(self, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor, batch) -> None:
         """Add one micro-batch: [B] rewards and losses of its counted pairs, and the batching.Batch they came from."""
         # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
-        tokens, computed, area = (batch.tokens, batch.computed, batch.area) if len(losses) else (0, 0, 0)
-        counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape))
+        counted = (batch.tokens, batch.computed, batch.area, len(batch.read_index)) if len(losses) else (0, 0, 0, 0)
+        tokens, computed, area, read = counted
+        counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape, read=read))
         self._sums[: len(PAIR_METRICS)] += pair_sums(chosen, rejected, losses)
         self._sums[len(PAIR_METRICS) :] += torch.tensor(counts, dtype=torch.float64, device=self._sums.device)
 
@@ -92,15 +93,18 @@ def perf_metrics(
     }
 
 
-def training_flops(tokens: int, area: int, shape) -> float:
+def training_flops(tokens: int, area: int, shape, *, read: int) -> float:
     """Model FLOPs of forward + backward, without recomputation.
 
-    6 * body_parameters * tokens + 12 * layers * attention_width * area (PaLM, https://arxiv.org/abs/2204.02311,
-    appendix B, with the query-key products that causal attention needs instead of all length^2).
+    6 * body_parameters * tokens + 6 * read_parameters * read + 12 * layers * attention_width * area (PaLM,
+    https://arxiv.org/abs/2204.02311, appendix B, with the query-key products that causal attention needs instead of all
+    length^2, and the last layer's parameters that only the read tokens need counted for those).
 
     Args:
         tokens: tokens computed.  area: query-key products, summed over sequences: length * (length + 1) / 2 for each.
         shape: body_parameters (those that multiply every token: the embedding table is a look-up and left out),
-            layers, attention_width (heads * head dimension).
+            read_parameters, layers, attention_width (heads * head dimension).
+        read: tokens at which a reward is read.
     """
-    return 6.0 * shape.body_parameters * tokens + 12.0 * shape.layers * shape.attention_width * area
+    body = 6.0 * shape.body_parameters * tokens + 6.0 * shape.read_parameters * read
+    return body + 12.0 * shape.layers * shape.attention_width * area

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from open_rm import attention
+from open_rm import attention, last_layer
 from open_rm.errors import UserError, quote_error
 
 
@@ -46,30 +46,42 @@ class RewardModel(nn.Module):
         self.backbone_name = classifier.base_model_prefix
         # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
         classifier.score.__class__ = ScoreHead
+        # A family that is not known to pass keywords down to its layers computes its last layer in full.
+        self.read_only_parameters = 0
+        if classifier.config.get_text_config().model_type in SEGMENT_FAMILIES:
+            backbone = getattr(classifier, self.backbone_name)
+            self.read_only_parameters = last_layer.compute_where_read(backbone.layers[-1])
 
     @property
     def width(self) -> int:
         """Hidden width D."""
         return self.classifier.config.get_text_config().hidden_size
 
-    def forward(self, input_ids, reward_index, **layout) -> torch.Tensor:
+    def forward(self, input_ids, reward_index, read_index, **layout) -> torch.Tensor:
         """[N] float32 rewards.
 
         Args:
             input_ids: [S, T].
-            reward_index: [N] into the flattened S * T positions, where each reward is read.
+            reward_index: [N] into the flattened S * T positions, where each reward is read.  read_index: the distinct
+                ones among them.
             layout: attention_mask for right-padded rows; position_ids and segments for a packed row (batching.Batch).
         """
         backbone = getattr(self.classifier, self.backbone_name)
+        if self.read_only_parameters:
+            layout["read_index"] = read_index
         hidden = backbone(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
         return self.classifier.score(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension."""
+    """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension.
+
+    body_parameters: applied at every token.  read_parameters: applied only where a reward is read (see last_layer.py).
+    """
 
     body_parameters: int
+    read_parameters: int
     layers: int
     attention_width: int
 
@@ -238,7 +250,8 @@ def model_shape(model: RewardModel) -> Shape:
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     body = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(body, config.num_hidden_layers, config.num_attention_heads * head)
+    read = model.read_only_parameters + model.width
+    return Shape(body - read, read, config.num_hidden_layers, config.num_attention_heads * head)
 
 
 def apply_liger_kernels(model: RewardModel, device: torch.device) -> str:

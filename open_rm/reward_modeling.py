@@ -189,7 +189,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     started, training_seconds, total_flops = time.perf_counter(), 0.0, 0.0
     episode, last_train, last_eval = 0, {}, {}
     peak_flops = engine.matmul_flops(ranks, bf16)
-    area_cost = steps.attention_cost(**dataclasses.asdict(shape))
+    area_cost = steps.attention_cost(shape.body_parameters, shape.layers, shape.attention_width)
     compute = {"layout": layout, "pad_token_id": tokenizer.pad_token_id}
     eval_compute = compute | {"max_tokens": args.per_device_eval_batch_size * per_pair}
 

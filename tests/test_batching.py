@@ -75,9 +75,9 @@ def test_reward_is_read_by_length_even_where_text_holds_the_pad_id():
 def test_inputs_are_what_the_model_takes():
     layouts = {layout: batching.lay_out(layout, DRAWN, pad_token_id=0, prompt_ids=[0, 1]) for layout in LAYOUTS}
     inputs = {layout: set(batch.inputs(torch.device("cpu"))) for layout, batch in layouts.items()}
-    row = {"input_ids", "position_ids", "segments", "reward_index"}
+    row = {"input_ids", "position_ids", "segments", "reward_index", "read_index"}
     assert inputs == {
-        "padded": {"input_ids", "attention_mask", "reward_index"},
+        "padded": {"input_ids", "attention_mask", "reward_index", "read_index"},
         "packed": row,
         "shared_prefix": row,
     }

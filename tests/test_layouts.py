@@ -334,15 +334,18 @@ FAMILY_PAIRS = (ranked(P, R[:3]) + [(Q + R[3], Q + R[1]), (R[1], R[2] + R[0])], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, family):
+def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, family, monkeypatch):
+    """The reference is padded and computes its last layer at every token."""
     folder, pairs = family_folder(family), as_data(*FAMILY_PAIRS)
     config = model.read_config(str(folder), revision=None, max_token_length=256)
     choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False)
     assert model.choose_layout("auto", config, **choice) == ("shared_prefix", None)
     assert config.model_type == family.split()[0] and config.model_type in model.SEGMENT_FAMILIES
-    reference = computed(load(folder, tokenizer, "padded"), pairs, "padded")
+    with monkeypatch.context() as whole:
+        whole.setattr(model.last_layer, "compute_where_read", lambda layer: 0)
+        reference = computed(load(folder, tokenizer, "padded"), pairs, "padded")
     largest = (0.0, 0.0)
-    for layout in ("packed", "shared_prefix"):
+    for layout in LAYOUTS:
         assert model.choose_layout(layout, config, **choice) == (layout, None)
         for checkpointing in (False, True):
             reward_model = load(folder, tokenizer, layout, gradient_checkpointing=checkpointing)
@@ -351,6 +354,32 @@ def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, fa
                 assert_same(result, reference, f"{family}, {layout}")
                 largest = tuple(map(max, zip(largest, differences(result, reference), strict=True)))
     print(f"{family}: rewards {largest[0]:.1e} apart, gradients {largest[1]:.1e}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_its_mlp_and_output_projection_where_a_reward_is_read(family_folder, tokenizer, family):
+    """Equal sequences (three of the pairs are of one ranked list) are read once."""
+    reward_model, pairs = load(family_folder(family), tokenizer, "shared_prefix"), as_data(*FAMILY_PAIRS)
+    last, seen = reward_model.classifier.base_model.layers[-1], {}
+    for name, module in last.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, out, name=name: seen.update({name: args[0].shape[:-1].numel()})
+            )
+    [(_, batch)] = pairs.batches(
+        steps.plan_step(np.arange(5), pairs.table, layout="shared_prefix", world_size=1, max_tokens=EVERYTHING).ranks[
+            0
+        ],
+        "shared_prefix",
+        pad_token_id=2,
+    )
+    reward_model(**batch.inputs(CPU))
+    distinct = len({tuple(side) for pair in FAMILY_PAIRS[0] for side in pair})
+    everywhere = {name for name, tokens in seen.items() if tokens == batch.positions}
+    assert {tokens for name, tokens in seen.items() if name not in everywhere} == {distinct}
+    assert {name.rpartition(".")[2] for name in everywhere} <= {"k_proj", "v_proj", "qkv_proj", "query_key_value"}
+    trimmed = sum(p.numel() for name, p in last.named_parameters() if name.rpartition(".")[0] in set(seen) - everywhere)
+    assert reward_model.read_only_parameters == trimmed
 
 
 def test_every_family_that_may_be_packed_is_tested_here():

@@ -8,7 +8,7 @@ import torch
 from open_rm.losses import ranking_loss
 from open_rm.metrics import StepMetrics, pair_means, pair_sums, perf_metrics, training_flops
 
-SHAPE = SimpleNamespace(body_parameters=10, layers=2, attention_width=4)
+SHAPE = SimpleNamespace(body_parameters=10, read_parameters=3, layers=2, attention_width=4)
 
 
 def means(chosen, rejected):
@@ -28,7 +28,9 @@ def test_swapping_chosen_and_rejected_gives_one_minus_accuracy_and_negates_the_m
 
 
 def micro_batch(**changes):
-    return SimpleNamespace(**({"tokens": 30, "computed": 24, "positions": 40, "area": 90} | changes))
+    return SimpleNamespace(
+        **({"tokens": 30, "computed": 24, "positions": 40, "area": 90, "read_index": torch.arange(7)} | changes)
+    )
 
 
 def test_uneven_micro_batches_average_over_pairs_not_over_batches():
@@ -43,7 +45,7 @@ def test_uneven_micro_batches_average_over_pairs_not_over_batches():
         "tokens": 60,
         "computed": 48,
         "positions": 80,
-        "flops": 2 * training_flops(tokens=24, area=90, shape=SHAPE),
+        "flops": 2 * training_flops(tokens=24, area=90, shape=SHAPE, read=7),
     }
 
 
@@ -56,8 +58,8 @@ def test_a_micro_batch_that_only_keeps_ranks_in_step_adds_positions_but_nothing_
     assert counts == {"tokens": 0, "computed": 0, "positions": 40, "flops": 0}
 
 
-def test_flops_are_six_per_parameter_and_token_plus_causal_attention():
-    assert training_flops(tokens=5, area=13, shape=SHAPE) == 6 * 10 * 5 + 12 * 2 * 4 * 13
+def test_flops_are_six_per_parameter_and_token_that_it_is_applied_to_plus_causal_attention():
+    assert training_flops(tokens=5, area=13, shape=SHAPE, read=2) == 6 * 10 * 5 + 6 * 3 * 2 + 12 * 2 * 4 * 13
 
 
 def test_perf_metrics_are_what_their_names_say():
