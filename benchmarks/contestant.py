@@ -25,6 +25,15 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+def rates(tokens: list[float], seconds: float, pairs: int) -> dict[str, float]:
+    """Rates from the tokens of each step of an epoch over `pairs` pairs, of which the first steps are not in `seconds`.
+
+    A pair counts by its tokens: group_by_length begins with the longest pairs, and counting heads would call the rest fast.
+    """
+    per_second = sum(tokens[WARM_UP_STEPS:]) / seconds
+    return {"pairs_per_second": per_second * pairs / sum(tokens), "tokens_per_second": per_second, "seconds": seconds}
+
+
 def train_ours(settings: dict) -> dict:
     """The recipe itself, without evaluation; rates come from its own metrics.jsonl."""
     from open_rm.reward_modeling import Args, main
@@ -53,11 +62,9 @@ def train_ours(settings: dict) -> dict:
     rows = [json.loads(line) for line in (output / "out" / "metrics.jsonl").open()]
     first, last = rows[WARM_UP_STEPS - 1], rows[-1]
     seconds = 3600 * (last["hours"] - first["hours"])
-    tokens = sum(row["perf/tokens_per_second"] * row["perf/step_seconds"] for row in rows[WARM_UP_STEPS:])
+    tokens = [row["perf/tokens_per_second"] * row["perf/step_seconds"] for row in rows]
     return {
-        "pairs_per_second": (last["episode"] - first["episode"]) / seconds,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
+        **rates(tokens, seconds, pairs=last["episode"]),
         "peak_gib": last["perf/memory_gib"],
         "mfu": sum(row["perf/mfu"] for row in rows[WARM_UP_STEPS:]) / len(rows[WARM_UP_STEPS:]),
         "data_share": sum(row["perf/data_seconds"] for row in rows[WARM_UP_STEPS:]) / seconds,
@@ -137,12 +144,10 @@ def train_trl(settings: dict) -> dict:
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
     seconds = ends[-1][0] - ends[WARM_UP_STEPS - 1][0]
-    per_step = settings["batch"] * settings["accumulation"]
-    counted = len(data) - WARM_UP_STEPS * per_step
+    accumulation = settings["accumulation"]
+    per_step = [sum(tokens[start : start + accumulation]) for start in range(0, len(tokens), accumulation)]
     return {
-        "pairs_per_second": counted / seconds,
-        "tokens_per_second": sum(tokens[WARM_UP_STEPS * settings["accumulation"] :]) / seconds,
-        "seconds": seconds,
+        **rates(per_step, seconds, pairs=len(data)),
         "peak_gib": peak_gib(),
         "loss": trainer.state.log_history[-2].get("loss"),
     }

@@ -99,7 +99,8 @@ class Args:
     group_by_prompt: bool = False
     """Keep all pairs of a prompt in one step, so that shared_prefix computes prompt and repeated responses once."""
     max_tokens_per_micro_batch: int | None = None
-    """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length."""
+    """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length, on a CPU at most
+    2048, which its caches hold well."""
     deepspeed: str | None = None
     """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
     # ---- evaluation and tracking

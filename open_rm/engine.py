@@ -271,7 +271,12 @@ class Engine:
         self.ranks = ranks
         self.stage = config["zero_optimization"].get("stage", 0)
         self.optimizer = _adamw(model, config, learning_rate, eps, weight_decay)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)
+        self._clip_to = config["gradient_clipping"] if self.stage == 0 else 0.0
+        own = {"gradient_clipping": 0.0} if self.stage == 0 else {}
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config | own)
+        if self.stage == 0 and ranks.world_size == 1:
+            # One rank has nothing to sum, and DeepSpeed would copy all gradients into a buffer and back for it.
+            self._engine.enable_backward_allreduce = False
 
     @property
     def module(self) -> torch.nn.Module:
@@ -291,13 +296,18 @@ class Engine:
 
     def step(self) -> float:
         """Clip, update the weights, clear the gradients. Returns the global gradient norm before clipping."""
-        norm = self._stage_0_norm() if self.stage == 0 else None
+        norm = self._clip() if self.stage == 0 else None
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
-    def _stage_0_norm(self) -> float:
-        # ZeRO's optimizers report their norm; plain data-parallel training does not, and every rank has all gradients.
-        return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]).item()
+    def _clip(self) -> float:
+        # ZeRO's optimizers clip and report the norm; plain data-parallel training reports none, every rank has all
+        # gradients, and the norm that is wanted anyway serves for clipping.
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if 0 < self._clip_to < norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_to, norm)
+        return norm.item()
 
     @contextlib.contextmanager
     def evaluating(self):

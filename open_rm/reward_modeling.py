@@ -127,8 +127,10 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         seed=args.seed,
         prompt_ids=prompt_ids,
     )
-    per_pair = 2 * args.max_token_length
-    max_tokens = args.max_tokens_per_micro_batch or args.per_device_train_batch_size * per_pair
+    budget = functools.partial(
+        steps.micro_batch_budget, max_token_length=args.max_token_length, on_gpu=ranks.device.type == "cuda"
+    )
+    max_tokens = args.max_tokens_per_micro_batch or budget(args.per_device_train_batch_size)
     settings = dataclasses.asdict(args) | {
         "run_name": run_name,
         "output_dir": output_dir,
@@ -191,7 +193,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     peak_flops = engine.matmul_flops(ranks, bf16)
     area_cost = steps.attention_cost(shape.body_parameters, shape.layers, shape.attention_width)
     compute = {"layout": layout, "pad_token_id": tokenizer.pad_token_id}
-    eval_compute = compute | {"max_tokens": args.per_device_eval_batch_size * per_pair}
+    eval_compute = compute | {"max_tokens": budget(args.per_device_eval_batch_size)}
 
     def position() -> dict[str, float]:
         hours = (time.perf_counter() - started) / 3600
