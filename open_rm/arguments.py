@@ -100,7 +100,7 @@ class Args:
     """Keep all pairs of a prompt in one step, so that shared_prefix computes prompt and repeated responses once."""
     max_tokens_per_micro_batch: int | None = None
     """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length, on a CPU at most
-    2048, which its caches hold well."""
+    1536, which its caches hold well."""
     deepspeed: str | None = None
     """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
     # ---- evaluation and tracking

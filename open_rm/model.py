@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from open_rm import attention, last_layer
+from open_rm import attention, cpu_kernels, last_layer
 from open_rm.errors import UserError, quote_error
 
 
@@ -254,11 +254,13 @@ def model_shape(model: RewardModel) -> Shape:
     return Shape(body - read, read, config.num_hidden_layers, config.num_attention_heads * head)
 
 
-def apply_liger_kernels(model: RewardModel, device: torch.device) -> str:
-    """Swap in Liger's fused RMSNorm, RoPE and SwiGLU where they run; returns the line for the log."""
+def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
+    """Swap in Liger's fused RMSNorm, RoPE and SwiGLU on a GPU, those of cpu_kernels.py elsewhere; returns the log's line."""
     family = model.classifier.config.model_type
     if device.type != "cuda":
-        return "Liger kernels off: they are Triton kernels and there is no GPU"
+        fused = cpu_kernels.apply(model.classifier) if model.classifier.dtype == torch.float32 else 0
+        ours = f"; our own CPU functions for rotary embeddings and norms are on in {fused} modules" if fused else ""
+        return f"Liger kernels off: they are Triton kernels and there is no GPU{ours}"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -167,7 +167,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         deepspeed_config=ds_config,
     )
     shape = model.model_shape(reward_model)
-    notes += [*model_notes, model.apply_liger_kernels(reward_model, ranks.device), engine.describe(ds_config, ranks)]
+    notes += [*model_notes, model.apply_fused_kernels(reward_model, ranks.device), engine.describe(ds_config, ranks)]
     notes.append(f"batching {layout}" + (f", not shared_prefix: {not_shared}" if not_shared else ""))
     notes.append(f"{plan.total_steps} steps of {plan.pairs_per_step} pairs, {plan.total_episodes} episodes")
     for note in notes:
