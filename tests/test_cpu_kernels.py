@@ -10,7 +10,6 @@ from test_layouts import (  # noqa: F401 (fixtures)
     computed,
     family_folder,
     load,
-    tokenizer,
 )
 
 from open_rm import cpu_kernels
