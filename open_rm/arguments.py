@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from open_rm import engine, sources, tokenization
+from open_rm import engine, rows, sources, tokenization
 from open_rm.errors import UserError
 
 
@@ -40,17 +40,32 @@ class Args:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     # ---- data
     dataset_mixer_list: list[str] = field(default_factory=lambda: ["trl-internal-testing/sentiment-trl-style", "400"])
-    """Training data: alternating name (Hub, json/jsonl/parquet file, folder) and amount (400 rows, or 0.5 of them)."""
+    """Training data: alternating name (Hub name[:config][@revision], file, folder, glob) and amount (400 rows, or 0.5 of
+    them)."""
     dataset_mixer_list_splits: list[str] = field(default_factory=lambda: ["train"])
     """Split of each training source, or one for all. A single file is itself the split."""
     dataset_mixer_eval_list: list[str] = field(default_factory=list)
     """Held-out data, like dataset_mixer_list. Empty: no evaluation."""
     dataset_mixer_eval_list_splits: list[str] = field(default_factory=lambda: ["test"])
     """Split of each held-out source, or one for all."""
+    column_map: list[str] = field(default_factory=list)
+    """Columns of other names: ours=theirs, e.g. chosen=better rejected=worse."""
+    margin_from: list[str] = field(default_factory=list)
+    """Two columns, e.g. score_chosen score_rejected: a pair's margin is the first minus the second. None: column margin."""
+    parse_hh: bool = False
+    """Turn text of the form "Human: ... Assistant: ..." into messages for the chat template, not training on it as text."""
+    skip_bad_rows: int = 0
+    """Skip, list and count so many malformed rows; the next one stops the run."""
     max_token_length: int = 512
-    """Pairs with a side (prompt and response) of more tokens are filtered, and counted."""
+    """Most tokens of a side (prompt and response)."""
     max_prompt_token_length: int = 256
-    """Pairs with a prompt of more tokens are filtered, and counted."""
+    """Most tokens of a prompt."""
+    overlength: Literal["filter", "truncate"] = "filter"
+    """Pairs beyond these: left out, or cut (the prompt's start, then a response's end but for the scored token). Counted."""
+    num_proc: int = 1
+    """Processes that tokenize; each of them encodes on one core, a single one on all."""
+    strict: bool = False
+    """Stop before training where the look at the data (python -m open_rm.inspection) has findings."""
     dataset_local_cache_dir: str = "local_dataset_cache"
     """Folder for tokenized data; found again while data, tokenizer and lengths are the same."""
     cache_dataset_only: bool = False
@@ -64,6 +79,9 @@ class Args:
     """Decides the order of the pairs, random subsets and the initial score head."""
     output_dir: str | None = None
     """Where the final model lands, exactly. None: output/<run_name>."""
+    # ---- objective
+    margin_loss: bool = False
+    """Chosen must lead by the pair's margin (Llama 2). Every training pair needs one."""
     # ---- optimizer
     learning_rate: float = 3e-6
     """Peak learning rate of AdamW."""
@@ -142,7 +160,9 @@ def check_args(args: Args) -> None:
         "gradient_accumulation_steps",
     )
     ones += ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_micro_batch")
+    ones += ("num_proc",)
     zeros = ("weight_decay", "max_grad_norm", "warm_up_steps", "warmup_ratio", "num_evals", "num_sample_pairs", "seed")
+    zeros += ("skip_bad_rows",)
     for names, minimum in ((ones, 1), (zeros, 0)):
         for name in names:
             if getattr(args, name) is not None and not getattr(args, name) >= minimum:
@@ -209,6 +229,7 @@ def check_args(args: Args) -> None:
         if found:
             raise UserError(sentence)
     engine.read_config(args.deepspeed)
+    rows.make_reading(args.column_map, args.margin_from, args.parse_hh)
     sources.parse_mixer(args.dataset_mixer_list, args.dataset_mixer_list_splits, "dataset_mixer_list")
     sources.parse_mixer(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, "dataset_mixer_eval_list")
     if args.chat_template_name is not None:

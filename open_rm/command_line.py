@@ -17,8 +17,8 @@ from open_rm.errors import UserError
 T = TypeVar("T")
 
 
-def parse(arguments_class: type[T], argv: list[str]) -> T:
-    """Parse `argv` (without the program's name) into `arguments_class`; flags override the --config file."""
+def parse(arguments_class: type[T], argv: list[str], *, prog: str = "python -m open_rm.reward_modeling") -> T:
+    """Parse `argv` (without the program's name, `prog`) into `arguments_class`; flags override the --config file."""
     fields = {field.name: field for field in dataclasses.fields(arguments_class)}
     flags, config = _split_config([_underscored(token) for token in argv])
     given = {_name(token) for token in flags if token.startswith("--")}
@@ -29,7 +29,7 @@ def parse(arguments_class: type[T], argv: list[str]) -> T:
     for token in flags:
         if token.startswith("--") and token != "--help":
             _check_known(_name(token), fields, "flag --")
-    return tyro.cli(arguments_class, args=flags, use_underscores=True, prog="python -m open_rm.reward_modeling")
+    return tyro.cli(arguments_class, args=flags, use_underscores=True, prog=prog)
 
 
 def _underscored(token: str) -> str:

@@ -1,17 +1,14 @@
-"""Preference data: sources to rows, rows to token ids, once; then a memory-mapped cache.
+"""Preference data: sources to token ids, once; then a memory-mapped cache.
 
-Rows stream from their sources (sources.py) through in blocks: read -> check -> render -> encode -> filter -> Arrow file, so memory does not grow with the data. The cache is
-content-addressed (data, tokenizer, template, lengths, this code's version) and appears by one atomic rename.
-What is refused names file and row; what is filtered is counted and printed. Nothing is dropped silently.
+Rows stream from their sources (sources.py) in blocks through preparation.py into one Arrow file of the cache (cache.py),
+which is known by its content: data, tokenizer, template, limits, this code's version. What is refused names file and row;
+what is dropped or skipped is counted and printed. Nothing is dropped silently.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,44 +20,34 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from open_rm import tokenization
-from open_rm.batching import Batch, common_prefix, lay_out
+from open_rm import cache, preparation, tokenization
+from open_rm.batching import Batch, lay_out
 from open_rm.errors import UserError
-from open_rm.rows import normalise_row
-from open_rm.sources import BLOCK_ROWS, open_source, parse_mixer
+from open_rm.preparation import SCHEMA, Policy
+from open_rm.rows import AS_IS, Reading
+from open_rm.sources import BLOCK_ROWS, Source, open_source, parse_mixer
 from open_rm.steps import MicroBatch, PairTable
-from open_rm.tokenization import PairIds
 
-CACHE_VERSION = "4"  # raise when the meaning of a cached column changes
-SCHEMA = pa.schema(
-    {
-        "chosen_input_ids": pa.list_(pa.int32()),
-        "rejected_input_ids": pa.list_(pa.int32()),
-        "chosen_length": pa.int32(),
-        "rejected_length": pa.int32(),
-        "prompt_length": pa.int32(),
-        "shared_length": pa.int32(),
-        "prompt_id": pa.int64(),
-        "chosen_id": pa.int64(),
-        "rejected_id": pa.int64(),
-        "source": pa.int32(),
-    }
-)
+CACHE_VERSION = "5"  # raise when the meaning of a cached column changes
 
 
 @dataclass(frozen=True)
 class PreferenceData:
     """Tokenized pairs.
 
-    dataset: columns chosen_input_ids, rejected_input_ids, those of steps.PairTable, and source (index into labels).
-    labels: one per source.  report: one line per source on what was read, filtered and kept.
-    chat: whether rows were messages (rendered by the chat template) rather than plain text.
+    dataset: columns chosen_input_ids, rejected_input_ids, those of steps.PairTable, margin (NaN where there is none),
+        source (index into labels) and place (file and row).
+    labels: one per source.  report: one line per source on what was read, dropped and kept.
+    chat: whether rows were messages (rendered by the chat template) rather than plain text or token ids.
+    facts: one dict per source, what its line of the report says: label, name, rows, taken, forms, ties, kept, dropped
+        (reason -> count and first place), skipped (place and what is wrong), truncated.
     """
 
     dataset: Dataset
     labels: list[str]
     report: list[str]
     chat: bool
+    facts: list[dict]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,8 +74,26 @@ class PreferenceData:
         """[pairs] index into labels."""
         return self._column("source")
 
+    def places(self, indices) -> list[str]:
+        """File and row of the given pairs."""
+        return self.dataset.with_format(None, columns=["place"])[list(indices)]["place"]
+
+    def margins(self) -> np.ndarray:
+        """[pairs] float32, NaN where a row has none."""
+        return np.array(self.dataset.with_format("arrow", columns=["margin"])[:]["margin"])
+
     def _column(self, name: str) -> np.ndarray:
         return np.array(self.dataset.with_format("arrow", columns=[name])[:][name]).astype(np.int64)
+
+
+def read_both(
+    mixer: list[str], splits: list[str], eval_mixer: list[str], eval_splits: list[str], **how
+) -> tuple[PreferenceData, PreferenceData | None]:
+    """Training and held-out data (None where no source is named) as the recipe's flags name them; `how` as below."""
+    train = load_preference_data(mixer, splits, flag="dataset_mixer_list", **how)
+    if not eval_mixer:
+        return train, None
+    return train, load_preference_data(eval_mixer, eval_splits, flag="dataset_mixer_eval_list", **how)
 
 
 def load_preference_data(
@@ -101,16 +106,24 @@ def load_preference_data(
     max_prompt_token_length: int,
     cache_dir: str,
     seed: int,
+    reading: Reading = AS_IS,
+    overlength: str = "filter",
+    skip_bad_rows: int = 0,
+    num_proc: int = 1,
     progress: bool = False,
 ) -> PreferenceData:
     """Tokenize every source of a mixer list, or find the result in the cache.
 
     Args:
         mixer, splits, flag: see `parse_mixer`; `flag` is the flag that errors name.
-        max_token_length: in tokens; a pair with a longer side is filtered.
-        max_prompt_token_length: in tokens; a pair with a longer prompt is filtered.
+        max_token_length: of a side (prompt and response), in tokens.
+        max_prompt_token_length: of a prompt, in tokens.
+        overlength: "filter" drops pairs beyond these, "truncate" cuts them (tokenization.truncate); both are counted.
         cache_dir: folder of all caches.
         seed: which random rows a partial amount takes.
+        reading: which columns are read, and how.
+        skip_bad_rows: so many malformed rows are skipped and listed; the next one stops the run.
+        num_proc: processes that tokenize; the result is the same.
         progress: show a progress bar (one rank should).
     """
     opened = [(source, *open_source(source)) for source in parse_mixer(mixer, splits, flag)]
@@ -118,79 +131,87 @@ def load_preference_data(
         "version": CACHE_VERSION,
         "sources": [(content, source.amount, source.label) for source, content, _, _ in opened],
         "tokenizer": tokenization.fingerprint(tokenizer),
-        "lengths": (max_token_length, max_prompt_token_length),
+        "lengths": (max_token_length, max_prompt_token_length, overlength),
+        "reading": dataclasses.asdict(reading),
+        "skip_bad_rows": skip_bad_rows,
         "seed": seed if any(source.amount != 1.0 for source, *_ in opened) else None,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    folder = Path(cache_dir).expanduser() / key
-    if not (folder / "report.json").is_file():
-        building = folder.with_name(f"{key}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            building.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--dataset_local_cache_dir {cache_dir}: cannot be written ({error.strerror})") from error
-        try:
-            report, chat = _write_pairs(
-                building / "pairs.arrow", opened, tokenizer, max_token_length, max_prompt_token_length, seed, progress
-            )
-            (building / "report.json").write_text(json.dumps({"report": report, "chat": bool(chat)}))
-            try:
-                os.rename(building, folder)
-            except OSError:  # another process finished the same cache first; the content is the same
-                if not (folder / "report.json").is_file():
-                    raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    facts = json.loads((folder / "report.json").read_text())
+    policy = Policy(tokenizer, reading, max_token_length, max_prompt_token_length, overlength)
+
+    def build(folder: Path) -> None:
+        writing = _Writing(policy, skip_bad_rows, num_proc, progress)
+        with pa.OSFile(str(folder / "pairs.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+            facts = [writing.source(i, *entry, seed, writer) for i, entry in enumerate(opened)]
+        (folder / "facts.json").write_text(json.dumps({"chat": writing.kind == "messages", "facts": facts}))
+
+    folder = cache.find_or_build(cache_dir, key, build, flag="dataset_local_cache_dir")
     dataset = Dataset.from_file(str(folder / "pairs.arrow"))
-    if len(dataset) == 0 and all(" 0 taken" in line for line in facts["report"]):
-        raise UserError(
-            f"--{flag}: no rows at all ({'; '.join(facts['report'])}); name a file with rows, or a larger amount"
-        )
+    # labels and names are those of this run: a cache may have been built from a copy of the data elsewhere
+    found = json.loads((folder / "facts.json").read_text())
+    facts = [fact | {"label": s.label, "name": _name(s)} for fact, (s, *_) in zip(found["facts"], opened, strict=True)]
+    report = [_line(fact) for fact in facts]
+    if not any(fact["taken"] for fact in facts):
+        raise UserError(f"--{flag}: no rows at all ({'; '.join(report)}); name a file with rows, or a larger amount")
     if len(dataset) == 0:
-        raise UserError(
-            f"--{flag}: no pairs are left after filtering ({'; '.join(facts['report'])}); "
-            "raise --max_token_length or --max_prompt_token_length"
-        )
-    return PreferenceData(dataset, [source.label for source, *_ in opened], **facts)
+        advice = "raise --max_token_length or --max_prompt_token_length, or pass --overlength truncate"
+        raise UserError(f"--{flag}: no pairs are left ({'; '.join(report)}); {advice}")
+    return PreferenceData(dataset, [source.label for source, *_ in opened], report, found["chat"], facts)
 
 
-def _write_pairs(path, opened, tokenizer, max_token_length, max_prompt_token_length, seed, progress):
-    report, chat = [], None
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        for index, (source, _, size, rows) in enumerate(opened):
-            copies = _copies(size, source.amount, seed)
-            counts = Counter()
-            bar = tqdm(total=int(copies.sum()), unit=" pairs", desc=f"tokenize {source.label}", disable=not progress)
-            for places, block in _blocks(rows(), copies):
-                kept = []
-                chat = _one_kind(chat, places, block)
-                for place, pair in zip(places, _encode_block(tokenizer, places, block), strict=True):
-                    if fault := _overlength(pair, max_token_length, max_prompt_token_length):
-                        counts[fault] += 1
-                    else:
-                        _check_ids(pair, place, tokenizer)
-                        kept.append(pair)
-                counts["kept"] += len(kept)
-                writer.write_batch(_record_batch(kept, index))
-                bar.update(len(block))
-            bar.close()
-            report.append(
-                _source_line(source, size, int(copies.sum()), counts, max_token_length, max_prompt_token_length)
-            )
-    return report, chat
+class _Writing:
+    """What goes on from source to source: the kind of the rows, and how many more bad ones may be skipped."""
+
+    def __init__(self, policy: Policy, skip_bad_rows: int, num_proc: int, progress: bool):
+        self.policy, self.num_proc, self.progress = policy, num_proc, progress
+        self.skip_bad_rows = self.left = skip_bad_rows
+        self.kind: str | None = None
+
+    def source(self, index: int, source: Source, _: str, size: int, rows, seed: int, writer) -> dict:
+        """Write one source's pairs; returns its facts."""
+        copies = _copies(size, source.amount, seed)
+        forms, dropped, skipped = Counter(), {}, []
+        facts = {"rows": size, "taken": int(copies.sum()), "kept": 0, "ties": 0, "truncated": 0}
+        bar = tqdm(total=facts["taken"], unit=" rows", desc=f"tokenize {source.label}", disable=not self.progress)
+        blocks = self._with_kind(_blocks(rows(), copies))
+        for block, done in preparation.prepare_blocks(blocks, index, self.policy, self.num_proc):
+            for place, what in done.bad:
+                self._skip(place, what)
+                skipped.append({"place": place, "what": what})
+            for reason, (count, first) in done.dropped.items():
+                before = dropped.get(reason, {"count": 0, "first": first})
+                dropped[reason] = before | {"count": before["count"] + count}
+            forms += done.forms
+            facts["ties"] += done.ties
+            facts["truncated"] += done.truncated
+            facts["kept"] += done.batch.num_rows
+            writer.write_batch(done.batch)
+            bar.update(sum(times for *_, times in block))
+        bar.close()
+        return facts | {"forms": dict(forms), "dropped": dropped, "skipped": skipped}
+
+    def _with_kind(self, blocks):
+        for block in blocks:
+            self.kind = self.kind or preparation.kind_of(block, self.policy.reading)
+            yield block, self.kind
+
+    def _skip(self, place: str, what: str) -> None:
+        if self.left == 0:
+            allowed = f" (--skip_bad_rows {self.skip_bad_rows} were skipped before it)" if self.skip_bad_rows else ""
+            raise UserError(f"{place}: {what}{allowed}")
+        self.left -= 1
 
 
-def _one_kind(chat: bool | None, places: list[str], block: list[tuple]) -> bool:
-    """Whether the rows are messages; they must all be of one kind, since special tokens are written differently."""
-    for place, (_, chosen, _) in zip(places, block, strict=True):
-        if chat is not None and chat == isinstance(chosen, str):
-            kinds = ("messages", "text") if chat else ("text", "messages")
-            raise UserError(
-                f"{place}: the rows before are {kinds[0]} and this one is {kinds[1]}; train on one kind at a time"
-            )
-        chat = not isinstance(chosen, str)
-    return chat
+def _blocks(rows, copies: np.ndarray) -> Iterator[preparation.Block]:
+    block: preparation.Block = []
+    for (place, row), times in zip(rows, copies, strict=True):
+        if times:
+            block.append((place, row, int(times)))
+        if len(block) >= BLOCK_ROWS:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 def _copies(size: int, amount: int | float, seed: int) -> np.ndarray:
@@ -204,97 +225,18 @@ def _copies(size: int, amount: int | float, seed: int) -> np.ndarray:
     return copies
 
 
-def _blocks(rows, copies: np.ndarray) -> Iterator[tuple[list[str], list[tuple]]]:
-    places, block = [], []
-    for (place, row), times in zip(rows, copies, strict=True):
-        if times == 0:
-            continue
-        try:
-            normal = normalise_row(row)
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-        places += [place] * times
-        block += [normal] * times
-        if len(block) >= BLOCK_ROWS:
-            yield places, block
-            places, block = [], []
-    if block:
-        yield places, block
+def _name(source: Source) -> str:
+    return source.name if source.paths else f"{source.name}[{source.split}]"
 
 
-def _encode_block(tokenizer, places: list[str], block: list[tuple]) -> list[PairIds]:
-    texts = []
-    for place, row in zip(places, block, strict=True):
-        try:
-            text = tokenization.render_pair(tokenizer, *row)
-            (text.chosen + text.rejected).encode()
-            texts.append(text)
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{place}: the text holds half a surrogate pair, which is no character; remove it"
-            ) from error
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-    return tokenization.encode_pairs(tokenizer, texts)
-
-
-def _overlength(pair: PairIds, max_token_length: int, max_prompt_token_length: int) -> str | None:
-    if len(pair.prompt) > max_prompt_token_length:
-        return "prompt"
-    if max(len(pair.chosen), len(pair.rejected)) > max_token_length:
-        return "side"
-    return None
-
-
-def _check_ids(pair: PairIds, place: str, tokenizer) -> None:
-    if pair.chosen == pair.rejected:
-        raise UserError(
-            f"{place}: chosen and rejected are identical as tokens, so the pair prefers nothing; remove the row"
-        )
-    if tokenizer.pad_token_id in pair.chosen or tokenizer.pad_token_id in pair.rejected:
-        raise UserError(
-            f"{place}: the text contains the pad token {tokenizer.pad_token!r}, which must never occur in text; "
-            "remove it from the row"
-        )
-
-
-def _record_batch(pairs: list[PairIds], source: int) -> pa.RecordBatch:
-    chosen = [np.array(pair.chosen, np.int32) for pair in pairs]
-    rejected = [np.array(pair.rejected, np.int32) for pair in pairs]
-    columns = {
-        "chosen_input_ids": _id_column(chosen),
-        "rejected_input_ids": _id_column(rejected),
-        "chosen_length": [len(ids) for ids in chosen],
-        "rejected_length": [len(ids) for ids in rejected],
-        "prompt_length": [len(pair.prompt) for pair in pairs],
-        "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
-        "prompt_id": [_content_id(np.array(pair.prompt, np.int32)) for pair in pairs],
-        "chosen_id": [_content_id(ids) for ids in chosen],
-        "rejected_id": [_content_id(ids) for ids in rejected],
-        "source": [source] * len(pairs),
-    }
-    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
-
-
-def _content_id(ids: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
-
-
-def _id_column(sequences: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.zeros(len(sequences) + 1, np.int32)
-    np.cumsum([len(ids) for ids in sequences], out=offsets[1:])
-    values = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def _source_line(source, size, taken, counts, max_token_length, max_prompt_token_length) -> str:
-    filtered = [
-        f"{counts[fault]} filtered ({what})"
-        for fault, what in (
-            ("prompt", f"prompt > {max_prompt_token_length} tokens"),
-            ("side", f"a side > {max_token_length} tokens"),
-        )
-        if counts[fault]
-    ]
-    what = source.name if source.path else f"{source.name}[{source.split}]"
-    return ", ".join([f"{what}: {size} rows, {taken} taken", *filtered, f"{counts['kept']} pairs kept"])
+def _line(fact: dict) -> str:
+    forms = "; ".join(form if len(fact["forms"]) == 1 else f"{n} {form}" for form, n in fact["forms"].items())
+    parts = [f"{fact['name']}: {fact['rows']} rows" + (f" ({forms})" if forms else ""), f"{fact['taken']} taken"]
+    parts += [f"{fact['ties']} ties"] if fact["ties"] else []
+    for reason, drop in fact["dropped"].items():
+        parts.append(f"{drop['count']} filtered ({reason}; first {drop['first']})")
+    if fact["skipped"]:
+        first = fact["skipped"][0]
+        parts.append(f"{len(fact['skipped'])} bad rows skipped (first {first['place']}: {first['what']})")
+    parts += [f"{fact['truncated']} truncated"] if fact["truncated"] else []
+    return ", ".join([*parts, f"{fact['kept']} pairs kept"])

@@ -12,6 +12,8 @@ import logging
 import os
 import resource
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from open_rm.errors import UserError
 
 # Tokenizing a large data set on one rank may take long; the others wait for it in a collective.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
+WAITING_SECONDS = 60.0
 GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 # Keys a DeepSpeed file may not decide, because a flag does.
 OWNED_BY_FLAGS = {
@@ -127,9 +130,30 @@ def on_main_rank(work: Callable[[], Any], ranks: Ranks) -> Any:
             result = work()
         except UserError as error:
             mistake = error
-    if broadcast_object(mistake is not None):
+    with _said_while_waiting(ranks):
+        failed = broadcast_object(mistake is not None)
+    if failed:
         raise mistake or SystemExit(1)
     return result
+
+
+@contextlib.contextmanager
+def _said_while_waiting(ranks: Ranks):
+    """Ranks that wait for the main one for long say so, every WAITING_SECONDS; COLLECTIVE_TIMEOUT ends it."""
+    over = threading.Event()
+
+    def say() -> None:
+        started = time.monotonic()
+        while not over.wait(WAITING_SECONDS):
+            waited = time.monotonic() - started
+            print(f"[rank {ranks.rank}] waiting for the main rank, {waited:.0f} s so far", file=sys.stderr, flush=True)
+
+    if not ranks.is_main:
+        threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def main_rank_first(build: Callable[[], Any], ranks: Ranks) -> Any:

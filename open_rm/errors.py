@@ -13,3 +13,12 @@ def quote_error(error: Exception) -> str:
     """The first line of a library's error, shortened, for quoting inside one sentence of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(". ")[:200]
+
+
+def quote(value: object, length: int = 60) -> str:
+    """A value of a user's data on one line, shortened."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an integer of thousands of digits, something nested as deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= length else text[:length] + "..."

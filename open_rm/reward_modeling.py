@@ -19,12 +19,26 @@ import numpy as np
 import torch
 import transformers
 
-from open_rm import batching, command_line, engine, evaluation, hub, metrics, model, plots, saving, steps, tokenization
+from open_rm import (
+    batching,
+    command_line,
+    engine,
+    evaluation,
+    hub,
+    inspection,
+    metrics,
+    model,
+    plots,
+    saving,
+    steps,
+    tokenization,
+)
 from open_rm import data as preference_data
 from open_rm.arguments import Args, check_args
 from open_rm.errors import UserError
 from open_rm.losses import ranking_loss
 from open_rm.plan import make_plan
+from open_rm.rows import make_reading
 from open_rm.tracking import Tracker, read_metrics
 
 
@@ -79,27 +93,44 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             revision=args.tokenizer_revision or (args.model_revision if own_tokenizer else None),
             chat_template_name=args.chat_template_name,
         )
-        read = functools.partial(
-            preference_data.load_preference_data,
+        train, held_out = preference_data.read_both(
+            args.dataset_mixer_list,
+            args.dataset_mixer_list_splits,
+            args.dataset_mixer_eval_list,
+            args.dataset_mixer_eval_list_splits,
             tokenizer=tokenizer,
             max_token_length=args.max_token_length,
             max_prompt_token_length=args.max_prompt_token_length,
             cache_dir=args.dataset_local_cache_dir,
             seed=args.seed,
+            reading=make_reading(args.column_map, args.margin_from, args.parse_hh),
+            overlength=args.overlength,
+            skip_bad_rows=args.skip_bad_rows,
+            num_proc=args.num_proc,
             progress=ranks.is_main and sys.stderr.isatty(),
         )
-        train = read(args.dataset_mixer_list, args.dataset_mixer_list_splits, flag="dataset_mixer_list")
-        if not args.dataset_mixer_eval_list:
-            return config, layout, tokenizer, train, None
-        flag = "dataset_mixer_eval_list"
-        held_out = read(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, flag=flag)
         return config, layout, tokenizer, train, held_out
 
     config, (layout, not_shared), tokenizer, train_data, eval_data = engine.main_rank_first(load, ranks)
     notes = [f"train: {line}" for line in train_data.report]
     notes += [f"eval: {line}" for line in eval_data.report] if eval_data else ["eval: no held-out data was named"]
-    scored = train_data.pairs([0])[0][0][-1]
-    notes.append(f"the reward is read at the last token, here {tokenization.token_name(tokenizer, scored)}")
+
+    def look() -> list[str]:
+        found = inspection.inspect_data(train_data, eval_data, tokenizer)
+        if args.strict:
+            inspection.check_strict(found)
+        return inspection.short_lines(found)
+
+    notes += engine.on_main_rank(look, ranks) or []
+    margins = train_data.margins()
+    if args.margin_loss and (without := np.flatnonzero(np.isnan(margins))).size:
+        place = train_data.places(without[:1])[0]
+        sentence = (
+            f"{place}: no margin, and --margin_loss needs one for every pair; see --margin_from, or remove the flag"
+        )
+        engine.fail_together(sentence, ranks)
+    if not args.margin_loss and not np.isnan(margins).all():
+        notes.append("the data has margins; the loss takes them with --margin_loss")
     if tokenization.prints_date(tokenizer):
         notes.append(
             f"the chat template prints today's date; here and in the saved tokenizer it is {tokenization.DATE}"
@@ -244,7 +275,9 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
 
             rewards = trainer(**batch.inputs(ranks.device))
             chosen, rejected = (side[: part.counted] for side in rewards.chunk(2))
-            losses = ranking_loss(chosen, rejected)
+            counted = part.indices[: part.counted]
+            margin = torch.from_numpy(margins[counted]).to(ranks.device) if args.margin_loss else None
+            losses = ranking_loss(chosen, rejected, margin)
             # Divided by the pairs of the whole step on all ranks: micro-batches and ranks do not change the mathematics.
             trainer.backward(losses.sum() / len(indices), last=last)
             sums.add(chosen, rejected, losses, batch)

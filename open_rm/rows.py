@@ -1,38 +1,292 @@
-"""One preference row of any accepted form to one form: (prompt, chosen, rejected)."""
+"""One preference row of any accepted form to pairs of one form: (prompt, chosen, rejected).
 
-from open_rm.errors import UserError
+The columns of a row say which form it is (`FORMS`); forms other than chosen/rejected are turned into it first, then all are
+checked alike. What the two sides have in common must be the prompt: only the answer may tell them apart.
+Not covered: guessing at columns of other names (--column_map names them), repairing rows.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from open_rm.errors import UserError, quote
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
+FORMS = {
+    "text": "text, prompt given",
+    "bare text": "text, prompt implied",
+    "HH": "HH text",
+    "messages": "messages, prompt given",
+    "bare messages": "messages, prompt implied",
+    "rejected_messages": "messages + rejected_messages",
+    "rejected_response": "messages + rejected_response",
+    "ranked": "ranked responses",
+    "A/B": "labelled A/B",
+    "ids": "token ids",
+}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+WINNERS = {name + side: side for name in ("", "response_", "model_") for side in "ab"}
+# Keywords of apply_chat_template that are ours to set.
+OWN_KEYWORDS = ("tools", "tokenize", "add_generation_prompt", "return_tensors", "return_dict", "padding", "truncation")
+OWN_KEYWORDS += (
+    "messages",
+    "conversation",
+    "chat_template",
+    "max_length",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+)
 
 
-def normalise_row(row: object) -> tuple:
-    """One row of any accepted form to (prompt, chosen, rejected): all text, or all lists of messages.
+@dataclass(frozen=True)
+class Preference:
+    """One pair.
 
-    Accepted: chosen/rejected as text or as message lists, with `prompt` (text or messages) or without. A prompt that
-    chosen and rejected already begin with is not repeated; without one, the messages both sides begin with are it.
-    Both sides must continue the same prompt: what tells them apart may only be the answer.
+    prompt, chosen, rejected: all text, all lists of messages, or all lists of token ids (each side complete then).
+    margin: by how much chosen is better, where the row says so.  template: what the chat template is given besides.
+    """
+
+    prompt: str | list
+    chosen: str | list
+    rejected: str | list
+    margin: float | None = None
+    template: dict = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """text, messages or token ids"""
+        if isinstance(self.chosen, str):
+            return "text"
+        return "messages" if isinstance(self.chosen[0], dict) else "token ids"
+
+
+@dataclass(frozen=True)
+class Row:
+    """form: one of FORMS' values.  pairs: one, or those of a ranked list.  ties: pairs of it that prefer neither side."""
+
+    form: str
+    pairs: list[Preference]
+    ties: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    column_map: our column -> the file's.  margin_from: margin = first column - second.  parse_hh: HH text to messages.
+    """
+
+    column_map: dict[str, str] = field(default_factory=dict)
+    margin_from: tuple[str, str] | None = None
+    parse_hh: bool = False
+
+
+AS_IS = Reading()
+DEEPEST = 50  # levels of objects and lists in what a chat template is given
+COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response", "responses", "scores")
+COLUMNS += ("response_a", "response_b", "winner", "chosen_input_ids", "rejected_input_ids", "prompt_input_ids")
+COLUMNS += ("margin", "tools", "chat_template_kwargs")
+
+
+def make_reading(column_map: list[str], margin_from: list[str], parse_hh: bool) -> Reading:
+    """The flags --column_map (chosen=better ...), --margin_from (two columns) and --parse_hh, checked."""
+    mapped: dict[str, str] = {}
+    for entry in column_map:
+        ours, equals, theirs = entry.partition("=")
+        if not equals or not theirs or ours not in COLUMNS or ours in mapped:
+            raise UserError(
+                f"--column_map {entry}: write our column, an equals sign and the file's column, each of ours once, e.g. "
+                f"chosen=better rejected=worse; ours are {', '.join(COLUMNS)}"
+            )
+        mapped[ours] = theirs
+    if margin_from and len(margin_from) != 2:
+        raise UserError(f"--margin_from takes two columns, of chosen and of rejected; got {len(margin_from)}")
+    return Reading(mapped, tuple(margin_from) if margin_from else None, parse_hh)
+
+
+def read_row(row: object, reading: Reading = AS_IS) -> Row:
+    """One row of any accepted form; its pairs are checked and normalised.
+
+    A prompt that both sides begin with is not repeated; without one, what both sides begin with is it.
 
     Raises:
         UserError: what is wrong with the row; the caller adds where it is.
     """
     if not isinstance(row, dict):
-        raise UserError(f"a row is an object with chosen and rejected, not {type(row).__name__}")
+        raise UserError(f"a row is an object with columns such as chosen and rejected, not {type(row).__name__}")
+    if lacking := sorted(set(reading.column_map.values()) - row.keys()):
+        raise UserError(f"no column {lacking[0]}, which --column_map names; the row has {_columns_of(row)}")
+    row = row | {ours: row[theirs] for ours, theirs in reading.column_map.items()}
+    form, ties, found = _pairs_of(row, reading)
+    margin, template = _margin(row, reading), _template(row)
+    pairs = []
+    for prompt, chosen, rejected in found:
+        if form == FORMS["ids"]:
+            pairs.append(Preference(*_checked_ids(prompt, chosen, rejected), margin))
+            continue
+        if all(isinstance(value, str) for value in ("" if prompt is None else prompt, chosen, rejected)):
+            if template:
+                raise UserError(
+                    "tools and chat_template_kwargs are for message rows, and this one is text; remove them"
+                )
+            sides = _normalise_text(prompt or "", chosen, rejected)
+        else:
+            sides = _normalise_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+        if sides[1] == sides[2]:
+            raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
+        pairs.append(Preference(*sides, margin, template))
+    return Row(form, pairs, ties)
+
+
+def _pairs_of(row: dict, reading: Reading) -> tuple[str, int, list[tuple]]:
+    """(form, ties, unchecked (prompt, chosen, rejected))"""
+
+    def has(*names: str) -> bool:
+        return all(row.get(name) is not None for name in names)
+
+    prompt = row.get("prompt")
+    if has("chosen_input_ids", "rejected_input_ids"):
+        return FORMS["ids"], 0, [(row.get("prompt_input_ids"), row["chosen_input_ids"], row["rejected_input_ids"])]
+    if has("messages", "rejected_messages"):
+        return FORMS["rejected_messages"], 0, [(None, row["messages"], row["rejected_messages"])]
+    if has("messages", "rejected_response"):
+        messages = _messages("messages", row["messages"])
+        _ends_with_answer("messages", messages)
+        answer = _messages("rejected_response", row["rejected_response"])
+        return FORMS["rejected_response"], 0, [(messages[:-1] or None, messages[-1:], answer)]
+    if has("responses"):
+        pairs = list(_ranked(row["responses"], row.get("scores")))
+        kept = [(prompt, *pair) for pair in pairs if pair]
+        return FORMS["ranked"], len(pairs) - len(kept), kept
+    if has("response_a", "response_b", "winner"):
+        winner = str(row["winner"]).strip().lower()
+        if winner == "tie" or winner.startswith("tie "):
+            return FORMS["A/B"], 1, []
+        if winner not in WINNERS:
+            raise UserError(
+                f"winner is {quote(row['winner'])}; it must be a, b, response_a, response_b, model_a, model_b or tie"
+            )
+        sides = (row["response_a"], row["response_b"])
+        return FORMS["A/B"], 0, [(prompt, *(sides if WINNERS[winner] == "a" else reversed(sides)))]
     missing = [name for name in ("chosen", "rejected") if row.get(name) is None]
     if missing:
-        raise UserError(
-            f"no value for {' and '.join(missing)}; the row has the columns {', '.join(sorted(row)) or 'none'}"
-        )
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+        raise UserError(f"no value for {' and '.join(missing)}; the row has {_columns_of(row)}")
+    chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        prompt, chosen, rejected = _normalise_text(prompt or "", chosen, rejected)
-    else:
-        prompt, chosen, rejected = _normalise_messages(
-            prompt, _messages("chosen", chosen), _messages("rejected", rejected)
+        if prompt:
+            return FORMS["text"], 0, [(prompt, chosen, rejected)]
+        if not (HH_TURN.match(chosen) and HH_TURN.match(rejected)):
+            return FORMS["bare text"], 0, [(None, chosen, rejected)]
+        if reading.parse_hh:
+            chosen, rejected = parse_hh("chosen", chosen), parse_hh("rejected", rejected)
+        return FORMS["HH"], 0, [(None, chosen, rejected)]
+    given = isinstance(prompt, list) or any(isinstance(side, str) for side in (chosen, rejected))
+    return FORMS["messages" if given or isinstance(prompt, str) else "bare messages"], 0, [(prompt, chosen, rejected)]
+
+
+def _columns_of(row: dict) -> str:
+    names = ", ".join(sorted(str(name)[:40] if str(name).isprintable() else quote(name, 40) for name in row))
+    return f"the columns {names[:200]}; name others with --column_map" if names else "no columns"
+
+
+def parse_hh(name: str, text: str) -> list[dict]:
+    r"""Text of the form "\n\nHuman: ...\n\nAssistant: ..." (Bai et al. 2022, https://arxiv.org/abs/2204.05862) to messages."""
+    parts = HH_TURN.split(text)
+    if parts[0].strip():
+        raise UserError(
+            f'{name} does not begin with "\\n\\nHuman:" or "\\n\\nAssistant:"; --parse_hh reads nothing else'
         )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _ranked(responses: object, scores: object) -> Iterator[tuple | None]:
+    """All pairs (better, worse) of a ranked list; None for a tie."""
+    if not isinstance(responses, list) or len(responses) < 2:
+        what = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__
+        raise UserError(f"responses must be a list of at least 2 responses, not {what}; correct or remove the row")
+    if scores is None:
+        scores = list(range(len(responses), 0, -1))
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        what = len(scores) if isinstance(scores, list) else type(scores).__name__
+        raise UserError(f"scores must be a list with a number for each of the {len(responses)} responses, not {what}")
+    values = [_number("scores", score) for score in scores]
+    order = sorted(range(len(values)), key=lambda i: -values[i])  # stable: equal scores stay in the file's order
+    for better, worse in itertools.combinations(order, 2):
+        yield None if values[better] == values[worse] else (responses[better], responses[worse])
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, str):  # csv files hold text only
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
+        raise UserError(f"{name} holds {quote(value)}, which is not a finite number; correct or remove it")
+    return float(value)
+
+
+def _margin(row: dict, reading: Reading) -> float | None:
+    if reading.margin_from:
+        if lacking := [name for name in reading.margin_from if row.get(name) is None]:
+            raise UserError(f"no value for {lacking[0]}, which --margin_from names; the row has {_columns_of(row)}")
+        better, worse = (_number(name, row[name]) for name in reading.margin_from)
+        return better - worse
+    return None if row.get("margin") in (None, "") else _number("margin", row["margin"])
+
+
+def _template(row: dict) -> dict:
+    """What the chat template is given besides the messages: tools, and chat_template_kwargs."""
+    given = {}
+    for name, kind, what in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list of objects")):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{name} is text that is not JSON; it must be {what}") from error
+        if value is None or value == "":
+            continue
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
+            raise UserError(f"{name} must be {what}, or JSON text of it, not {type(value).__name__}")
+        value = _without_nulls(value)
+        given |= value if kind is dict else ({"tools": value} if value else {})
+    if own := sorted(set(given) & set(OWN_KEYWORDS) - {"tools"}):
+        raise UserError(f"chat_template_kwargs sets {own[0]}, which the trainer decides; remove it")
+    return given
+
+
+def _without_nulls(value, depth: int = 0):
+    """A table file gives every object all keys of its column, most of them null."""
+    if depth > DEEPEST:
+        raise UserError("nested too deeply for a chat template; remove the row")
+    if isinstance(value, dict):
+        return {str(key): _without_nulls(item, depth + 1) for key, item in value.items() if item is not None}
+    return [_without_nulls(item, depth + 1) for item in value] if isinstance(value, list) else value
+
+
+def _checked_ids(prompt: object, chosen: object, rejected: object) -> tuple[list[int], list[int], list[int]]:
+    sides = (("prompt_input_ids", prompt or []), ("chosen_input_ids", chosen), ("rejected_input_ids", rejected))
+    for name, ids in sides:
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise UserError(f"{name} must be a list of token ids (whole numbers from 0); correct or remove the row")
+    for name, ids in sides[1:]:
+        if not ids:
+            raise UserError(f"{name} is empty; remove the row or fill it in")
     if chosen == rejected:
         raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
-    return prompt, chosen, rejected
+    size = len(prompt or [])
+    if chosen[:size] != (prompt or []) or rejected[:size] != (prompt or []):
+        raise UserError(
+            "chosen_input_ids and rejected_input_ids must both begin with prompt_input_ids; correct the row"
+        )
+    if size == len(chosen) or size == len(rejected):
+        raise UserError("a side ends with prompt_input_ids, so its response is empty; correct or remove the row")
+    return prompt or [], chosen, rejected
 
 
 def _normalise_text(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -58,17 +312,21 @@ def _normalise_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tup
         if _both_begin_with_it(chosen[:size] == prompt, rejected[:size] == prompt):
             chosen, rejected = chosen[size:], rejected[size:]
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[-1]["role"] != "assistant":
-            last = messages[-1]["role"] if messages else "nothing"
-            raise UserError(f"{name} must end with an assistant message (the response that is scored), not {last}")
-        if not messages[-1]["content"].strip():
-            raise UserError(f"{name} is empty; remove the row or fill it in")
-        if prompt and messages[0]["role"] != "assistant":
+        _ends_with_answer(name, messages)
+        if messages[0]["role"] != "assistant":
             raise UserError(
                 f"after the prompt, {name} goes on with a message of role {messages[0]['role']!r}: chosen and rejected "
                 "must answer the same prompt"
             )
     return prompt, chosen, rejected
+
+
+def _ends_with_answer(name: str, messages: list[dict]) -> None:
+    if not messages or messages[-1]["role"] != "assistant":
+        last = messages[-1]["role"] if messages else "nothing"
+        raise UserError(f"{name} must end with an assistant message (the response that is scored), not {last}")
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+        raise UserError(f"{name} is empty; remove the row or fill it in")
 
 
 def _both_begin_with_it(chosen: bool, rejected: bool) -> bool:
@@ -94,10 +352,15 @@ def _messages(name: str, value: object) -> list[dict]:
             f"{name} must be text or a list of messages, not {'empty' if value == [] else type(value).__name__}"
         )
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+        calls = isinstance(message, dict) and message.get("tool_calls")
+        text = "" if calls and message.get("content") is None else isinstance(message, dict) and message.get("content")
+        if not isinstance(text, str) or "role" not in message:
             raise UserError(
-                f"{name} holds something that is not a message with role and content (text): {str(message)[:80]}"
+                f"{name} holds something that is not a message with role and content (text): {quote(message)}"
             )
         if message["role"] not in ROLES:
-            raise UserError(f"{name} has a message of role {message['role']!r}; the roles are {', '.join(ROLES)}")
-    return [{key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None} for message in value]
+            raise UserError(f"{name} has a message of role {quote(message['role'])}; the roles are {', '.join(ROLES)}")
+    return [
+        {"content": ""} | {key: _without_nulls(message[key]) for key in MESSAGE_KEYS if message.get(key) is not None}
+        for message in value
+    ]

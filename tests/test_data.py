@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from open_rm.data import load_preference_data
 from open_rm.errors import UserError
-from open_rm.rows import normalise_row
+from open_rm.rows import Reading, read_row
 from open_rm.sources import parse_mixer
 
 
@@ -27,6 +27,11 @@ GOOD, BAD = [assistant("The lake is glad.")], [assistant("The lake is grey.")]
 NORMAL = (PROMPT, GOOD, BAD)
 SYSTEM = [{"role": "system", "content": "Be kind."}]
 TEXT = {"prompt": "Q: ", "chosen": "yes", "rejected": "no"}
+
+
+def normalise_row(row):
+    [pair] = read_row(row).pairs
+    return pair.prompt, pair.chosen, pair.rejected
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,11 @@ def test_overlength_pairs_are_filtered_and_counted(load, write_rows, tokenizer):
     assert len(data) == 3
     assert max(data.table.chosen_length.max(), data.table.rejected_length.max()) <= 70
     [line] = data.report
-    assert "5 rows, 5 taken, 1 filtered (prompt > 40 tokens), 1 filtered (a side > 70 tokens), 3 pairs kept" in line
+    assert (
+        "5 rows (4 text, prompt given; 1 text, prompt implied), 5 taken, 1 filtered (prompt > 40 tokens; first " in line
+    )
+    assert "1 filtered (a side > 70 tokens; first " in line and line.endswith("3 pairs kept")
+    assert data.facts[0]["dropped"]["prompt > 40 tokens"]["first"].endswith("rows.jsonl:4")
 
 
 def test_the_table_says_of_each_pair_what_its_tokens_say(load, write_rows):
@@ -311,27 +320,44 @@ def test_unreadable_parquet_is_named(load, tmp_path):
         load([tmp_path / "broken.parquet", "1.0"])
 
 
+def caches(tmp_path):
+    return sorted(path.parent for path in (tmp_path / "cache").glob("*/manifest.json"))
+
+
 def test_cache_is_found_again_and_knows_content_lengths_and_tokenizer(load, write_rows, tmp_path, tokenizer):
     path = write_rows(rows(4))
     load([path, "1.0"])
-    made = {folder.name for folder in (tmp_path / "cache").iterdir()}
-    assert len(made) == 1
-    stamp = next((tmp_path / "cache").iterdir()).stat().st_mtime_ns
+    [made] = caches(tmp_path)
+    stamp = made.stat().st_mtime_ns
     load([path, "1.0"])
-    assert next((tmp_path / "cache").iterdir()).stat().st_mtime_ns == stamp
+    assert [folder.stat().st_mtime_ns for folder in caches(tmp_path)] == [stamp]
     load([path, "1.0"], max_token_length=100, max_prompt_token_length=100)
+    load([path, "1.0"], overlength="truncate")
+    load([path, "1.0"], skip_bad_rows=1)
+    load([path, "1.0"], reading=Reading(parse_hh=True))
     write_rows(rows(5))
     load([path, "1.0"])
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     load([path, "1.0"])
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(caches(tmp_path)) == 7
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_several_processes_make_the_same_cache_as_one(load, write_rows, tmp_path):
+    path = write_rows(rows(2500) + [{"prompt": "Q", "chosen": "a" * 600, "rejected": "b"}] + rows(700))
+    one = load([path, "1.0"], cache_dir=str(tmp_path / "one"))
+    two = load([path, "1.0"], cache_dir=str(tmp_path / "two"), num_proc=2)
+    assert one.facts == two.facts
+    assert one.dataset.remove_columns("margin").to_dict() == two.dataset.remove_columns("margin").to_dict()
+    with pytest.raises(UserError, match="rows.jsonl:3: .*identical"):
+        write_rows([*rows(2), {"chosen": "a", "rejected": "a"}])
+        load([path, "1.0"], num_proc=2)
 
 
 def test_a_failed_build_leaves_nothing_in_the_cache(load, write_rows, tmp_path):
     with pytest.raises(UserError):
         load([write_rows(["{"]), "1.0"])
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".locks"]
 
 
 @pytest.mark.parametrize(("name", "chat", "pairs"), [("hh_harmless", False, 300), ("alpaca_eval", True, 233)])

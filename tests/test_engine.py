@@ -1,6 +1,8 @@
 """The number of processes, the ZeRO stage and the accumulation do not change the mathematics."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,3 +194,11 @@ def test_shipped_deepspeed_files_decide_memory_layout_only(path):
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_clipping"] == 0.5
     assert "auto" not in json.dumps(config)
+
+
+def test_ranks_that_wait_for_the_main_one_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "WAITING_SECONDS", 0.05)
+    for is_main in (True, False):
+        with engine._said_while_waiting(SimpleNamespace(rank=3, is_main=is_main)):
+            time.sleep(0.3)
+        assert ("[rank 3] waiting for the main rank" in capsys.readouterr().err) is not is_main

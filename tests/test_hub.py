@@ -422,8 +422,8 @@ def test_training_on_a_dataset_of_the_hub_equals_training_on_its_files(hub, toy,
     lists = {"dataset_mixer_list": [prefs, "1.0"], "dataset_mixer_eval_list": [prefs, "1.0"]}
     done = train(hub, toy, runs / "by-name", **lists)
     assert done.returncode == 0, done.stderr
-    assert "train: standin/prefs[train]: 240 rows, 240 taken, 240 pairs kept" in done.stdout
-    assert "eval: standin/prefs[test]: 60 rows, 60 taken, 60 pairs kept" in done.stdout
+    assert "train: standin/prefs[train]: 240 rows (messages, prompt given), 240 taken, 240 pairs kept" in done.stdout
+    assert "eval: standin/prefs[test]: 60 rows (messages, prompt given), 60 taken, 60 pairs kept" in done.stdout
     by_name, by_file = (
         [(row["step"], row.get("train/rm/loss"), row.get("eval/rm/loss")) for row in read_metrics(folder)]
         for folder in (runs / "by-name", pushed[0])

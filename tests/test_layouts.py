@@ -15,7 +15,7 @@ import transformers
 from conftest import read_metrics, run_recipe, shared_data, toy_flags
 from test_attention import Largest
 
-from open_rm import batching, data, model, steps, toy
+from open_rm import batching, data, model, preparation, steps, toy
 from open_rm.errors import UserError
 from open_rm.losses import ranking_loss
 from open_rm.reward_modeling import Args, main
@@ -88,8 +88,8 @@ def assert_same(result: Result, reference: Result, what=""):
 def as_data(pairs, prompt_lengths) -> data.PreferenceData:
     """Pairs of token ids as data.py would have written them."""
     ids = [PairIds(pair[0][:length], *pair) for pair, length in zip(pairs, prompt_lengths, strict=True)]
-    columns = pa.Table.from_batches([data._record_batch(ids, 0)]).to_pydict()
-    return data.PreferenceData(datasets.Dataset.from_dict(columns), ["pairs"], [], chat=False)
+    columns = pa.Table.from_batches([preparation._record_batch([(pair, None, "") for pair in ids], 0)]).to_pydict()
+    return data.PreferenceData(datasets.Dataset.from_dict(columns), ["pairs"], [], chat=False, facts=[])
 
 
 def tokens(count: int, seed: int) -> list[int]:

@@ -33,3 +33,11 @@ def test_half_precision_rewards_are_computed_in_float32():
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="shape"):
         ranking_loss(torch.zeros(4), torch.zeros(4, 1))
+
+
+def test_a_margin_moves_the_loss_along_and_its_shape_must_be_that_of_the_rewards():
+    chosen, rejected = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([0.5, 0.5, 0.0])
+    margins = torch.tensor([0.5, 0.0, -1.0])
+    assert torch.equal(ranking_loss(chosen, rejected, margins), ranking_loss(chosen - margins, rejected))
+    with pytest.raises(ValueError, match="differ in shape"):
+        ranking_loss(chosen, rejected, margins[:, None])

@@ -50,7 +50,7 @@ def test_a_bad_row_stops_the_run_before_the_model_is_loaded(run, write_rows, tmp
 
 
 def test_no_rows_left_is_said_before_the_model_is_loaded(run):
-    with pytest.raises(UserError, match="no pairs are left after filtering"):
+    with pytest.raises(UserError, match="no pairs are left "):
         run(max_token_length=3, max_prompt_token_length=3)
 
 
@@ -128,6 +128,38 @@ def test_cache_dataset_only_tokenizes_and_stops(run, tmp_path, capfd):
     assert run(cache_dataset_only=True) == {}
     assert "stopping (--cache_dataset_only)" in capfd.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def with_margins(toy, margins):
+    lines = (toy / "data" / "train.jsonl").read_text().splitlines()[: len(margins)]
+    return [json.loads(line) | {"margin": margin} for line, margin in zip(lines, margins, strict=True)]
+
+
+def test_margin_loss_is_the_ranking_loss_of_rewards_less_the_margin(run, toy, write_rows, tmp_path):
+    """One pair a step, all of margin 1.5, so that the logged means are of that pair."""
+    data = [str(write_rows(with_margins(toy, [1.5] * 8))), "1.0"]
+    one = {"dataset_mixer_list": data, "gradient_accumulation_steps": 1, "total_episodes": 8, "learning_rate": 1e-3}
+    run(margin_loss=True, **one)
+    steps = [line for line in read_metrics(tmp_path / "out") if "train/rm/loss" in line]
+    assert len(steps) == 8
+    for line in steps:
+        expected = math.log1p(math.exp(1.5 - line["train/rm/reward_margin"]))
+        assert line["train/rm/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_margin_loss_without_a_margin_names_the_row_and_margins_without_it_are_told(run, toy, write_rows, capfd):
+    data = [str(write_rows(with_margins(toy, [1.0, None, 2.0]))), "1.0"]
+    with pytest.raises(UserError, match=r"rows.jsonl:2: no margin, and --margin_loss needs one for every pair"):
+        run(margin_loss=True, dataset_mixer_list=data)
+    run(dataset_mixer_list=data, total_episodes=3)
+    assert "the data has margins; the loss takes them with --margin_loss" in capfd.readouterr().out
+
+
+def test_strict_stops_before_the_model_is_loaded_where_the_data_has_findings(run, toy, write_rows, monkeypatch):
+    rows = with_margins(toy, [1.0, 2.0])
+    monkeypatch.setattr("open_rm.model.load_reward_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match="--strict: .* in the data, the first: .*duplicate"):
+        run(strict=True, dataset_mixer_list=[str(write_rows([rows[0], rows[0], rows[1]])), "1.0"])
 
 
 def test_use_slow_tokenizer_is_answered_by_one_line(run, capfd):

@@ -1,0 +1,101 @@
+"""A folder that is built once and found again by its key, whoever asks, however often, whatever was killed meanwhile.
+
+A build happens in a folder of its own that appears under its name by one atomic rename. A lock, which the system releases
+when its holder dies, keeps others waiting for the result instead of building it too. A manifest with sizes and sha256
+tells a damaged folder, which is built again. The lock needs a file system with flock; the rename alone keeps the result
+right where there is none.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from open_rm.errors import UserError
+from open_rm.sources import content_hash
+
+MANIFEST = "manifest.json"
+LOCKS = ".locks"  # empty files that stay: removing one would part those who wait for it
+PATIENCE_SECONDS = 4 * 3600.0  # most that is waited for another process's build
+MESSAGE_SECONDS = 30.0
+
+
+def find_or_build(cache_dir: str, key: str, build: Callable[[Path], None], *, flag: str) -> Path:
+    """The folder `key` in `cache_dir`, filled by `build` unless it is there and whole.
+
+    Args:
+        build: fills the empty folder it is given; what it raises leaves nothing behind.
+        flag: what names `cache_dir` in errors.
+
+    Raises:
+        UserError: the folder cannot be written, or another process builds for longer than PATIENCE_SECONDS.
+    """
+    parent = Path(cache_dir).expanduser()
+    folder = parent / key
+    if damage_of(folder) is None:
+        return folder
+    try:
+        (parent / LOCKS).mkdir(parents=True, exist_ok=True)
+        lock = _locked(parent / LOCKS / key, flag)
+    except OSError as error:
+        raise UserError(f"--{flag} {cache_dir}: cannot be written ({error.strerror})") from error
+    with lock:
+        damage = damage_of(folder)
+        if damage is None:  # the process that held the lock built it
+            return folder
+        if folder.exists():
+            print(f"{folder} is damaged ({damage}); it is built again", file=sys.stderr, flush=True)
+            shutil.rmtree(folder)
+        for left_behind in parent.glob(f"{key}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
+        building = parent / f"{key}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            building.mkdir()
+            build(building)
+            files = {path.name: [path.stat().st_size, content_hash([path])] for path in sorted(building.iterdir())}
+            (building / MANIFEST).write_text(json.dumps(files))
+            os.rename(building, folder)
+        except OSError as error:
+            if damage_of(folder) is not None:
+                raise UserError(f"--{flag} {cache_dir}: cannot be written ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a built folder; None where every file is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+        for name, (size, content) in files.items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} has another size than written"
+            if content_hash([folder / name]) != content:
+                return f"{name} has another content than written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError, UserError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def _locked(path: Path, flag: str) -> FileLock:
+    lock, started = FileLock(path), time.monotonic()
+    while True:
+        try:
+            return lock.acquire(timeout=min(MESSAGE_SECONDS, PATIENCE_SECONDS)).lock
+        except Timeout:
+            waited = time.monotonic() - started
+            if waited >= PATIENCE_SECONDS:
+                raise UserError(
+                    f"--{flag}: another process has held {path} for {waited / 3600:.1f} hours; end it if it hangs, or "
+                    "name another folder"
+                ) from None
+            message = f"waiting for another process that tokenizes the same data ({path}), {waited:.0f} s so far"
+            print(message, file=sys.stderr, flush=True)

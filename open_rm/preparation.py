@@ -1,0 +1,271 @@
+"""Rows to token ids, a block at a time, in this process or several; what happened to each row is counted.
+
+read (rows.py) -> render -> encode (tokenization.py) -> check -> length policy -> a record batch of the cache's columns.
+A block holds a thousand rows, so memory does not grow with the data; results come back in the order of the rows, so the
+number of processes changes nothing but the time.
+"""
+
+import hashlib
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from open_rm import tokenization
+from open_rm.batching import common_prefix
+from open_rm.errors import UserError
+from open_rm.rows import Preference, Reading, read_row
+from open_rm.tokenization import PairIds, PairText
+
+SCHEMA = pa.schema(
+    {
+        "chosen_input_ids": pa.list_(pa.int32()),
+        "rejected_input_ids": pa.list_(pa.int32()),
+        "chosen_length": pa.int32(),
+        "rejected_length": pa.int32(),
+        "prompt_length": pa.int32(),
+        "shared_length": pa.int32(),
+        "prompt_id": pa.int64(),
+        "chosen_id": pa.int64(),
+        "rejected_id": pa.int64(),
+        "margin": pa.float32(),
+        "source": pa.int32(),
+        "place": pa.string(),
+    }
+)
+# Text of more characters is dropped unread: a tokenizer may need minutes for it, and it is too long in any case.
+LONGEST_TEXT = 1_000_000
+CHARACTERS_PER_TOKEN = 20
+Block = list[tuple[str, object, int]]  # (place, row or the UserError that reading it gave, times it is taken)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides how a row becomes token ids.
+
+    overlength: filter or truncate.
+    max_token_length: of a side.  max_prompt_token_length: of a prompt.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    reading: Reading
+    max_token_length: int
+    max_prompt_token_length: int
+    overlength: str
+
+
+@dataclass
+class Prepared:
+    """A block's outcome. batch: kept pairs.  dropped: reason -> (pairs, first place).  bad: (place, what is wrong)."""
+
+    batch: pa.RecordBatch | None = None
+    forms: Counter = field(default_factory=Counter)
+    ties: int = 0
+    truncated: int = 0
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def drop(self, reason: str, pairs: int, place: str) -> None:
+        """Count dropped pairs; the first place of a reason is kept."""
+        before, first = self.dropped.get(reason, (0, place))
+        self.dropped[reason] = (before + pairs, first)
+
+
+def kind_of(block: Block, reading: Reading) -> str | None:
+    """The kind of the first row of a block that can be read; the others must be of it too."""
+    for _, row, _ in block:
+        try:
+            if not isinstance(row, UserError) and (pairs := read_row(row, reading).pairs):
+                return pairs[0].kind
+        except UserError:
+            pass
+    return None
+
+
+def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -> Prepared:
+    """Everything that happens to the rows of one block.
+
+    kind: what the rows must be (rows.Preference.kind), since special tokens are written differently; None: unknown yet.
+    source: the number that its pairs carry.
+    """
+    done, faults, read_rows = Prepared(), {}, {}
+    for number, (_, row, _) in enumerate(block):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            read_rows[number] = read_row(row, policy.reading)
+            _check_kind(read_rows[number].pairs, kind, policy.tokenizer)
+        except UserError as error:
+            faults[number] = str(error)
+    entries = [(n, pair) for n, read in read_rows.items() if n not in faults for pair in read.pairs]
+    rendered = []
+    for (number, pair), text in zip(entries, _rendered([pair for _, pair in entries], policy.tokenizer), strict=True):
+        if isinstance(text, UserError):
+            faults.setdefault(number, str(text))
+        else:
+            rendered.append((number, pair, text))
+
+    limit = max(LONGEST_TEXT, CHARACTERS_PER_TOKEN * policy.max_token_length)
+    too_long = [
+        isinstance(text, PairText) and max(map(len, (text.chosen, text.rejected))) > limit for *_, text in rendered
+    ]
+    for (number, *_), much in zip(rendered, too_long, strict=True):
+        if much:
+            done.drop(f"a side > {limit} characters", block[number][2], block[number][0])
+    rendered = [entry for entry, much in zip(rendered, too_long, strict=True) if not much]
+    encoded = iter(tokenization.encode_pairs(policy.tokenizer, [t for *_, t in rendered if isinstance(t, PairText)]))
+    pairs = [(number, pair, next(encoded) if isinstance(t, PairText) else t) for number, pair, t in rendered]
+
+    for number, _, ids in pairs:
+        if number not in faults and (fault := _fault(ids, policy.tokenizer)):
+            faults[number] = fault
+    for number, read in read_rows.items():
+        if number not in faults:
+            done.forms[read.form] += 1
+            done.ties += read.ties * block[number][2]
+    done.bad = [(block[number][0], fault) for number, fault in sorted(faults.items())]
+    kept = []
+    for number, pair, ids in pairs:
+        place, _, times = block[number]
+        if number in faults:
+            continue
+        ids, reason, cut = _within_limits(ids, policy)
+        if reason:
+            done.drop(reason, times, place)
+        else:
+            done.truncated += times * cut
+            kept += [(ids, pair.margin, place)] * times
+    done.batch = _record_batch(kept, source)
+    return done
+
+
+def prepare_blocks(
+    blocks: Iterable[tuple[Block, str | None]], source: int, policy: Policy, num_proc: int
+) -> Iterator[tuple[Block, Prepared]]:
+    """`prepare_block` over (block, kind) in order, in this process or in `num_proc` others."""
+    if num_proc == 1:
+        for block, kind in blocks:
+            yield block, prepare_block(block, kind, source, policy)
+        return
+    # spawn: a fork would copy the threads' locks of torch and of the tokenizer
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start_worker, (policy, source))
+    waiting: deque = deque()
+    try:
+        for block, kind in blocks:
+            waiting.append((block, pool.submit(_work, block, kind)))
+            if len(waiting) > 2 * num_proc:  # more would pile up in memory
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenized was ended from outside, most often for want of memory; lower --num_proc"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(policy: Policy, source: int) -> None:
+    global _work_with
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _work_with = (source, policy)
+
+
+def _work(block: Block, kind: str | None) -> Prepared:
+    return prepare_block(block, kind, *_work_with)
+
+
+def _check_kind(pairs: list[Preference], kind: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    for pair in pairs:
+        if kind is not None and pair.kind != kind:
+            raise UserError(f"the rows before are {kind} and this one is {pair.kind}; train on one kind at a time")
+        if pair.kind == "token ids" and (largest := max(max(pair.chosen), max(pair.rejected))) >= len(tokenizer):
+            raise UserError(
+                f"token id {largest} is beyond the tokenizer's {len(tokenizer)}; is it the right tokenizer?"
+            )
+
+
+def _rendered(pairs: list[Preference], tokenizer: PreTrainedTokenizerBase) -> list[PairText | PairIds | UserError]:
+    if pairs and pairs[0].kind == "token ids":
+        found = []
+        for pair in pairs:
+            size = tokenization.shared_prefix_length(pair.chosen, pair.rejected)
+            found.append(PairIds(pair.prompt or pair.chosen[:size], pair.chosen, pair.rejected))
+        return found
+    parts = [(pair.prompt, pair.chosen, pair.rejected, pair.template) for pair in pairs]
+    texts = tokenization.render_pairs(tokenizer, parts)
+    return [_checked_text(text) if isinstance(text, PairText) else text for text in texts]
+
+
+def _checked_text(text: PairText) -> PairText | UserError:
+    try:
+        (text.prompt + text.chosen + text.rejected).encode()
+    except UnicodeEncodeError:
+        return UserError("the text holds half a surrogate pair, which is no character; remove it")
+    return text
+
+
+def _fault(pair: PairIds, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if pair.chosen == pair.rejected:
+        return "chosen and rejected are identical as tokens, so the pair prefers nothing; remove the row"
+    if tokenizer.pad_token_id in pair.chosen or tokenizer.pad_token_id in pair.rejected:
+        pad = tokenizer.pad_token
+        return f"the text contains the pad token {pad!r}, which must never occur in text; remove it from the row"
+    return None
+
+
+def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None, bool]:
+    """(the pair, why it is dropped or None, whether it was cut)"""
+    limits = {
+        "max_token_length": policy.max_token_length,
+        "max_prompt_token_length": policy.max_prompt_token_length,
+    }
+    reason = None
+    if len(pair.prompt) > policy.max_prompt_token_length:
+        reason = f"prompt > {policy.max_prompt_token_length} tokens"
+    elif max(len(pair.chosen), len(pair.rejected)) > policy.max_token_length:
+        reason = f"a side > {policy.max_token_length} tokens"
+    if reason is None or policy.overlength == "filter":
+        return pair, reason, False
+    cut = tokenization.truncate(pair, bos_token_id=policy.tokenizer.bos_token_id, **limits)
+    return cut, "identical after truncation" if cut.chosen == cut.rejected else None, True
+
+
+def _record_batch(pairs: list[tuple[PairIds, float | None, str]], source: int) -> pa.RecordBatch:
+    chosen = [np.array(ids.chosen, np.int32) for ids, *_ in pairs]
+    rejected = [np.array(ids.rejected, np.int32) for ids, *_ in pairs]
+    columns = {
+        "chosen_input_ids": _id_column(chosen),
+        "rejected_input_ids": _id_column(rejected),
+        "chosen_length": [len(ids) for ids in chosen],
+        "rejected_length": [len(ids) for ids in rejected],
+        "prompt_length": [len(ids.prompt) for ids, *_ in pairs],
+        "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
+        "prompt_id": [_content_id(np.array(ids.prompt, np.int32)) for ids, *_ in pairs],
+        "chosen_id": [_content_id(ids) for ids in chosen],
+        "rejected_id": [_content_id(ids) for ids in rejected],
+        "margin": [float("nan") if margin is None else margin for _, margin, _ in pairs],
+        "source": [source] * len(pairs),
+        "place": [place for *_, place in pairs],
+    }
+    return pa.record_batch([pa.array(columns[name.name], name.type) for name in SCHEMA], schema=SCHEMA)
+
+
+def _content_id(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def _id_column(sequences: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum([len(ids) for ids in sequences], out=offsets[1:])
+    values = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
