@@ -129,7 +129,8 @@ def load_preference_data(
     opened = [(source, *open_source(source)) for source in parse_mixer(mixer, splits, flag)]
     identity = {
         "version": CACHE_VERSION,
-        "sources": [(content, source.amount, source.label) for source, content, _, _ in opened],
+        # names, since places are kept: a copy elsewhere must not be told by the place of the first
+        "sources": [(content, source.amount, source.label, _name(source)) for source, content, _, _ in opened],
         "tokenizer": tokenization.fingerprint(tokenizer),
         "lengths": (max_token_length, max_prompt_token_length, overlength),
         "reading": dataclasses.asdict(reading),
@@ -147,7 +148,6 @@ def load_preference_data(
 
     folder = cache.find_or_build(cache_dir, key, build, flag="dataset_local_cache_dir")
     dataset = Dataset.from_file(str(folder / "pairs.arrow"))
-    # labels and names are those of this run: a cache may have been built from a copy of the data elsewhere
     found = json.loads((folder / "facts.json").read_text())
     facts = [fact | {"label": s.label, "name": _name(s)} for fact, (s, *_) in zip(found["facts"], opened, strict=True)]
     report = [_line(fact) for fact in facts]

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import transformers
 from rich.console import Console
 from rich.text import Text
@@ -138,9 +139,8 @@ def _repeats(data: PreferenceData, where: np.ndarray, repeated: bool) -> dict:
     same = first_with_same(chosen, rejected)
     duplicate = same != own
     if repeated:  # a second copy that was asked for has its place, too; one row's pairs differ in their sides
-        places = data.dataset.with_format("arrow", columns=["place"])[:]["place"].dictionary_encode()
-        numbers = [chunk.indices.to_numpy() for chunk in places.unify_dictionaries().chunks]
-        place = np.concatenate(numbers)[where].astype(np.int64)
+        places = data.dataset.with_format("arrow", columns=["place"])[:]["place"].cast(pa.large_string())
+        place = places.combine_chunks().dictionary_encode().indices.to_numpy()[where].astype(np.int64)
         duplicate &= first_with_same(chosen, rejected, place, data.source_ids()[where]) == own
     first_of_both = first_with_same(np.minimum(chosen, rejected), np.maximum(chosen, rejected))
     contradictory = (same == own) & (first_of_both != own)

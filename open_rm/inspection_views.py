@@ -157,8 +157,10 @@ def wrapped(tokens: list[Token], width: int) -> list[list[tuple[str, Token | Non
         for start in range(0, len(text), width):  # a token may be longer than a line
             if start:
                 lines.append([])
-            lines[-1].append((text[start : start + width], token))
-            used = len(text) - start
+                used = 0
+            piece = text[start : start + width]
+            lines[-1].append((piece, token))
+            used += len(piece)
         full = token is not None and token.ends_line
     return lines
 

@@ -366,7 +366,7 @@ def test_lines_are_wrapped_between_tokens_and_after_newlines():
         ["xxxxx"],
         ["xxx", "y"],
     ]
-    lines = inspection_views.wrapped(tokens * 40, 100)
+    lines = inspection_views.wrapped([token("abc")] * 240, 100)
     assert max(sum(len(text) for text, _ in line) for line in lines) <= 100
     assert [text for line in lines for text, token in line if token is None] == [" [150 tokens] "]
     assert inspection_views.wrapped([], 5) == [[]]
