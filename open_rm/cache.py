@@ -85,11 +85,12 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
-def _locked(path: Path, flag: str) -> FileLock:
+def _locked(path: Path, flag: str):
+    """Holds the lock; a context manager that lets it go."""
     lock, started = FileLock(path), time.monotonic()
     while True:
         try:
-            return lock.acquire(timeout=min(MESSAGE_SECONDS, PATIENCE_SECONDS)).lock
+            return lock.acquire(timeout=min(MESSAGE_SECONDS, PATIENCE_SECONDS))
         except Timeout:
             waited = time.monotonic() - started
             if waited >= PATIENCE_SECONDS:

@@ -74,8 +74,10 @@ def apply(model: torch.nn.Module) -> int:
         if type(module).__name__.endswith("RMSNorm") and _same_code(forward, norm):
             module.forward = types.MethodType(_norm, module)
             bound += 1
-        elif _same_code(forward.__globals__.get("apply_rotary_pos_emb"), rotation) and (
+        elif (
             "apply_rotary_pos_emb" in forward.__code__.co_names
+            and _same_code(forward.__globals__.get("apply_rotary_pos_emb"), rotation)
+            and _same_code(forward.__globals__.get("rotate_half"), modeling_llama.rotate_half)
         ):
             own = types.FunctionType(
                 forward.__code__,

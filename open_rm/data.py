@@ -135,7 +135,7 @@ def load_preference_data(
         "lengths": (max_token_length, max_prompt_token_length, overlength),
         "reading": dataclasses.asdict(reading),
         "skip_bad_rows": skip_bad_rows,
-        "seed": seed if any(source.amount != 1.0 for source, *_ in opened) else None,
+        "seed": None if all(str(source.amount) == "1.0" for source, *_ in opened) else seed,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     policy = Policy(tokenizer, reading, max_token_length, max_prompt_token_length, overlength)

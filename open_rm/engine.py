@@ -162,7 +162,8 @@ def main_rank_first(build: Callable[[], Any], ranks: Ranks) -> Any:
     first_of_node = not ranks.is_main and ranks.local_rank == 0
     if first_of_node:
         result = build()
-    dist.barrier()
+    with _said_while_waiting(ranks):
+        dist.barrier()
     return result if ranks.is_main or first_of_node else build()
 
 

@@ -36,7 +36,8 @@ def compute_where_read(layer: nn.Module) -> int:
 
 
 class _Rows:
-    """The positions of the forward that runs now; under gradient checkpointing it runs again, and remembers again."""
+    """The positions of the last forward. Where gradients are checkpointed the layer is computed again in the backward pass,
+    so that a forward's backward must come before the next forward, as it does in the recipe."""
 
     def remember(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

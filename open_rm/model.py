@@ -50,7 +50,9 @@ class RewardModel(nn.Module):
         self.read_only_parameters = 0
         if classifier.config.get_text_config().model_type in SEGMENT_FAMILIES:
             backbone = getattr(classifier, self.backbone_name)
-            self.read_only_parameters = last_layer.compute_where_read(backbone.layers[-1])
+            layers = getattr(getattr(backbone, "language_model", backbone), "layers", None)
+            if layers is not None:
+                self.read_only_parameters = last_layer.compute_where_read(layers[-1])
 
     @property
     def width(self) -> int:

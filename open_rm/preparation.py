@@ -116,9 +116,7 @@ def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -
     too_long = [
         isinstance(text, PairText) and max(map(len, (text.chosen, text.rejected))) > limit for *_, text in rendered
     ]
-    for (number, *_), much in zip(rendered, too_long, strict=True):
-        if much:
-            done.drop(f"a side > {limit} characters", block[number][2], block[number][0])
+    dropped = [number for (number, *_), much in zip(rendered, too_long, strict=True) if much]
     rendered = [entry for entry, much in zip(rendered, too_long, strict=True) if not much]
     encoded = iter(tokenization.encode_pairs(policy.tokenizer, [t for *_, t in rendered if isinstance(t, PairText)]))
     pairs = [(number, pair, next(encoded) if isinstance(t, PairText) else t) for number, pair, t in rendered]
@@ -130,6 +128,9 @@ def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -
         if number not in faults:
             done.forms[read.form] += 1
             done.ties += read.ties * block[number][2]
+    for number in dropped:
+        if number not in faults:
+            done.drop(f"a side > {limit} characters", block[number][2], block[number][0])
     done.bad = [(block[number][0], fault) for number, fault in sorted(faults.items())]
     kept = []
     for number, pair, ids in pairs:

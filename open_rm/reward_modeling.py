@@ -167,6 +167,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         "output_dir": output_dir,
         "world_size": ranks.world_size,
     }
+    settings |= {"max_tokens_per_micro_batch": max_tokens}
     settings |= {"hf_repo_id": repo_id, "plan": dataclasses.asdict(plan), "layout": layout}
     tracker = Tracker(
         output_dir,
@@ -199,7 +200,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     )
     shape = model.model_shape(reward_model)
     notes += [*model_notes, model.apply_fused_kernels(reward_model, ranks.device), engine.describe(ds_config, ranks)]
-    notes.append(f"batching {layout}" + (f", not shared_prefix: {not_shared}" if not_shared else ""))
+    why = f", not shared_prefix: {not_shared}" if not_shared else ""
+    notes.append(f"batching {layout}{why}, at most {max_tokens} positions a micro-batch unless one pair has more")
     notes.append(f"{plan.total_steps} steps of {plan.pairs_per_step} pairs, {plan.total_episodes} episodes")
     for note in notes:
         tracker.say(note)

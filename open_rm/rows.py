@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from open_rm.errors import UserError, quote
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 FORMS = {
     "text": "text, prompt given",
     "bare text": "text, prompt implied",
@@ -87,6 +87,14 @@ class Reading:
 
 
 AS_IS = Reading()
+FORM_COLUMNS = (
+    ("chosen_input_ids", "rejected_input_ids"),
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
+    ("responses",),
+    ("response_a", "response_b", "winner"),
+    ("chosen", "rejected"),
+)
 DEEPEST = 50  # levels of objects and lists in what a chat template is given
 COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response", "responses", "scores")
 COLUMNS += ("response_a", "response_b", "winner", "chosen_input_ids", "rejected_input_ids", "prompt_input_ids")
@@ -106,6 +114,8 @@ def make_reading(column_map: list[str], margin_from: list[str], parse_hh: bool) 
         mapped[ours] = theirs
     if margin_from and len(margin_from) != 2:
         raise UserError(f"--margin_from takes two columns, of chosen and of rejected; got {len(margin_from)}")
+    if margin_from and "margin" in mapped:
+        raise UserError("--margin_from and margin in --column_map both say where margins are; pass one")
     return Reading(mapped, tuple(margin_from) if margin_from else None, parse_hh)
 
 
@@ -119,11 +129,16 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
     """
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns such as chosen and rejected, not {type(row).__name__}")
+    whole = row
     if lacking := sorted(set(reading.column_map.values()) - row.keys()):
         raise UserError(f"no column {lacking[0]}, which --column_map names; the row has {_columns_of(row)}")
-    row = row | {ours: row[theirs] for ours, theirs in reading.column_map.items()}
+    mapped = {group for group in FORM_COLUMNS if set(group) & reading.column_map.keys()}
+    if mapped:  # what is mapped decides the form; columns that only decide another one are not looked at
+        ignored = {name for group in FORM_COLUMNS for name in group} - {name for group in mapped for name in group}
+        row = {name: value for name, value in row.items() if name not in ignored}
+    row = row | {ours: whole[theirs] for ours, theirs in reading.column_map.items()}
     form, ties, found = _pairs_of(row, reading)
-    margin, template = _margin(row, reading), _template(row)
+    margin, template = _margin(row, reading, form), _template(row)
     pairs = []
     for prompt, chosen, rejected in found:
         if form == FORMS["ids"]:
@@ -149,6 +164,12 @@ def _pairs_of(row: dict, reading: Reading) -> tuple[str, int, list[tuple]]:
     def has(*names: str) -> bool:
         return all(row.get(name) is not None for name in names)
 
+    several = [" and ".join(names) for names in FORM_COLUMNS if has(*names)]
+    if len(several) > 1:
+        raise UserError(
+            f"the row has {several[0]} and also {several[1]}; say which are meant, e.g. --column_map chosen=chosen "
+            "rejected=rejected"
+        )
     prompt = row.get("prompt")
     if has("chosen_input_ids", "rejected_input_ids"):
         return FORMS["ids"], 0, [(row.get("prompt_input_ids"), row["chosen_input_ids"], row["rejected_input_ids"])]
@@ -178,10 +199,13 @@ def _pairs_of(row: dict, reading: Reading) -> tuple[str, int, list[tuple]]:
         raise UserError(f"no value for {' and '.join(missing)}; the row has {_columns_of(row)}")
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        if prompt:
-            return FORMS["text"], 0, [(prompt, chosen, rejected)]
-        if not (HH_TURN.match(chosen) and HH_TURN.match(rejected)):
-            return FORMS["bare text"], 0, [(None, chosen, rejected)]
+        if prompt and reading.parse_hh and HH_TURN.match(prompt):
+            both = _both_begin_with_it(chosen.startswith(prompt), rejected.startswith(prompt))
+            prompt, chosen, rejected = "", *(side if both else prompt + side for side in (chosen, rejected))
+        if not (HH_TURN.match(chosen) and HH_TURN.match(rejected)) or prompt:
+            if reading.parse_hh:
+                raise UserError('this is text that does not begin with "\\n\\nHuman:"; --parse_hh reads nothing else')
+            return FORMS["text" if prompt else "bare text"], 0, [(prompt or None, chosen, rejected)]
         if reading.parse_hh:
             chosen, rejected = parse_hh("chosen", chosen), parse_hh("rejected", rejected)
         return FORMS["HH"], 0, [(None, chosen, rejected)]
@@ -230,12 +254,18 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _margin(row: dict, reading: Reading) -> float | None:
+def _margin(row: dict, reading: Reading, form: str) -> float | None:
+    if form == FORMS["ranked"] and (reading.margin_from or row.get("margin") not in (None, "")):
+        raise UserError(
+            "a ranked list gives many pairs, and one margin cannot be that of all; remove margin, --margin_from"
+        )
     if reading.margin_from:
         if lacking := [name for name in reading.margin_from if row.get(name) is None]:
             raise UserError(f"no value for {lacking[0]}, which --margin_from names; the row has {_columns_of(row)}")
         better, worse = (_number(name, row[name]) for name in reading.margin_from)
-        return better - worse
+        # of labelled rows the columns are those of a and b, and b may be the chosen one
+        swapped = form == FORMS["A/B"] and WINNERS.get(str(row["winner"]).strip().lower()) == "b"
+        return worse - better if swapped else better - worse
     return None if row.get("margin") in (None, "") else _number("margin", row["margin"])
 
 
@@ -294,11 +324,15 @@ def _normalise_text(prompt: str, chosen: str, rejected: str) -> tuple[str, str, 
         if not text.strip():
             raise UserError(f"{name} is empty; remove the row or fill it in")
     if prompt and _both_begin_with_it(chosen.startswith(prompt), rejected.startswith(prompt)):
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            if not text.strip():
+                raise UserError(f"{name} is empty after the prompt; remove the row or fill it in")
     return prompt, chosen, rejected
 
 
 def _normalise_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
+    prompt = None if prompt == "" else prompt
     complete = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and complete):
         if prompt is not None and not all(_has_turn(messages, prompt) for messages in (chosen, rejected)):

@@ -139,16 +139,15 @@ def _in_folder(path: Path, name: str, split: str, flag: str) -> tuple[Path, ...]
     files = [file for folder in (path, path / "data") if folder.is_dir() for file in sorted(folder.iterdir())]
     files = [file for file in files if _extension(file) and file.is_file()]
     stems = {file: file.name.removesuffix(_extension(file)) for file in files}
-    for wanted in FILE_EXTENSIONS:
-        of_split = [
-            file
-            for file, stem in stems.items()
-            if _extension(file) == wanted and (stem == split or stem.startswith(f"{split}-"))
-        ]
-        whole = [file for file in of_split if stems[file] == split]
-        if whole or of_split:
-            return tuple(whole[:1] or of_split)
-    has = ", ".join(sorted({stem.partition("-")[0] for stem in stems.values()}))
+    shard = re.compile(re.escape(split) + r"-\d+(-of-\d+)?")
+    of_split = [file for file, stem in stems.items() if stem == split or shard.fullmatch(stem)]
+    kinds = {(file.parent, _extension(file), stems[file] == split) for file in of_split}
+    if len(kinds) > 1:
+        some = ", ".join(str(file.relative_to(path)) for file in of_split[:4])
+        raise UserError(f"--{flag}: several files of {name} could be its split {split!r} ({some}); name one, or a glob")
+    if of_split:
+        return tuple(of_split)
+    has = ", ".join(sorted({re.sub(r"-\d+(-of-\d+)?$", "", stem) for stem in stems.values()}))
     raise UserError(f"--{flag}: {name} has no split {split!r}; it has {has or 'no data file at all'}")
 
 

@@ -73,6 +73,9 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in text_ids:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = "right"
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # lengths are for us to limit
+        backend.no_truncation()
+        backend.no_padding()
     if chat_template_name is not None:
         tokenizer.chat_template = read_template(chat_template_name)
     if prints_date(tokenizer):
@@ -197,7 +200,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bo
             "input_ids"
         ]
     else:  # straight to Rust, without the offsets that nobody reads: a fifth faster
-        backend.no_truncation()
+        backend.no_truncation()  # a call of the tokenizer may have switched it on
         backend.no_padding()
         ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=not chat)]
     if not chat:

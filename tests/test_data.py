@@ -334,7 +334,7 @@ def test_cache_is_found_again_and_knows_content_lengths_and_tokenizer(load, writ
     load([path, "1.0"], max_token_length=100, max_prompt_token_length=100)
     load([path, "1.0"], overlength="truncate")
     load([path, "1.0"], skip_bad_rows=1)
-    load([path, "1.0"], reading=Reading(parse_hh=True))
+    load([path, "1.0"], reading=Reading(column_map={"prompt": "prompt"}))
     write_rows(rows(5))
     load([path, "1.0"])
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
@@ -368,3 +368,59 @@ def test_real_data_is_read_whole(load, name, chat, pairs, tokenizer):
     text = tokenizer.decode(data.pairs([0])[0][0])
     answer = first["chosen"] if isinstance(first["chosen"], str) else first["chosen"][-1]["content"]
     assert text.rstrip().endswith(answer[-40:] + tokenizer.eos_token)
+
+
+READ = [
+    (
+        "b wins",
+        {"response_a": "x", "response_b": "y", "winner": "b", "sa": 1, "sb": 5},
+        {"margin_from": ("sa", "sb")},
+        4.0,
+    ),
+    (
+        "a wins",
+        {"response_a": "x", "response_b": "y", "winner": "a", "sa": 1, "sb": 5},
+        {"margin_from": ("sa", "sb")},
+        -4.0,
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "reading", "margin"), [case[1:] for case in READ], ids=[case[0] for case in READ])
+def test_the_margin_of_a_labelled_row_is_that_of_its_winner(row, reading, margin):
+    assert read_row(row, Reading(**reading)).pairs[0].margin == margin
+
+
+def test_hh_text_with_a_prompt_column_is_parsed_and_other_text_is_refused_with_parse_hh():
+    hh = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " x", "rejected": " y"}
+    [pair] = read_row(hh, Reading(parse_hh=True)).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([user("hi")], [assistant("x")], [assistant("y")])
+    assert read_row(hh).pairs[0].kind == "text"
+    with pytest.raises(UserError, match="--parse_hh reads nothing else"):
+        read_row(TEXT, Reading(parse_hh=True))
+
+
+def test_a_row_of_two_forms_is_refused_unless_the_columns_are_mapped():
+    both = {"prompt": "p", "chosen": "a", "rejected": "b", "responses": ["c", "d"]}
+    with pytest.raises(UserError, match="responses and also chosen and rejected; say which are meant"):
+        read_row(both)
+    mapped = read_row(both, Reading(column_map={"chosen": "chosen", "rejected": "rejected"}))
+    assert (mapped.pairs[0].chosen, mapped.pairs[0].rejected) == ("a", "b")
+    assert read_row(both, Reading(column_map={"responses": "responses"})).pairs[0].chosen == "c"
+
+
+def test_text_that_only_repeats_its_prompt_is_empty():
+    with pytest.raises(UserError, match="chosen is empty after the prompt"):
+        read_row({"prompt": "Hi", "chosen": "Hi", "rejected": "Hi there"})
+
+
+def test_files_that_could_all_be_a_split_are_refused_and_shards_are_one(load, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"train-0000{i}-of-00002.jsonl").write_text(json.dumps(rows(2)[i]))
+    (folder / "train-prefs.jsonl").write_text(json.dumps(rows(3)[2]))
+    assert len(load([folder, "1.0"])) == 2
+    (folder / "train.csv").write_text("chosen,rejected\na,b\n")
+    with pytest.raises(UserError, match="several files of .* could be its split 'train'"):
+        load([folder, "1.0"])
