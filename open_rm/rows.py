@@ -32,7 +32,7 @@ FORMS = {
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 WINNERS = {name + side: side for name in ("", "response_", "model_") for side in "ab"}
 # Keywords of apply_chat_template that are ours to set.
-OWN_KEYWORDS = ("tools", "tokenize", "add_generation_prompt", "return_tensors", "return_dict", "padding", "truncation")
+OWN_KEYWORDS = ("tokenize", "add_generation_prompt", "return_tensors", "return_dict", "padding", "truncation")
 OWN_KEYWORDS += (
     "messages",
     "conversation",
@@ -142,9 +142,8 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
     pairs = []
     for prompt, chosen, rejected in found:
         if form == FORMS["ids"]:
-            pairs.append(Preference(*_checked_ids(prompt, chosen, rejected), margin))
-            continue
-        if all(isinstance(value, str) for value in ("" if prompt is None else prompt, chosen, rejected)):
+            sides = _checked_ids(prompt, chosen, rejected)
+        elif all(isinstance(value, str) for value in ("" if prompt is None else prompt, chosen, rejected)):
             if template:
                 raise UserError(
                     "tools and chat_template_kwargs are for message rows, and this one is text; remove them"
@@ -285,7 +284,7 @@ def _template(row: dict) -> dict:
             raise UserError(f"{name} must be {what}, or JSON text of it, not {type(value).__name__}")
         value = _without_nulls(value)
         given |= value if kind is dict else ({"tools": value} if value else {})
-    if own := sorted(set(given) & set(OWN_KEYWORDS) - {"tools"}):
+    if own := sorted(set(given) & set(OWN_KEYWORDS)):
         raise UserError(f"chat_template_kwargs sets {own[0]}, which the trainer decides; remove it")
     return given
 
@@ -307,8 +306,6 @@ def _checked_ids(prompt: object, chosen: object, rejected: object) -> tuple[list
     for name, ids in sides[1:]:
         if not ids:
             raise UserError(f"{name} is empty; remove the row or fill it in")
-    if chosen == rejected:
-        raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
     size = len(prompt or [])
     if chosen[:size] != (prompt or []) or rejected[:size] != (prompt or []):
         raise UserError(
