@@ -87,6 +87,9 @@ def start_ranks() -> Ranks:
     else:
         device, backend = torch.device("cpu"), "gloo"
         _keep_freed_memory()
+        # DeepSpeed would compile a helper that only its inference calls, and wait for ever for the lock of a run that
+        # was killed while it compiled.
+        deepspeed.ops.__compatible_ops__ = {}
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
@@ -247,6 +250,8 @@ def fill_config(
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
+        # with offload too: torch's fused AdamW is as fast on the CPU as DeepSpeed's own, which has to be compiled first
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
 
@@ -295,7 +300,7 @@ class Engine:
         """Wrap `model`; `config` is from `fill_config`. `optimizer` is the one whose learning rate a schedule sets."""
         self.ranks = ranks
         self.stage = config["zero_optimization"].get("stage", 0)
-        self.optimizer = _adamw(model, config, learning_rate, eps, weight_decay)
+        self.optimizer = _adamw(model, learning_rate, eps, weight_decay)
         self._clip_to = config["gradient_clipping"] if self.stage == 0 else 0.0
         own = {"gradient_clipping": 0.0} if self.stage == 0 else {}
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config | own)
@@ -355,7 +360,7 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def _adamw(model, config, learning_rate, eps, weight_decay) -> torch.optim.Optimizer:
+def _adamw(model, learning_rate, eps, weight_decay) -> torch.optim.Optimizer:
     """AdamW; biases and norms are not decayed (the field's convention, as in transformers)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # ds_shape: under ZeRO-3 p itself is an empty stand-in
@@ -363,6 +368,4 @@ def _adamw(model, config, learning_rate, eps, weight_decay) -> torch.optim.Optim
     others = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if "offload_optimizer" in config["zero_optimization"]:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate, eps=eps, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=True)

@@ -24,7 +24,7 @@ PY
 
 set_up_python() {
     choose_python "$1"
-    # DeepSpeed compiles its kernels with the ninja that was installed beside it
+    # what DeepSpeed compiles for NVMe offload it compiles with the ninja that was installed beside it
     PATH="$("$PYTHON" -c 'import sys; print(sys.prefix)')/bin:$PATH"
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What:  all tests, style included.
-# Needs: Python 3.11+ and a C++ compiler; sets up .venv by itself. Real data in ../shared/data is used where it is there.
+# Needs: Python 3.11+; sets up .venv by itself. Real data in ../shared/data is used where it is there.
 # Gives: pytest's report; arguments go to pytest, e.g. scripts/test.sh tests/test_losses.py
 set -euo pipefail
 cd "$(dirname "$0")/.."

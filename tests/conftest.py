@@ -15,6 +15,8 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing is compiled: a run that was killed while it compiled would leave a lock that later runs wait for.
+os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +58,7 @@ def shared_data(name: str) -> Path:
 
 
 def run_recipe(
-    *flags, processes: int = 1, env: dict | None = None, timeout: float = 300
+    *flags, processes: int = 1, env: dict | None = None, timeout: float = 180
 ) -> subprocess.CompletedProcess:
     """Run the recipe as a user would, in processes of its own; returns stdout, stderr and the exit status."""
     launcher = [sys.executable, "-m"]

@@ -54,7 +54,15 @@ def losses(toy, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("processes", "stage", "accumulation"),
-    [(2, "zero0", 1), (1, "zero2", 1), (2, "zero2", 2), (1, "zero3", 1), (2, "zero3", 1), (1, "zero0", 4)],
+    [
+        (2, "zero0", 1),
+        (1, "zero2", 1),
+        (2, "zero2", 2),
+        (1, "zero3", 1),
+        (2, "zero3", 1),
+        (1, "zero0", 4),
+        (1, "zero3_offload", 1),
+    ],
 )
 def test_processes_zero_stages_and_accumulation_give_the_same_run(losses, processes, stage, accumulation):
     reference, other = losses(1, "zero0"), losses(processes, stage, accumulation)
@@ -72,12 +80,6 @@ def test_learning_rate_falls_linearly_over_optimizer_steps(losses):
     # ten steps, whatever the accumulation: the scheduler counts optimizer steps
     for layout in ((1, "zero0"), (1, "zero0", 4)):
         assert losses(*layout)["lr"] == pytest.approx([1e-3 * (1 - i / 10) for i in range(10)])
-
-
-def test_offloaded_zero3_gives_the_same_run(losses):
-    reference, other = losses(1, "zero0"), losses(1, "zero3_offload")
-    # DeepSpeed's CPU Adam orders its float32 arithmetic differently in every update
-    assert other["loss"] == pytest.approx(reference["loss"], abs=1e-4)
 
 
 def test_head_has_the_right_std_when_zero3_has_partitioned_it(toy, tmp_path):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What:  a small reward model from a small preference set, both made from a seed: the whole recipe in about a minute.
-# Needs: Python 3.11+ and a C++ compiler; no GPU, no network beyond pip, no account. Sets up .venv by itself.
+# Needs: Python 3.11+; no GPU, no network beyond pip, no account. Sets up .venv by itself.
 # Gives: output/<run name>/: the model, README.md, curves.png, metrics.jsonl.
 #
 # MODEL, DATASET and EVAL_DATASET put your own in place (Hub name, file or folder); any flag overrides: "$@" comes last.
