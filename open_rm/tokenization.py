@@ -200,8 +200,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bo
             "input_ids"
         ]
     else:  # straight to Rust, without the offsets that nobody reads: a fifth faster
-        backend.no_truncation()  # a call of the tokenizer may have switched it on
-        backend.no_padding()
+        if backend.truncation or backend.padding:  # a call of the tokenizer may have switched it on
+            backend.no_truncation()
+            backend.no_padding()
         ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=not chat)]
     if not chat:
         ids = [_one_bos_one_eos(sequence, tokenizer) for sequence in ids]
