@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from open_rm import engine, rows, sources, tokenization
+from open_rm import engine, losses, rows, sources, tokenization
 from open_rm.errors import UserError
 
 
@@ -32,6 +32,12 @@ class Args:
     """Accepted for old command lines; transformers 5 has no slow tokenizers, and the log says so."""
     chat_template_name: str | None = None
     """How messages become text: a name (see open_rm/chat_templates), a Jinja file, or None for the tokenizer's own."""
+    reward_token: str | None = None
+    """Token appended to every response and scored (XTuner), of the tokenizer or new; it must not occur in the data."""
+    score_init: Literal["default", "zeros"] = "default"
+    """A new score head: N(0, 1 / (h + 1)), or zeros, so that every reward begins at 0. A reward model keeps its head."""
+    freeze_backbone: bool = False
+    """Train the score head alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; bfloat16 keeps float32 master weights. auto: bfloat16 on a GPU, float32 on the CPU."""
     attn_implementation: str | None = None
@@ -80,6 +86,20 @@ class Args:
     output_dir: str | None = None
     """Where the final model lands, exactly. None: output/<run_name>."""
     # ---- objective
+    loss_type: Literal["ranking", "focal"] = "ranking"
+    """Bradley-Terry, or with less weight on pairs that are already right (InternLM2)."""
+    focal_gamma: float = 2.0
+    """Exponent of the focal weight; 0 is ranking."""
+    label_smoothing: float = 0.0
+    """Share of labels taken to be swapped, from 0 to below 0.5. With loss_type ranking."""
+    penalty_type: Literal["none", "log_barrier", "L2"] = "none"
+    """Keep rewards small: a wall at +-penalty_bound, or their squares (XTuner)."""
+    penalty_weight: float = 0.01
+    """Factor of the penalty."""
+    penalty_bound: float = 5.0
+    """Where log_barrier's wall stands, in units of reward."""
+    center_rewards_coefficient: float = 0.0
+    """Factor of (chosen + rejected reward)^2, which centres rewards at 0; 0.01 is common. 0: off."""
     margin_loss: bool = False
     """Chosen must lead by the pair's margin (Llama 2). Every training pair needs one."""
     # ---- optimizer
@@ -162,7 +182,7 @@ def check_args(args: Args) -> None:
     ones += ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_micro_batch")
     ones += ("num_proc",)
     zeros = ("weight_decay", "max_grad_norm", "warm_up_steps", "warmup_ratio", "num_evals", "num_sample_pairs", "seed")
-    zeros += ("skip_bad_rows",)
+    zeros += ("skip_bad_rows", "focal_gamma", "label_smoothing", "penalty_weight", "center_rewards_coefficient")
     for names, minimum in ((ones, 1), (zeros, 0)):
         for name in names:
             if getattr(args, name) is not None and not getattr(args, name) >= minimum:
@@ -170,6 +190,13 @@ def check_args(args: Args) -> None:
     for name in ("learning_rate", "eps", "num_train_epochs"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    for name in ("focal_gamma", "penalty_weight", "center_rewards_coefficient"):
+        if math.isinf(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: must be finite")
+    if args.label_smoothing >= 0.5:
+        raise UserError(f"--label_smoothing {args.label_smoothing}: is the share of swapped labels, below 0.5")
+    if not losses.BARRIER_EDGE < args.penalty_bound < math.inf:
+        raise UserError(f"--penalty_bound {args.penalty_bound}: must be above {losses.BARRIER_EDGE}")
     if args.seed >= 2**32:
         raise UserError(f"--seed {args.seed}: must be below 2**32")
     if args.lr_scheduler_type == "polynomial" and args.learning_rate <= 1e-7:
@@ -202,6 +229,22 @@ def check_args(args: Args) -> None:
         (
             args.total_episodes is not None and args.num_train_epochs != Args.num_train_epochs,
             "--total_episodes and --num_train_epochs both say how long to train; pass one",
+        ),
+        (
+            args.focal_gamma != Args.focal_gamma and args.loss_type != "focal",
+            "--focal_gamma does nothing without --loss_type focal; add or remove it",
+        ),
+        (
+            args.label_smoothing and args.loss_type != "ranking",
+            "--label_smoothing is defined for --loss_type ranking alone; remove one of them",
+        ),
+        (
+            args.penalty_weight != Args.penalty_weight and args.penalty_type == "none",
+            "--penalty_weight does nothing without --penalty_type; add or remove it",
+        ),
+        (
+            args.penalty_bound != Args.penalty_bound and args.penalty_type != "log_barrier",
+            "--penalty_bound does nothing without --penalty_type log_barrier; add or remove it",
         ),
         (not args.dataset_mixer_list, "--dataset_mixer_list is empty; name training data and an amount: my/data 1.0"),
         (

@@ -190,7 +190,7 @@ def write_card(
     base_model: str,
     data: list[str],
     chat: bool,
-    eos_token: str,
+    ending: str,
     metrics: dict[str, float],
     facts: dict[str, object],
 ) -> None:
@@ -215,9 +215,9 @@ def write_card(
         where={"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {}),
         base_model=base_model,
         data=", ".join(data),
-        text="tokenizer.apply_chat_template(messages, tokenize=False)" if chat else f'prompt + answer + "{eos_token}"',
+        text="tokenizer.apply_chat_template(messages, tokenize=False)" if chat else f'prompt + answer + "{ending}"',
         encode="add_special_tokens=False, " if chat else "",
-        note="" if chat else f"The text must end with `{eos_token}`, the token that is scored. ",
+        note="" if chat else f"The text must end with `{ending}`; its last token is scored. ",
         results=_table(("metric", "value"), {name: f"{value:.4g}" for name, value in metrics.items()}),
         facts=_table(("setting", "value"), {name: value for name, value in facts.items() if value is not None}),
     )

@@ -316,6 +316,7 @@ def main(args: Args) -> dict:
         args.tokenizer_name or args.model_name_or_path,
         revision=args.tokenizer_revision or (args.model_revision if own_tokenizer else None),
         chat_template_name=args.chat_template_name,
+        reward_token=args.reward_token,
     )
     train, held_out = preference_data.read_both(
         args.dataset_mixer_list,

@@ -43,23 +43,29 @@ class StepMetrics:
 
     def __init__(self, device: torch.device, shape):
         """`shape`: the model's sizes, for counting FLOPs (model.Shape)."""
-        self._sums = torch.zeros(len(PAIR_METRICS) + len(COUNTS), dtype=torch.float64, device=device)
+        self._pairs = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=device)
+        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=device)
+        self._terms: dict[str, torch.Tensor] = {}
         self._shape = shape
 
-    def add(self, chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor, batch) -> None:
-        """Add one micro-batch: [B] rewards and losses of its counted pairs, and the batching.Batch they came from."""
+    def add(self, chosen: torch.Tensor, rejected: torch.Tensor, terms: dict[str, torch.Tensor], batch) -> None:
+        """Add one micro-batch: [B] rewards and losses.loss_terms of its counted pairs, and the batching.Batch of them."""
+        losses = sum(terms.values())
         # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
         counted = (batch.tokens, batch.computed, batch.area, len(batch.read_index)) if len(losses) else (0, 0, 0, 0)
         tokens, computed, area, read = counted
         counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape, read=read))
-        self._sums[: len(PAIR_METRICS)] += pair_sums(chosen, rejected, losses)
-        self._sums[len(PAIR_METRICS) :] += torch.tensor(counts, dtype=torch.float64, device=self._sums.device)
+        self._pairs += pair_sums(chosen, rejected, losses)
+        self._counts += torch.tensor(counts, dtype=torch.float64, device=self._counts.device)
+        for name, term in terms.items():  # the same names in the same order on every rank: the flags decide them
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach().double().sum()
 
     def reduce(self, pairs: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Over all ranks: (means per pair, totals of COUNTS)."""
-        sums = all_reduce_sum(self._sums)
-        counts = dict(zip(COUNTS, sums[len(PAIR_METRICS) :].tolist(), strict=True))
-        return pair_means(sums[: len(PAIR_METRICS)], pairs), counts
+        """Over all ranks: (means per pair, those of the loss's terms as loss_<name> among them; totals of COUNTS)."""
+        parts = (self._pairs, self._counts, torch.stack(list(self._terms.values())))
+        sums, counts, terms = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
+        means = dict(zip((f"loss_{name}" for name in self._terms), (terms / pairs).tolist(), strict=True))
+        return pair_means(sums, pairs) | means, dict(zip(COUNTS, counts.tolist(), strict=True))
 
 
 def perf_metrics(
@@ -96,15 +102,15 @@ def perf_metrics(
 def training_flops(tokens: int, area: int, shape, *, read: int) -> float:
     """Model FLOPs of forward + backward, without recomputation.
 
-    6 * body_parameters * tokens + 6 * read_parameters * read + 12 * layers * attention_width * area (PaLM,
+    2 p (body_parameters * tokens + read_parameters * read + 2 * layers * attention_width * area) with p = 3 passes (PaLM,
     https://arxiv.org/abs/2204.02311, appendix B, with the query-key products that causal attention needs instead of all
     length^2, and the last layer's parameters that only the read tokens need counted for those).
 
     Args:
         tokens: tokens computed.  area: query-key products, summed over sequences: length * (length + 1) / 2 for each.
         shape: body_parameters (those that multiply every token: the embedding table is a look-up and left out),
-            read_parameters, layers, attention_width (heads * head dimension).
+            read_parameters, layers, attention_width (heads * head dimension), passes.
         read: tokens at which a reward is read.
     """
-    body = 6.0 * shape.body_parameters * tokens + 6.0 * shape.read_parameters * read
-    return body + 12.0 * shape.layers * shape.attention_width * area
+    products = shape.body_parameters * tokens + shape.read_parameters * read
+    return 2.0 * shape.passes * (products + 2.0 * shape.layers * shape.attention_width * area)

@@ -1,7 +1,8 @@
 """The reward model: a transformers backbone and a score head, loaded, initialised, and called for rewards.
 
 It stays a plain `...ForSequenceClassification` inside, so that what is saved is what every client loads; only the place
-where the reward is read differs: here by length (see batching.py), there by looking for the last non-pad token.
+where the reward is read differs: here by length (see batching.py), there by looking for the last non-pad token. Encoders
+(BERT and its like) read it where their own pooling says, most often at the first token, in both.
 Shapes: S sequences, T positions, D hidden width, N rewards.
 """
 
@@ -31,7 +32,7 @@ class ScoreHead(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float())
+            return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class RewardModel(nn.Module):
@@ -44,8 +45,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.backbone_name = classifier.base_model_prefix
+        self.is_encoder = classifier.config.model_type in ENCODERS
         # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
-        classifier.score.__class__ = ScoreHead
+        self.head.__class__ = ScoreHead
         # A family that is not known to pass keywords down to its layers computes its last layer in full.
         self.read_only_parameters = 0
         if classifier.config.get_text_config().model_type in SEGMENT_FAMILIES:
@@ -53,6 +55,11 @@ class RewardModel(nn.Module):
             layers = getattr(getattr(backbone, "language_model", backbone), "layers", None)
             if layers is not None:
                 self.read_only_parameters = last_layer.compute_where_read(layers[-1])
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer [1, D] that gives the reward."""
+        return _head(self.classifier)
 
     @property
     def width(self) -> int:
@@ -68,17 +75,21 @@ class RewardModel(nn.Module):
                 ones among them.
             layout: attention_mask for right-padded rows; position_ids and segments for a packed row (batching.Batch).
         """
+        if self.is_encoder:
+            logits = self.classifier(input_ids=input_ids, **layout).logits.squeeze(-1)  # [S]
+            return logits[reward_index // input_ids.shape[1]]
         backbone = getattr(self.classifier, self.backbone_name)
         if self.read_only_parameters:
             layout["read_index"] = read_index
         hidden = backbone(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
-        return self.classifier.score(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
+        return self.head(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Shape:
     """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension.
 
+    passes: 3, forward and backward for activations and for weights; 1 where the backbone is frozen.
     body_parameters: applied at every token.  read_parameters: applied only where a reward is read (see last_layer.py).
     """
 
@@ -86,6 +97,7 @@ class Shape:
     read_parameters: int
     layers: int
     attention_width: int
+    passes: int
 
 
 # Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
@@ -101,6 +113,9 @@ SEGMENT_FAMILIES = (
     "gemma2",
     "gemma3_text",
 )
+
+# Encoder classifiers whose head is `classifier`, a linear layer with a bias after a pooling of their own.
+ENCODERS = ("bert", "deberta-v2", "modernbert")
 
 
 def choose_layout(
@@ -165,6 +180,8 @@ def load_reward_model(
     layout: str = "padded",
     gradient_checkpointing: bool,
     seed: int,
+    score_init: str = "default",
+    freeze_backbone: bool = False,
     deepspeed_config: dict,
 ) -> tuple[RewardModel, list[str]]:
     """Load a checkpoint as a reward model.
@@ -174,6 +191,8 @@ def load_reward_model(
     https://arxiv.org/abs/1909.08593, p. 3).
 
     Args:
+        score_init: of a head that the checkpoint does not bring: "default" as above, or "zeros".
+        freeze_backbone: only the head gets gradients.
         layout: from `choose_layout`; packed rows take the place of `attn_implementation` by open_rm.attention.
         deepspeed_config: from engine.fill_config.
 
@@ -187,7 +206,9 @@ def load_reward_model(
             # Some families read their dropout from the config at every call, not from a module.
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
-        part.pad_token_id = tokenizer.pad_token_id
+        part.pad_token_id = (
+            None  # an embedding cannot be made for a pad beyond its rows; the pad is set when it has them
+        )
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}  # this is how num_labels = 1 is stored
     config.problem_type = "regression"  # else pipelines and servers return sigmoid(reward)
 
@@ -210,20 +231,29 @@ def load_reward_model(
                 f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
             ) from error
         notes = []
-        if not isinstance(getattr(classifier, "score", None), nn.Linear) or classifier.score.bias is not None:
-            raise UserError(f"--model_name_or_path {name}: {type(classifier).__name__} has no bias-free score head")
-        if missing := sorted(set(loading["missing_keys"]) - {"score.weight"}):
+        head = _head(classifier)
+        if not isinstance(head, nn.Linear) or (head.bias is not None and config.model_type not in ENCODERS):
+            raise UserError(
+                f"--model_name_or_path {name}: {type(classifier).__name__} has no score head that is known here"
+            )
+        # An encoder's pooling comes before its head and is new where the checkpoint was none.
+        new = [key for key in loading["missing_keys"] if not key.startswith(classifier.base_model_prefix + ".")]
+        new += [key for key in loading["missing_keys"] if ".pooler." in key]
+        if missing := sorted(set(loading["missing_keys"]) - set(new)):
             raise UserError(
                 f"--model_name_or_path {name}: the checkpoint lacks weights such as {missing[0]}; is it this architecture?"
             )
         if len(tokenizer) > _rows(classifier.get_input_embeddings()):
             before = _rows(classifier.get_input_embeddings())
-            # mean_resizing fits a Gaussian to the whole table; the new rows are pads, never attended to or read
+            # mean_resizing fits a Gaussian to the whole table; a pad's row is never read, a reward token's is trained
             classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             notes.append(f"embeddings resized from {before} to {len(tokenizer)} rows for added tokens")
-    if "score.weight" in loading["missing_keys"]:
-        std = initialise_head(classifier.score, seed)
-        notes.append(f"score head initialised N(0, std = 1 / sqrt({classifier.score.in_features} + 1) = {std:.5f})")
+    for part in (classifier.config, classifier.config.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id
+    if any(key.endswith(("score.weight", "classifier.weight")) for key in new):
+        notes.append(initialise_head(head, seed, score_init))
+        if pooling := [key for key in new if not key.startswith(("score.", "classifier."))]:
+            notes.append(f"new besides the score head: {', '.join(pooling)}")
     else:
         notes.append("the checkpoint already is a reward model: its score head is kept")
     for module in classifier.modules():
@@ -231,19 +261,32 @@ def load_reward_model(
             module.p = 0.0
     if gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if freeze_backbone:
+        for parameter in classifier.parameters():
+            parameter.requires_grad_(False)
+        head.requires_grad_(True)
+        notes.append(f"backbone frozen: {head.in_features} weights of the score head are trained")
     model = RewardModel(classifier)
     model.train()
     return model, notes
 
 
-def initialise_head(score: nn.Linear, seed: int) -> float:
-    """Draw the head's weights N(0, 1 / (D + 1)) in place, also where ZeRO-3 has partitioned them; returns the std."""
-    std = 1 / math.sqrt(score.in_features + 1)
+def initialise_head(score: nn.Linear, seed: int, score_init: str) -> str:
+    """Draw the head's weights N(0, 1 / (D + 1)), or take zeros, in place, also where ZeRO-3 has partitioned them.
+
+    Returns the log's line.
+    """
+    std = 1 / math.sqrt(score.in_features + 1) if score_init == "default" else 0.0
     weights = torch.empty(1, score.in_features).normal_(std=std, generator=torch.Generator().manual_seed(seed))
     with _gathered(score.weight), torch.no_grad():
         # Under ZeRO-3, outside this context, the weight is an empty tensor and writing to it does nothing.
         score.weight.copy_(weights)
-    return std
+    if score.bias is not None:
+        with _gathered(score.bias), torch.no_grad():
+            score.bias.zero_()
+    if score_init == "zeros":
+        return "score head initialised with zeros: every reward is 0 before the first step"
+    return f"score head initialised N(0, std = 1 / sqrt({score.in_features} + 1) = {std:.5f})"
 
 
 def model_shape(model: RewardModel) -> Shape:
@@ -253,7 +296,9 @@ def model_shape(model: RewardModel) -> Shape:
     body = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     read = model.read_only_parameters + model.width
-    return Shape(body - read, read, config.num_hidden_layers, config.num_attention_heads * head)
+    frozen = not any(p.requires_grad for p in getattr(model.classifier, model.backbone_name).parameters())
+    width = config.num_attention_heads * head
+    return Shape(body - read, read, config.num_hidden_layers, width, passes=1 if frozen else 3)
 
 
 def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
@@ -271,6 +316,10 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
     # The fused losses of language modelling stay out: there is no vocabulary head here.
     _apply_liger_kernel_to_instance(model.classifier, cross_entropy=False, fused_linear_cross_entropy=False)
     return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
+
+
+def _head(classifier: PreTrainedModel) -> nn.Module | None:
+    return getattr(classifier, "classifier" if classifier.config.model_type in ENCODERS else "score", None)
 
 
 def _rows(embedding: nn.Embedding) -> int:

@@ -36,7 +36,7 @@ from open_rm import (
 from open_rm import data as preference_data
 from open_rm.arguments import Args, check_args
 from open_rm.errors import UserError
-from open_rm.losses import ranking_loss
+from open_rm.losses import loss_terms
 from open_rm.plan import make_plan
 from open_rm.rows import make_reading
 from open_rm.tracking import Tracker, read_metrics
@@ -92,6 +92,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             args.tokenizer_name or args.model_name_or_path,
             revision=args.tokenizer_revision or (args.model_revision if own_tokenizer else None),
             chat_template_name=args.chat_template_name,
+            reward_token=args.reward_token,
         )
         train, held_out = preference_data.read_both(
             args.dataset_mixer_list,
@@ -196,6 +197,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         layout=layout,
         gradient_checkpointing=args.gradient_checkpointing,
         seed=args.seed,
+        score_init=args.score_init,
+        freeze_backbone=args.freeze_backbone,
         deepspeed_config=ds_config,
     )
     shape = model.model_shape(reward_model)
@@ -279,10 +282,21 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             chosen, rejected = (side[: part.counted] for side in rewards.chunk(2))
             counted = part.indices[: part.counted]
             margin = torch.from_numpy(margins[counted]).to(ranks.device) if args.margin_loss else None
-            losses = ranking_loss(chosen, rejected, margin)
+            terms = loss_terms(
+                chosen,
+                rejected,
+                margin,
+                loss_type=args.loss_type,
+                focal_gamma=args.focal_gamma,
+                label_smoothing=args.label_smoothing,
+                penalty_type=args.penalty_type,
+                penalty_weight=args.penalty_weight,
+                penalty_bound=args.penalty_bound,
+                center_rewards_coefficient=args.center_rewards_coefficient,
+            )
             # Divided by the pairs of the whole step on all ranks: micro-batches and ranks do not change the mathematics.
-            trainer.backward(losses.sum() / len(indices), last=last)
-            sums.add(chosen, rejected, losses, batch)
+            trainer.backward(sum(terms.values()).sum() / len(indices), last=last)
+            sums.add(chosen, rejected, terms, batch)
 
         means, counts = sums.reduce(len(indices))
         lr = scheduler.get_last_lr()[0]
@@ -337,7 +351,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             base_model=args.model_name_or_path,
             data=train_data.labels,
             chat=train_data.chat,
-            eos_token=tokenizer.eos_token,
+            ending=tokenization.ending(tokenizer),
             metrics={name: value for name, value in (last_eval | last_train).items() if "/rm/" in name},
             facts=dataclasses.asdict(plan) | settings | {"plan": None, "total_flops": f"{total_flops:.3e}"},
         )

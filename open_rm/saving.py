@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from open_rm.errors import UserError
 from open_rm.model import RewardModel
-from open_rm.tokenization import encode, render_pair
+from open_rm.tokenization import encode, ending, render_pair
 
 # Absolute plus relative to the reward. float32: the order of sums differs between layouts. bfloat16: 8 bits of
 # mantissa in every layer, and plain transformers rounds the reward itself to bfloat16 (ours is float32).
@@ -188,7 +188,7 @@ def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool)
         ours = render_pair(tokenizer, conversation[:1], conversation[1:], conversation[1:])
         ways = ({}, {"add_special_tokens": False})
     else:
-        text = f"Hello, you.{tokenizer.eos_token}"
+        text = f"Hello, you.{ending(tokenizer)}"
         ours = render_pair(tokenizer, "", "Hello, you.", "Hello, you.")
         ways = ({},)
     expected = encode(tokenizer, [ours.chosen], chat=chat)[0]

@@ -3,7 +3,9 @@
 Rules that keep a reward the same wherever it is computed:
   - padding is on the right, and the pad token is one that never occurs in text (never eos, bos or unk);
   - a conversation is rendered by the chat template alone (the encoder adds no BOS of its own);
-  - plain text gets the tokenizer's own BOS, and exactly one EOS at its end: the token that is scored.
+  - plain text gets the tokenizer's own BOS, and exactly one EOS at its end: the token that is scored;
+  - a reward token, where there is one, comes after all that and is scored instead. It belongs to the tokenizer (transformers
+    saves it as `reward_token`) and the chat template writes it, so clients need not know of it.
 What is not covered: choosing a template for the user. Without one, messages are refused by name.
 """
 
@@ -46,7 +48,7 @@ def read_template(name: str) -> str:
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, chat_template_name: str | None = None
+    name: str, *, revision: str | None = None, chat_template_name: str | None = None, reward_token: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer that pads on the right with a token of its own.
 
@@ -54,21 +56,30 @@ def load_tokenizer(
         name: Hub name or local folder.
         revision: branch, tag or commit on the Hub; None is the default branch.
         chat_template_name: a name of `template_names()`, a Jinja file, or None for the tokenizer's own template.
+        reward_token: is appended to every response and scored; added if the tokenizer does not know it. None: the one
+            the tokenizer was saved with, if any.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, or has no eos token to score.
+        UserError: the tokenizer cannot be loaded, has no eos token to score, or was saved with another reward token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        saved = reward_token_of(tokenizer)
+        if reward_token is not None and saved is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, reward_token=reward_token)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"--tokenizer_name {name}: no tokenizer could be loaded ({quote_error(error)}); "
             "check the name, or pass a folder that holds tokenizer.json"
         ) from error
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:  # an encoder's: [CLS] text [SEP]
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"tokenizer {name} has no eos token, and the reward is read there; set eos_token in its tokenizer_config.json"
         )
+    if reward_token is not None:
+        _check_reward_token(tokenizer, reward_token, saved)
     text_ids = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in text_ids:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -78,10 +89,42 @@ def load_tokenizer(
         backend.no_padding()
     if chat_template_name is not None:
         tokenizer.chat_template = read_template(chat_template_name)
+    if (reward_token := reward_token_of(tokenizer)) is not None and tokenizer.chat_template is not None:
+        write = (
+            "{% if not add_generation_prompt %}{{ " + json.dumps(reward_token, ensure_ascii=False) + " }}{% endif %}"
+        )
+        tokenizer.chat_template = tokenizer.chat_template.removesuffix(write) + write
     if prints_date(tokenizer):
         # The template may look the function up under this name: a macro of its own takes precedence.
         tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template.removeprefix(FIXED_DATE)
     return tokenizer
+
+
+def reward_token_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that was made for scoring (XTuner's reward_token_id); None where the last token of the text is scored."""
+    return getattr(tokenizer, "reward_token", None)
+
+
+def ending(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What plain text has to end with: EOS, and the reward token where there is one."""
+    return tokenizer.eos_token + (reward_token_of(tokenizer) or "")
+
+
+def _check_reward_token(tokenizer: PreTrainedTokenizerBase, reward_token: str, saved: str | None) -> None:
+    if saved not in (None, reward_token):
+        raise UserError(
+            f"--reward_token {reward_token}: the tokenizer was saved with the reward token {saved}; remove the flag"
+        )
+    taken = [
+        name for name in ("eos_token", "bos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    ]
+    if used := [name for name in taken if getattr(tokenizer, name, None) == reward_token]:
+        raise UserError(
+            f"--reward_token {reward_token}: is the tokenizer's {used[0]}, which text may hold; name a token of its own"
+        )
+    ids = tokenizer(f"a{reward_token}", add_special_tokens=False, verbose=False)["input_ids"]
+    if ids[-1] != tokenizer.convert_tokens_to_ids(reward_token) or not reward_token.strip():
+        raise UserError(f"--reward_token {reward_token!r}: this tokenizer cannot keep it in one piece; name another")
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -94,6 +137,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         "backend": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        "reward": reward_token_of(tokenizer),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
     }
@@ -185,8 +229,9 @@ def _rendered_together(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: str, chosen: str, rejected: str) -> PairText:
-    eos = tokenizer.eos_token
-    chosen, rejected = (text if text.endswith(eos) else text + eos for text in (prompt + chosen, prompt + rejected))
+    end = ending(tokenizer)
+    texts = (prompt + answer.removesuffix(tokenizer.eos_token) for answer in (chosen, rejected))
+    chosen, rejected = (text + end for text in texts)
     return PairText(chat=False, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
@@ -213,7 +258,8 @@ def _one_bos_one_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list
     # The text may name BOS or EOS itself while the encoder adds it again.
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
-    if len(ids) > 1 and ids[-1] == ids[-2] == tokenizer.eos_token_id:
+    last = tokenizer.eos_token_id if reward_token_of(tokenizer) is None else tokenizer.reward_token_id
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and ids[-2] == last:
         ids = ids[:-1]
     return ids
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from open_rm.losses import ranking_loss
+from open_rm import losses
+from open_rm.losses import loss_terms, ranking_loss
 
 
 def test_equal_rewards_give_ln_2():
@@ -41,3 +42,105 @@ def test_a_margin_moves_the_loss_along_and_its_shape_must_be_that_of_the_rewards
     assert torch.equal(ranking_loss(chosen, rejected, margins), ranking_loss(chosen - margins, rejected))
     with pytest.raises(ValueError, match="differ in shape"):
         ranking_loss(chosen, rejected, margins[:, None])
+
+
+# ---- the other objectives. The expected values are written down from the formulas in float64, without torch.
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def focal(d, gamma=2.0):
+    return (1 - 2 * max(sigmoid(d) - 0.5, 0)) ** gamma * -math.log(sigmoid(d))
+
+
+def barrier(x, b=5.0):
+    return -math.log(b - x) - math.log(x + b)
+
+
+LEADS = [-3.0, -0.5, 0.0, 0.5, 1.0, 2.0, 8.0]
+
+
+def slope(function, x, step=1e-6):
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+def test_focal_golden_values():
+    values = losses.focal_loss(torch.tensor([0.0, 0.5, 1.0, 2.0]), torch.zeros(4), gamma=2.0)
+    assert values.tolist() == pytest.approx([0.693147, 0.2703, 0.0906, 0.0072], abs=5e-5)
+
+
+def test_focal_equals_its_formula_and_so_does_its_gradient():
+    chosen = torch.tensor(LEADS, requires_grad=True)
+    values = losses.focal_loss(chosen, torch.zeros(len(LEADS)), gamma=2.0)
+    assert values.tolist() == pytest.approx([focal(d) for d in LEADS], rel=1e-5)
+    values.sum().backward()
+    # at 0 the two sides have different slopes; there it is ranking's
+    expected = [-0.5 if d == 0 else slope(focal, d) for d in LEADS]
+    assert chosen.grad.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_focal_is_ranking_where_chosen_does_not_lead_and_where_gamma_is_0():
+    chosen, rejected, margins = torch.tensor([-2.0, 0.0, 0.4]), torch.zeros(3), torch.tensor([0.0, 0.0, 0.5])
+    expected = ranking_loss(chosen, rejected, margins)
+    assert torch.allclose(losses.focal_loss(chosen, rejected, margins, gamma=2.0), expected)
+    ahead = torch.tensor([3.0, 1.0, 9.0])
+    assert torch.allclose(losses.focal_loss(ahead, rejected, gamma=0.0), ranking_loss(ahead, rejected))
+
+
+def test_label_smoothing_equals_its_formula():
+    values = ranking_loss(torch.tensor(LEADS), torch.zeros(len(LEADS)), label_smoothing=0.1)
+    expected = [-0.9 * math.log(sigmoid(d)) - 0.1 * math.log(sigmoid(-d)) for d in LEADS]
+    assert values.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_barrier_equals_its_formula_inside_the_bounds_and_so_does_its_gradient():
+    rewards = [-4.9, -2.0, 0.0, 1.0, 4.99]
+    chosen = torch.tensor(rewards, requires_grad=True)
+    values = losses.log_barrier_penalty(chosen, torch.full((5,), 0.5), bound=5.0)
+    assert values.tolist() == pytest.approx([barrier(x) + barrier(0.5) for x in rewards], rel=1e-4)
+    values.sum().backward()
+    assert chosen.grad.tolist() == pytest.approx([slope(barrier, x) for x in rewards], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("reward", [4.9995, 5.0, 7.5, 300.0])
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_reward_beyond_the_barrier_is_pulled_back_and_the_clamped_one_is_not(reward, side):
+    chosen = torch.tensor([side * reward], requires_grad=True)
+    losses.log_barrier_penalty(chosen, torch.zeros(1), bound=5.0).sum().backward()
+    assert chosen.grad.item() * side == pytest.approx(1 / 1e-3 - 1 / 9.999, rel=1e-3)
+
+    clamped = torch.tensor([side * reward], requires_grad=True)  # what XTuner computes
+    inside = clamped.clamp(-5 + 1e-3, 5 - 1e-3)
+    (-torch.log(5 - inside) - torch.log(inside + 5)).sum().backward()
+    assert clamped.grad.item() == 0
+
+
+def test_the_barrier_has_no_step_where_its_tangent_begins():
+    at, beyond = (losses.log_barrier_penalty(torch.tensor([x]), torch.zeros(1), bound=5.0) for x in (4.99899, 4.99901))
+    assert beyond.item() - at.item() == pytest.approx(2e-5 * 1000, rel=0.2)
+
+
+def test_l2_and_centering_equal_their_formulas():
+    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
+    assert losses.l2_penalty(chosen, rejected).tolist() == [10.0, 4.25]
+    assert losses.centering_penalty(chosen, rejected).tolist() == [16.0, 2.25]
+
+
+def test_the_first_loss_of_focal_and_log_barrier_with_a_zero_head_is_xtuners():
+    terms = loss_terms(torch.zeros(4), torch.zeros(4), loss_type="focal", penalty_type="log_barrier")
+    assert list(terms) == ["ranking", "penalty"]
+    assert sum(terms.values()).mean().item() == pytest.approx(0.628770, abs=1e-6)
+
+
+@pytest.mark.parametrize("penalty_type", ["log_barrier", "L2"])
+def test_terms_are_weighted_float32_and_one_value_per_pair(penalty_type):
+    chosen, rejected = torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.tensor([0.5, 3.0], dtype=torch.bfloat16)
+    how = {"penalty_type": penalty_type, "penalty_bound": 7.0}
+    terms = loss_terms(chosen, rejected, penalty_weight=0.5, center_rewards_coefficient=0.25, **how)
+    doubled = loss_terms(chosen, rejected, penalty_weight=1.0, center_rewards_coefficient=0.5, **how)
+    assert list(terms) == ["ranking", "penalty", "centering"]
+    assert all(term.shape == (2,) and term.dtype == torch.float32 for term in terms.values())
+    for name, factor in (("ranking", 1), ("penalty", 2), ("centering", 2)):
+        assert torch.allclose(doubled[name], factor * terms[name])

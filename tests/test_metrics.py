@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from open_rm.losses import ranking_loss
+from open_rm.losses import loss_terms, ranking_loss
 from open_rm.metrics import StepMetrics, pair_means, pair_sums, perf_metrics, training_flops
 
-SHAPE = SimpleNamespace(body_parameters=10, read_parameters=3, layers=2, attention_width=4)
+SHAPE = SimpleNamespace(body_parameters=10, read_parameters=3, layers=2, attention_width=4, passes=3)
 
 
 def means(chosen, rejected):
@@ -38,9 +38,10 @@ def test_uneven_micro_batches_average_over_pairs_not_over_batches():
     chosen, rejected = torch.randn(2, 7, generator=generator)
     metrics = StepMetrics(torch.device("cpu"), SHAPE)
     for part in (slice(0, 5), slice(5, 7)):
-        metrics.add(chosen[part], rejected[part], ranking_loss(chosen[part], rejected[part]), micro_batch())
+        metrics.add(chosen[part], rejected[part], loss_terms(chosen[part], rejected[part]), micro_batch())
     result, counts = metrics.reduce(7)
-    assert result == pytest.approx(means(chosen, rejected))
+    expected = means(chosen, rejected)
+    assert result == pytest.approx(expected | {"loss_ranking": expected["loss"]})
     assert counts == {
         "tokens": 60,
         "computed": 48,
@@ -52,7 +53,7 @@ def test_uneven_micro_batches_average_over_pairs_not_over_batches():
 def test_a_micro_batch_that_only_keeps_ranks_in_step_adds_positions_but_nothing_else():
     metrics = StepMetrics(torch.device("cpu"), SHAPE)
     empty = torch.zeros(0)
-    metrics.add(empty, empty, empty, micro_batch())
+    metrics.add(empty, empty, {"ranking": empty}, micro_batch())
     result, counts = metrics.reduce(1)
     assert set(result.values()) == {0.0}
     assert counts == {"tokens": 0, "computed": 0, "positions": 40, "flops": 0}

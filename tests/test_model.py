@@ -124,15 +124,21 @@ def test_dropout_is_off_in_training_mode_in_modules_and_in_config(tokenizer, tmp
     )
 
 
-def test_embeddings_grow_for_an_added_pad_token_and_only_then(tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("config_class", "model_class"), [(GPTNeoXConfig, GPTNeoXForCausalLM), (Qwen2Config, Qwen2ForCausalLM)]
+)
+def test_embeddings_grow_for_an_added_pad_token_and_only_then(config_class, model_class, tokenizer, tmp_path):
+    tokenizer.add_special_tokens({"pad_token": "<|new pad|>"})
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     for rows, grows in ((len(tokenizer) - 1, True), (len(tokenizer) + 40, False)):
-        config = GPTNeoXConfig(
-            vocab_size=rows, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-        )
-        GPTNeoXForCausalLM(config).save_pretrained(tmp_path / str(rows))
+        model_class(config_class(vocab_size=rows, **sizes)).save_pretrained(tmp_path / str(rows))
         reward_model, notes = load(tmp_path / str(rows), tokenizer)
         assert any("embeddings resized" in note for note in notes) == grows
         assert reward_model.classifier.get_input_embeddings().weight.shape[0] == max(rows, len(tokenizer))
+        reward_model.classifier.save_pretrained(tmp_path / f"saved {rows}")
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"saved {rows}")
+        assert plain.config.pad_token_id == tokenizer.pad_token_id
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(toy, tokenizer):

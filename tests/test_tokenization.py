@@ -113,6 +113,7 @@ def test_unknown_template_name_lists_the_names():
 
 
 EXPECTED_TEXT = {
+    "encoder": "<s>Q</s>A</s>",
     "simple_concat": "QA</s>",
     "simple_concat_with_space": "Q A</s>",
     "simple_chat": "User: Q\n\nAssistant: A</s>",

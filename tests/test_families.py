@@ -1,0 +1,170 @@
+"""Every family gives, from the saved folder in plain transformers, the rewards that the trainer saw; others are refused."""
+
+import pytest
+import torch
+import transformers
+from conftest import run_recipe, toy_flags
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from open_rm import batching, model, saving
+from open_rm.errors import UserError
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=640)
+GQA = SMALL | {"num_key_value_heads": 1}
+FAMILIES = {
+    "llama": ("LlamaConfig", GQA),
+    "mistral": ("MistralConfig", GQA | {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", GQA),
+    "qwen3": ("Qwen3Config", GQA | {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", GQA | {"head_dim": 16, "sliding_window": 8}),
+    "gemma3_text": ("Gemma3TextConfig", GQA | {"head_dim": 16, "sliding_window": 8}),
+    "phi3": ("Phi3Config", GQA | {"pad_token_id": 0}),
+    "olmo2": ("Olmo2Config", GQA | {"pad_token_id": 0}),
+    "gpt_neox": ("GPTNeoXConfig", SMALL),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 640, "attn_pdrop": 0.5}),
+    "bert": ("BertConfig", SMALL),
+    "deberta-v2": (
+        "DebertaV2Config",  # as deberta-v3-base has them
+        SMALL
+        | {"relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+        | {"pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0, "position_biased_input": False},
+    ),
+    "modernbert": (
+        "ModernBertConfig",
+        SMALL
+        | {"global_attn_every_n_layers": 2, "local_attention": 8, "classifier_pooling": "cls"}
+        | dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0)
+        | dict.fromkeys(("eos_token_id", "sep_token_id"), 1),
+    ),
+}
+FAMILIES["modernbert, mean"] = ("ModernBertConfig", FAMILIES["modernbert"][1] | {"classifier_pooling": "mean"})
+ENCODERS = [name for name in FAMILIES if "bert" in name]
+PAIRS = [(list(range(5, 35)), [5, 6, 11]), ([20, 21], [20, 22, 23, 24])]
+
+
+def checkpoint(name: str, folder) -> None:
+    """A backbone without a head, as pretraining leaves it."""
+    kind, sizes = FAMILIES[name]
+    config = getattr(transformers, kind)(**sizes)
+    torch.manual_seed(1)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+
+
+def load(folder, tokenizer, **changes):
+    options = dict(revision=None, dtype=torch.float32, attn_implementation=None, gradient_checkpointing=False, seed=1)
+    options["deepspeed_config"] = {"zero_optimization": {"stage": 0}}
+    return model.load_reward_model(str(folder), tokenizer=tokenizer, **(options | changes))
+
+
+def rewards(reward_model, tokenizer) -> torch.Tensor:
+    """[4]: chosen of both pairs, then rejected."""
+    return reward_model(**batching.padded_batch(PAIRS, tokenizer.pad_token_id).inputs(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rewards_equal_plain_transformers_on_the_saved_folder(name, checkpointing, tokenizer, tmp_path):
+    checkpoint(name, tmp_path / "base")
+    reward_model, notes = load(tmp_path / "base", tokenizer, gradient_checkpointing=checkpointing)
+    model.apply_fused_kernels(reward_model, torch.device("cpu"))
+    assert any(note.startswith("score head initialised N(0") for note in notes)
+    optimizer = torch.optim.SGD(reward_model.parameters(), lr=0.1)
+    chosen, rejected = rewards(reward_model, tokenizer).chunk(2)
+    (rejected - chosen).sum().backward()
+    assert all(reward_model.head.weight.grad.abs().sum() > 0 for _ in (1,))
+    optimizer.step()
+    ours = rewards(reward_model, tokenizer).tolist()
+    state = reward_model.state_dict()
+    saving.save_reward_model(reward_model, state, tokenizer, str(tmp_path / "saved"), chat=False)
+    sequences = [ids for side in zip(*PAIRS, strict=True) for ids in side]
+    reloaded = saving.plain_rewards(str(tmp_path / "saved"), sequences)
+    # float32 in another order; rewards are up to 2
+    assert reloaded["one by one"] == pytest.approx(ours, abs=1e-5)
+    assert reloaded["in a padded batch"] == pytest.approx(ours, abs=1e-5)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert plain.config.num_labels == 1 and plain.config.problem_type == "regression"
+
+    again, notes = load(tmp_path / "saved", tokenizer, seed=5)
+    assert "the checkpoint already is a reward model: its score head is kept" in notes
+    assert rewards(again, tokenizer).tolist() == pytest.approx(ours, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_head_of_zeros_gives_zero_and_a_frozen_backbone_only_trains_the_head(name, tokenizer, tmp_path):
+    checkpoint(name, tmp_path)
+    reward_model, notes = load(tmp_path, tokenizer, score_init="zeros", freeze_backbone=True)
+    result = rewards(reward_model, tokenizer)
+    assert result.tolist() == [0.0] * 4
+    result.chunk(2)[0].sum().backward()
+    trained = {name for name, parameter in reward_model.named_parameters() if parameter.grad is not None}
+    head = "classifier.classifier" if name == "bert" else "classifier.score"
+    assert trained == {f"{head}.weight"} | ({f"{head}.bias"} if name == "bert" else set())
+    assert model.model_shape(reward_model).passes == 1
+    assert any("backbone frozen: 32 weights" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "gpt2"])
+def test_packed_rows_are_refused_by_name_where_they_are_not_known_to_be_exact(name, tokenizer, tmp_path):
+    checkpoint(name, tmp_path)
+    config = model.read_config(str(tmp_path), revision=None, max_token_length=20)
+    how = {"attn_implementation": None, "max_token_length": 20, "on_gpu": False}
+    assert model.choose_layout("auto", config, **how)[0] == "padded"
+    with pytest.raises(UserError, match="--batching packed is not possible: packed rows are not known to be exact"):
+        model.choose_layout("packed", config, **how)
+
+
+def test_a_family_with_another_head_is_refused_by_name(tokenizer, tmp_path):
+    config = transformers.RobertaConfig(**SMALL)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="RobertaForSequenceClassification has no score head that is known here"):
+        load(tmp_path, tokenizer)
+
+
+def encoder_tokenizer(folder) -> None:
+    """[CLS] words [SEP], as BERT's, with no bos or eos."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{i}" for i in range(20))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_an_encoder_trains_is_saved_and_pools_at_cls(chat, stage, toy, write_rows, tmp_path):
+    checkpoint("bert", tmp_path / "model")
+    encoder_tokenizer(tmp_path / "model")
+    rows = []
+    for i in range(24):
+        prompt, good, bad = f"word{i % 7} ", f"word{i % 5} word1", f"word{i % 5} word2"
+        if chat:
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": prompt.strip()}],
+                    "chosen": [{"role": "assistant", "content": good}],
+                    "rejected": [{"role": "assistant", "content": bad}],
+                }
+            )
+        else:
+            rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
+    source = [write_rows(rows), "1.0"]
+    flags = toy_flags(
+        toy,
+        tmp_path / "out",
+        model_name_or_path=tmp_path / "model",
+        dataset_mixer_list=source,
+        dataset_mixer_eval_list=source,
+        total_episodes=48,
+        deepspeed=f"configs/ds/{stage}.json",
+        chat_template_name="encoder" if chat else None,
+        num_sample_pairs=1,
+    )
+    done = run_recipe(*flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
+    assert "padded, not shared_prefix: packed rows are not known to be exact for bert" in done.stdout
+    assert "[CLS]" in done.stdout.split("sample")[-1] or "[CLS]" in done.stdout
