@@ -15,8 +15,9 @@ Both read the same jsonl file with the same tokenizer and chat template and drop
   The last line, with more rows and no peer, shows whether memory grows with the data; what importing alone takes is above
   the table.
 - num_proc is the number of processes that tokenize, the same for both; 1 is in-process for both (TRL's default).
-  TOKENIZERS_PARALLELISM is false, so that each process has one thread; with --tokenizer_threads ours, which encodes many
-  texts in a call, spreads them over the cores, and TRL's, one text at a time, cannot.
+  TOKENIZERS_PARALLELISM is false, so that the tokenizer has one thread; ours with num_proc 1 overlaps it with reading and
+  rendering in a second. With --tokenizer_threads ours, which encodes many texts in a call, spreads them over the cores, and
+  TRL's, one text at a time, cannot.
 - Whether both gave the same token ids is checked by a hash over all of them, outside the clock.
 """
 

@@ -2,8 +2,7 @@
 
 A build happens in a folder of its own that appears under its name by one atomic rename. A lock, which the system releases
 when its holder dies, keeps others waiting for the result instead of building it too. A manifest with sizes and sha256
-tells a damaged folder, which is built again. The lock needs a file system with flock; the rename alone keeps the result
-right where there is none.
+tells a damaged folder, which is built again. The lock needs a file system with flock.
 """
 
 import json
@@ -51,7 +50,7 @@ def find_or_build(cache_dir: str, key: str, build: Callable[[Path], None], *, fl
             return folder
         if folder.exists():
             print(f"{folder} is damaged ({damage}); it is built again", file=sys.stderr, flush=True)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
         for left_behind in parent.glob(f"{key}.*.tmp"):  # by a process that was killed
             shutil.rmtree(left_behind, ignore_errors=True)
         building = parent / f"{key}.{uuid.uuid4().hex[:8]}.tmp"
@@ -73,12 +72,14 @@ def damage_of(folder: Path) -> str | None:
     """What is wrong with a built folder; None where every file is as it was written."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
+        if not files:
+            return f"{MANIFEST} names no file"
         for name, (size, content) in files.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} has another size than written"
             if content_hash([folder / name]) != content:
                 return f"{name} has another content than written"
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, AttributeError, UserError):
         return f"{MANIFEST} cannot be read"

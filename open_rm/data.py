@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -126,6 +127,9 @@ def load_preference_data(
         num_proc: processes that tokenize; the result is the same.
         progress: show a progress bar (one rank should).
     """
+    if num_proc > 1 and getattr(multiprocessing.current_process(), "_inheriting", False):
+        # a worker that imports the script which started it would wait here for its own parent
+        raise UserError('with num_proc above 1 the call has to stand under `if __name__ == "__main__":` in a script')
     opened = [(source, *open_source(source)) for source in parse_mixer(mixer, splits, flag)]
     identity = {
         "version": CACHE_VERSION,
@@ -150,12 +154,15 @@ def load_preference_data(
     dataset = Dataset.from_file(str(folder / "pairs.arrow"))
     found = json.loads((folder / "facts.json").read_text())
     facts = [fact | {"label": s.label, "name": _name(s)} for fact, (s, *_) in zip(found["facts"], opened, strict=True)]
-    report = [_line(fact) for fact in facts]
+    lines = "; ".join(map(_line, facts))
     if not any(fact["taken"] for fact in facts):
-        raise UserError(f"--{flag}: no rows at all ({'; '.join(report)}); name a file with rows, or a larger amount")
+        raise UserError(f"--{flag}: no rows at all ({lines}); name a file with rows, or a larger amount")
     if len(dataset) == 0:
-        advice = "raise --max_token_length or --max_prompt_token_length, or pass --overlength truncate"
-        raise UserError(f"--{flag}: no pairs are left ({'; '.join(report)}); {advice}")
+        advice = "the rows are ties or were skipped; name others"
+        if any(fact["dropped"] for fact in facts):
+            advice = "raise --max_token_length or --max_prompt_token_length, or pass --overlength truncate"
+        raise UserError(f"--{flag}: no pairs are left ({lines}); {advice}")
+    report = [line for fact in facts for line in (_line(fact), *_skipped_lines(fact))]
     return PreferenceData(dataset, [source.label for source, *_ in opened], report, found["chat"], facts)
 
 
@@ -203,13 +210,16 @@ class _Writing:
 
 
 def _blocks(rows, copies: np.ndarray) -> Iterator[preparation.Block]:
-    block: preparation.Block = []
+    """Blocks of about BLOCK_ROWS pairs, so that memory is bounded by pairs and not by rows."""
+    block, pairs = [], 0
     for (place, row), times in zip(rows, copies, strict=True):
-        if times:
-            block.append((place, row, int(times)))
-        if len(block) >= BLOCK_ROWS:
-            yield block
-            block = []
+        for start in range(0, int(times), BLOCK_ROWS):
+            taken = min(BLOCK_ROWS, int(times) - start)
+            block.append((place, row, taken))
+            pairs += taken * preparation.pairs_of(row)
+            if pairs >= BLOCK_ROWS:
+                yield block
+                block, pairs = [], 0
     if block:
         yield block
 
@@ -227,6 +237,11 @@ def _copies(size: int, amount: int | float, seed: int) -> np.ndarray:
 
 def _name(source: Source) -> str:
     return source.name if source.paths else f"{source.name}[{source.split}]"
+
+
+def _skipped_lines(fact: dict) -> list[str]:
+    """All bad rows; the first stands in the source's own line."""
+    return [f"  skipped {row['place']}: {row['what']}" for row in fact["skipped"][1:]]
 
 
 def _line(fact: dict) -> str:

@@ -12,7 +12,7 @@ class UserError(Exception):
 def quote_error(error: Exception) -> str:
     """The first line of a library's error, shortened, for quoting inside one sentence of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")[:200]
+    return lines[0].rstrip(". ")[:200].encode(errors="backslashreplace").decode()
 
 
 def quote(value: object, length: int = 60) -> str:

@@ -71,7 +71,7 @@ def _facts(facts: dict) -> dict:
     names = ("label", "name", "rows", "taken", "forms", "ties", "dropped", "skipped", "truncated")
     found = {name: facts[name] for name in names} | {"pairs": facts["kept"]}
     same = [fault for reason, fault in facts["dropped"].items() if reason.startswith("identical")]
-    skipped = [row["place"] for row in facts["skipped"] if "identical" in row["what"]]
+    skipped = [row["place"] for row in facts["skipped"] if row["what"].startswith("chosen and rejected are identical")]
     found["identical_sides"] = {
         "count": sum(fault["count"] for fault in same) + len(skipped),
         "first": next(iter([fault["first"] for fault in same] + skipped), None),

@@ -94,7 +94,7 @@ def _between_sources(found: dict) -> list[str]:
     findings = []
     for name, what in (("duplicates", "duplicate pair"), ("contradictory", "contradictory pair")):
         overall = found["overall"].get(name, {"count": 0})
-        between = overall["count"] - sum(source.get(name, overall)["count"] for source in found["sources"])
+        between = overall["count"] - sum(source.get(name, {"count": 0})["count"] for source in found["sources"])
         if len(found["sources"]) > 1 and between > 0:
             findings.append(
                 f"{counted(between, what)} between its sources; over all sources the first is "

@@ -5,14 +5,13 @@ A block holds a thousand rows, so memory does not grow with the data; results co
 number of processes changes nothing but the time.
 """
 
-import functools
 import gc
 import hashlib
 import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
@@ -78,6 +77,14 @@ class Prepared:
         """Count dropped pairs; the first place of a reason is kept."""
         before, first = self.dropped.get(reason, (0, place))
         self.dropped[reason] = (before + pairs, first)
+
+
+def pairs_of(row: object) -> int:
+    """At most how many pairs a row gives, before it is read: a ranked list gives one for each two responses."""
+    longest = (
+        max((len(value) for value in row.values() if isinstance(value, list)), default=0) if type(row) is dict else 0
+    )
+    return max(1, longest * (longest - 1) // 2) if longest and "responses" in row else 1
 
 
 def kind_of(block: Block, reading: Reading) -> str | None:
@@ -155,21 +162,19 @@ def prepare_blocks(
     """`prepare_block` over (block, kind) in order, in this process or in `num_proc` others."""
     if num_proc == 1:
         # Two threads: while one encodes, for which Rust lets go of Python's lock, the other reads and renders.
-        pool, work = ThreadPoolExecutor(2), functools.partial(prepare_block, source=source, policy=policy)
+        pool, work, given = ThreadPoolExecutor(2), prepare_block, (source, policy)
     else:
         # spawn: a fork would copy the threads' locks of torch and of the tokenizer
         context = multiprocessing.get_context("spawn")
-        pool, work = ProcessPoolExecutor(num_proc, context, _start_worker, (policy, source)), _work
+        pool, work, given = ProcessPoolExecutor(num_proc, context, _start_worker, (policy, source)), _work, ()
     waiting, thresholds = deque(), _collect_rarely()
     try:
         for block, kind in blocks:
-            waiting.append((block, pool.submit(work, block, kind)))
+            waiting.append((block, kind, pool.submit(work, block, kind, *given)))
             if len(waiting) > 2 * num_proc:  # more would pile up in memory
-                first, result = waiting.popleft()
-                yield first, result.result()
+                yield _outcome(*waiting.popleft(), source, policy)
         while waiting:
-            first, result = waiting.popleft()
-            yield first, result.result()
+            yield _outcome(*waiting.popleft(), source, policy)
     except BrokenProcessPool as error:
         raise UserError(
             "a process that tokenized was ended from outside, most often for want of memory; lower --num_proc"
@@ -177,6 +182,13 @@ def prepare_blocks(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         gc.set_threshold(*thresholds)
+
+
+def _outcome(block: Block, kind: str | None, result: Future, source: int, policy: Policy) -> tuple[Block, Prepared]:
+    try:
+        return block, result.result()
+    except RecursionError:  # a row is nested too deeply to be sent to another process
+        return block, prepare_block(block, kind, source, policy)
 
 
 def _collect_rarely() -> tuple[int, int, int]:

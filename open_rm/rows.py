@@ -9,14 +9,12 @@ import contextlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from open_rm.errors import UserError, quote
+from open_rm.messages import HH_TURN, check_messages, ends_with_answer, from_json, has_turn, parse_hh, without_nulls
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 FORMS = {
     "text": "text, prompt given",
     "bare text": "text, prompt implied",
@@ -29,7 +27,6 @@ FORMS = {
     "A/B": "labelled A/B",
     "ids": "token ids",
 }
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 WINNERS = {name + side: side for name in ("", "response_", "model_") for side in "ab"}
 # Keywords of apply_chat_template that are ours to set.
 OWN_KEYWORDS = ("tokenize", "add_generation_prompt", "return_tensors", "return_dict", "padding", "truncation")
@@ -95,7 +92,10 @@ FORM_COLUMNS = (
     ("response_a", "response_b", "winner"),
     ("chosen", "rejected"),
 )
-DEEPEST = 50  # levels of objects and lists in what a chat template is given
+# TRL's own names, and the columns in which csv files hold messages as JSON.
+OTHER_NAMES = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response")
+MESSAGE_COLUMNS += ("response_a", "response_b")
 COLUMNS = ("prompt", "chosen", "rejected", "messages", "rejected_messages", "rejected_response", "responses", "scores")
 COLUMNS += ("response_a", "response_b", "winner", "chosen_input_ids", "rejected_input_ids", "prompt_input_ids")
 COLUMNS += ("margin", "tools", "chat_template_kwargs")
@@ -132,15 +132,22 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
     whole = row
     if lacking := sorted(set(reading.column_map.values()) - row.keys()):
         raise UserError(f"no column {lacking[0]}, which --column_map names; the row has {_columns_of(row)}")
-    mapped = {group for group in FORM_COLUMNS if set(group) & reading.column_map.keys()}
+    shares = {group: len(set(group) & reading.column_map.keys()) for group in FORM_COLUMNS}
+    mapped = {group for group, share in shares.items() if share and share == max(shares.values())}
     if mapped:  # what is mapped decides the form; columns that only decide another one are not looked at
         ignored = {name for group in FORM_COLUMNS for name in group} - {name for group in mapped for name in group}
         row = {name: value for name, value in row.items() if name not in ignored}
     row = row | {ours: whole[theirs] for ours, theirs in reading.column_map.items()}
+    for ours, theirs in OTHER_NAMES.items():
+        if theirs in row and ours not in row:
+            row[ours] = row[theirs]
+    row |= {name: from_json(name, row[name]) for name in MESSAGE_COLUMNS if isinstance(row.get(name), str)}
     form, ties, found = _pairs_of(row, reading)
     margin, template = _margin(row, reading, form), _template(row)
     pairs = []
     for prompt, chosen, rejected in found:
+        if reading.parse_hh and isinstance(chosen, str) and isinstance(rejected, str):
+            prompt, chosen, rejected = _parsed_hh(prompt, chosen, rejected)
         if form == FORMS["ids"]:
             sides = _checked_ids(prompt, chosen, rejected)
         elif all(isinstance(value, str) for value in ("" if prompt is None else prompt, chosen, rejected)):
@@ -150,7 +157,7 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
                 )
             sides = _normalise_text(prompt or "", chosen, rejected)
         else:
-            sides = _normalise_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+            sides = _normalise_messages(prompt, check_messages("chosen", chosen), check_messages("rejected", rejected))
         if sides[1] == sides[2]:
             raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
         pairs.append(Preference(*sides, margin, template))
@@ -175,9 +182,9 @@ def _pairs_of(row: dict, reading: Reading) -> tuple[str, int, list[tuple]]:
     if has("messages", "rejected_messages"):
         return FORMS["rejected_messages"], 0, [(None, row["messages"], row["rejected_messages"])]
     if has("messages", "rejected_response"):
-        messages = _messages("messages", row["messages"])
-        _ends_with_answer("messages", messages)
-        answer = _messages("rejected_response", row["rejected_response"])
+        messages = check_messages("messages", row["messages"])
+        ends_with_answer("messages", messages)
+        answer = check_messages("rejected_response", row["rejected_response"])
         return FORMS["rejected_response"], 0, [(messages[:-1] or None, messages[-1:], answer)]
     if has("responses"):
         pairs = list(_ranked(row["responses"], row.get("scores")))
@@ -198,34 +205,25 @@ def _pairs_of(row: dict, reading: Reading) -> tuple[str, int, list[tuple]]:
         raise UserError(f"no value for {' and '.join(missing)}; the row has {_columns_of(row)}")
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
-        if prompt and reading.parse_hh and HH_TURN.match(prompt):
-            both = _both_begin_with_it(chosen.startswith(prompt), rejected.startswith(prompt))
-            prompt, chosen, rejected = "", *(side if both else prompt + side for side in (chosen, rejected))
-        if not (HH_TURN.match(chosen) and HH_TURN.match(rejected)) or prompt:
-            if reading.parse_hh:
-                raise UserError('this is text that does not begin with "\\n\\nHuman:"; --parse_hh reads nothing else')
-            return FORMS["text" if prompt else "bare text"], 0, [(prompt or None, chosen, rejected)]
-        if reading.parse_hh:
-            chosen, rejected = parse_hh("chosen", chosen), parse_hh("rejected", rejected)
-        return FORMS["HH"], 0, [(None, chosen, rejected)]
+        is_hh = reading.parse_hh or (HH_TURN.match(chosen) and HH_TURN.match(rejected) and not prompt)
+        return FORMS["HH" if is_hh else "text" if prompt else "bare text"], 0, [(prompt or None, chosen, rejected)]
     given = isinstance(prompt, list) or any(isinstance(side, str) for side in (chosen, rejected))
     return FORMS["messages" if given or isinstance(prompt, str) else "bare messages"], 0, [(prompt, chosen, rejected)]
+
+
+def _parsed_hh(prompt: object, chosen: str, rejected: str) -> tuple[None, list[dict], list[dict]]:
+    """HH text as messages; a prompt column may hold its first turns, repeated in the sides or not."""
+    if isinstance(prompt, str) and HH_TURN.match(prompt):
+        both = _both_begin_with_it(chosen.startswith(prompt), rejected.startswith(prompt))
+        prompt, chosen, rejected = None, *(side if both else prompt + side for side in (chosen, rejected))
+    if prompt or not (HH_TURN.match(chosen) and HH_TURN.match(rejected)):
+        raise UserError('this is text that does not begin with "\\n\\nHuman:"; --parse_hh reads nothing else')
+    return None, parse_hh("chosen", chosen), parse_hh("rejected", rejected)
 
 
 def _columns_of(row: dict) -> str:
     names = ", ".join(sorted(str(name)[:40] if str(name).isprintable() else quote(name, 40) for name in row))
     return f"the columns {names[:200]}; name others with --column_map" if names else "no columns"
-
-
-def parse_hh(name: str, text: str) -> list[dict]:
-    r"""Text of the form "\n\nHuman: ...\n\nAssistant: ..." (Bai et al. 2022, https://arxiv.org/abs/2204.05862) to messages."""
-    parts = HH_TURN.split(text)
-    if parts[0].strip():
-        raise UserError(
-            f'{name} does not begin with "\\n\\nHuman:" or "\\n\\nAssistant:"; --parse_hh reads nothing else'
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _ranked(responses: object, scores: object) -> Iterator[tuple | None]:
@@ -282,24 +280,19 @@ def _template(row: dict) -> dict:
             continue
         if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
             raise UserError(f"{name} must be {what}, or JSON text of it, not {type(value).__name__}")
-        value = _without_nulls(value)
+        value = without_nulls(value)
         given |= value if kind is dict else ({"tools": value} if value else {})
     if own := sorted(set(given) & set(OWN_KEYWORDS)):
         raise UserError(f"chat_template_kwargs sets {own[0]}, which the trainer decides; remove it")
     return given
 
 
-def _without_nulls(value, depth: int = 0):
-    """A table file gives every object all keys of its column, most of them null."""
-    if depth > DEEPEST:
-        raise UserError("nested too deeply for a chat template; remove the row")
-    if isinstance(value, dict):
-        return {str(key): _without_nulls(item, depth + 1) for key, item in value.items() if item is not None}
-    return [_without_nulls(item, depth + 1) for item in value] if isinstance(value, list) else value
-
-
 def _checked_ids(prompt: object, chosen: object, rejected: object) -> tuple[list[int], list[int], list[int]]:
-    sides = (("prompt_input_ids", prompt or []), ("chosen_input_ids", chosen), ("rejected_input_ids", rejected))
+    sides = (
+        ("prompt_input_ids", [] if prompt is None else prompt),
+        ("chosen_input_ids", chosen),
+        ("rejected_input_ids", rejected),
+    )
     for name, ids in sides:
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise UserError(f"{name} must be a list of token ids (whole numbers from 0); correct or remove the row")
@@ -332,32 +325,24 @@ def _normalise_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tup
     prompt = None if prompt == "" else prompt
     complete = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and complete):
-        if prompt is not None and not all(_has_turn(messages, prompt) for messages in (chosen, rejected)):
+        if prompt is not None and not all(has_turn(messages, prompt) for messages in (chosen, rejected)):
             raise UserError("the prompt column is no turn of both conversations; correct it, or remove the column")
         same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         same = min(len(chosen), len(rejected)) - 1 if same is None else same
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     else:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages("prompt", prompt)
         size = len(prompt)
         if _both_begin_with_it(chosen[:size] == prompt, rejected[:size] == prompt):
             chosen, rejected = chosen[size:], rejected[size:]
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        _ends_with_answer(name, messages)
+        ends_with_answer(name, messages)
         if messages[0]["role"] != "assistant":
             raise UserError(
                 f"after the prompt, {name} goes on with a message of role {messages[0]['role']!r}: chosen and rejected "
                 "must answer the same prompt"
             )
     return prompt, chosen, rejected
-
-
-def _ends_with_answer(name: str, messages: list[dict]) -> None:
-    if not messages or messages[-1]["role"] != "assistant":
-        last = messages[-1]["role"] if messages else "nothing"
-        raise UserError(f"{name} must end with an assistant message (the response that is scored), not {last}")
-    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
-        raise UserError(f"{name} is empty; remove the row or fill it in")
 
 
 def _both_begin_with_it(chosen: bool, rejected: bool) -> bool:
@@ -368,30 +353,3 @@ def _both_begin_with_it(chosen: bool, rejected: bool) -> bool:
             f"{repeats} begins with the prompt and {does_not} does not; repeat it in both sides, or in neither"
         )
     return chosen
-
-
-def _has_turn(messages: list[dict], text: str) -> bool:
-    return any(text.strip() in message["content"] for message in messages if message["role"] != "assistant")
-
-
-def _messages(name: str, value: object) -> list[dict]:
-    """A checked list of messages, reduced to what a chat template reads: columns of a table file leave empty keys."""
-    if isinstance(value, str):  # beside message lists, text is the assistant's answer
-        return [{"role": "assistant", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{name} must be text or a list of messages, not {'empty' if value == [] else type(value).__name__}"
-        )
-    for message in value:
-        calls = isinstance(message, dict) and message.get("tool_calls")
-        text = "" if calls and message.get("content") is None else isinstance(message, dict) and message.get("content")
-        if not isinstance(text, str) or "role" not in message:
-            raise UserError(
-                f"{name} holds something that is not a message with role and content (text): {quote(message)}"
-            )
-        if message["role"] not in ROLES:
-            raise UserError(f"{name} has a message of role {quote(message['role'])}; the roles are {', '.join(ROLES)}")
-    return [
-        {"content": ""} | {key: _without_nulls(message[key]) for key in MESSAGE_KEYS if message.get(key) is not None}
-        for message in value
-    ]

@@ -31,6 +31,7 @@ from open_rm.errors import UserError, quote, quote_error
 
 FILE_EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".csv", ".parquet", ".arrow")
 BLOCK_ROWS = 1000
+MOST_ROWS = 10**9  # of an amount: a larger one is a slip of the hand
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before the first character
 Rows = Iterator[tuple[str, object]]
 Opened = tuple[str, int, Callable[[], Rows]]
@@ -91,7 +92,7 @@ def _parse_amount(text: str, name: str, flag: str) -> int | float:
         amount = float(text) if "." in text else int(text)
     except ValueError:
         amount = 0
-    if not amount > 0:
+    if not 0 < amount < MOST_ROWS:
         raise UserError(
             f"--{flag}: the amount after {name} is {text!r}; write a count (400) or a fraction with a point (0.5, 1.0)"
         )
@@ -146,9 +147,22 @@ def _in_folder(path: Path, name: str, split: str, flag: str) -> tuple[Path, ...]
         some = ", ".join(str(file.relative_to(path)) for file in of_split[:4])
         raise UserError(f"--{flag}: several files of {name} could be its split {split!r} ({some}); name one, or a glob")
     if of_split:
+        _all_shards(of_split, stems, f"--{flag}: {name}, split {split!r}")
         return tuple(of_split)
     has = ", ".join(sorted({re.sub(r"-\d+(-of-\d+)?$", "", stem) for stem in stems.values()}))
     raise UserError(f"--{flag}: {name} has no split {split!r}; it has {has or 'no data file at all'}")
+
+
+def _all_shards(files: list[Path], stems: dict[Path, str], what: str) -> None:
+    """Files that say they are one of N must be all N."""
+    parts = [re.search(r"-(\d+)-of-(\d+)$", stems[file]) for file in files]
+    if not any(parts):
+        return
+    total = max(int(part[2]) for part in parts if part)
+    if lacking := sorted(set(range(total)) - {int(part[1]) for part in parts if part}):
+        raise UserError(
+            f"{what}: {len(lacking)} of {total} files are missing, the first number {lacking[0]}; fetch them"
+        )
 
 
 def open_source(source: Source) -> Opened:
@@ -249,8 +263,9 @@ def _csv_rows(path: Path) -> Rows:
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise UserError(f"{path}:1: a column name stands twice in the header; rename one")
-            for cells in reader:
-                line = reader.line_num
+            end = reader.line_num
+            for cells in reader:  # a record's place is its first line
+                line, end = end + 1, reader.line_num
                 if any("\0" in cell for cell in cells):
                     yield f"{path}:{line}", UserError("holds a NUL character; remove it")
                 elif len(cells) == len(header):
@@ -272,7 +287,13 @@ def _open_parquet(path: Path):
         file = parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({quote_error(error)}); write it again") from error
+    _no_name_twice(path, file.schema_arrow.names)
     return file.metadata.num_rows, lambda: _table_rows(path, file.iter_batches(BLOCK_ROWS))
+
+
+def _no_name_twice(path: Path, names: list[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path}: the column {quote(twice[0])} stands twice; rename one")
 
 
 def _open_arrow(path: Path):
@@ -290,7 +311,10 @@ def _open_arrow(path: Path):
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
 
     try:
-        size = sum(batch.num_rows for batch in batches())
+        size = 0
+        for batch in batches():
+            _no_name_twice(path, batch.schema.names)
+            size += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable arrow file ({quote_error(error)}); write it again") from error
     return size, lambda: _table_rows(path, batches())
@@ -335,6 +359,8 @@ def _open_hub(source: Source) -> Opened:
 
 
 def _dataset_rows(dataset: datasets.Dataset, name: str):
+    dataset = dataset.with_format(None)  # all columns, as Python values, whatever it was saved with
+
     def rows() -> Rows:
         number = 0
         try:

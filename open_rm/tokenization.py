@@ -87,16 +87,18 @@ def load_tokenizer(
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # lengths are for us to limit
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = False
+    tokenizer.split_special_tokens = False  # else the end token would be spelt out, and its last letter scored
     if chat_template_name is not None:
         tokenizer.chat_template = read_template(chat_template_name)
     if (reward_token := reward_token_of(tokenizer)) is not None and tokenizer.chat_template is not None:
         write = (
             "{% if not add_generation_prompt %}{{ " + json.dumps(reward_token, ensure_ascii=False) + " }}{% endif %}"
         )
-        tokenizer.chat_template = tokenizer.chat_template.removesuffix(write) + write
+        _change_templates(tokenizer, lambda template: template.removesuffix(write) + write)
     if prints_date(tokenizer):
         # The template may look the function up under this name: a macro of its own takes precedence.
-        tokenizer.chat_template = FIXED_DATE + tokenizer.chat_template.removeprefix(FIXED_DATE)
+        _change_templates(tokenizer, lambda template: FIXED_DATE + template.removeprefix(FIXED_DATE))
     return tokenizer
 
 
@@ -129,7 +131,18 @@ def _check_reward_token(tokenizer: PreTrainedTokenizerBase, reward_token: str, s
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template prints today's date (or did, before `load_tokenizer` fixed it)."""
-    return "strftime_now(" in (tokenizer.chat_template or "")
+    return any("strftime_now" in template for template in _templates(tokenizer).values())
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The chat template, or templates by name."""
+    template = tokenizer.chat_template or {}
+    return template if isinstance(template, dict) else {"": template}
+
+
+def _change_templates(tokenizer: PreTrainedTokenizerBase, change) -> None:
+    changed = {name: change(template) for name, template in _templates(tokenizer).items()}
+    tokenizer.chat_template = changed if isinstance(tokenizer.chat_template, dict) else changed[""]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -256,10 +269,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bo
 
 def _one_bos_one_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # The text may name BOS or EOS itself while the encoder adds it again.
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     last = tokenizer.eos_token_id if reward_token_of(tokenizer) is None else tokenizer.reward_token_id
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and ids[-2] == last:
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and ids[-2] == last:
         ids = ids[:-1]
     return ids
 
@@ -274,6 +287,8 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PairText]) 
         for k, i in enumerate(where):
             prompt, chosen, rejected = ids[3 * k : 3 * k + 3]
             # Text that names no prompt: what the two sides share from the start is the prompt.
+            if not chat and prompt and prompt[-1] == tokenizer.eos_token_id:  # the encoder's own; the text goes on
+                prompt = prompt if pairs[i].prompt.endswith(tokenizer.eos_token) else prompt[:-1]
             if not pairs[i].prompt:
                 prompt = chosen[: shared_prefix_length(chosen, rejected)]
             result[i] = PairIds(prompt, chosen, rejected)

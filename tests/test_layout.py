@@ -14,7 +14,9 @@ LEAVES = {
     **dict.fromkeys(
         ("errors", "losses", "attention", "steps", "tokenization", "metrics", "tracking", "plots", "hub"), set()
     ),
-    **dict.fromkeys(("command_line", "rows", "sources"), set()),
+    **dict.fromkeys(("command_line", "messages", "sources"), set()),
+    "rows": {"messages"},
+    "inspection_findings": {"tokenization"},
     "batching": {"attention"},  # a packed batch carries its segments
     "plan": {"steps"},  # the number of steps is counted by drawing them
 }

@@ -64,7 +64,7 @@ def runs(toy, real_rows, tmp_path_factory):
                     max_token_length=1024,
                     per_device_train_batch_size=8,
                     gradient_accumulation_steps=1,
-                    learning_rate=1e-3,
+                    learning_rate=3e-4,
                     num_evals=0,
                     num_sample_pairs=0,
                     dtype="float32",
