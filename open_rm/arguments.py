@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from open_rm import engine, losses, rows, sources, tokenization
 from open_rm.errors import UserError
 
@@ -24,6 +26,8 @@ class Args:
     """Checkpoint to start from: a Hub name or a local folder. A reward model keeps its head."""
     model_revision: str | None = None
     """Branch, tag or commit of the model on the Hub. None: the default branch."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's folder brings (InternLM2 needs it). Read that code first."""
     tokenizer_name: str | None = None
     """Tokenizer: a Hub name or a local folder. None: the model's."""
     tokenizer_revision: str | None = None
@@ -38,6 +42,20 @@ class Args:
     """A new score head: N(0, 1 / (h + 1)), or zeros, so that every reward begins at 0. A reward model keeps its head."""
     freeze_backbone: bool = False
     """Train the score head alone."""
+    use_peft: bool = False
+    """Train a LoRA adapter and the score head, the backbone frozen."""
+    lora_r: int = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: float = 32.0
+    """The adapter is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input; any makes rewards in training differ from those in evaluation."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Linear layers to adapt, by the last part of their names, e.g. q_proj v_proj. Empty: all of the backbone's."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits (QLoRA). With use_peft."""
+    merge_adapter: bool = False
+    """Save the sum of weights and adapter, a plain model, instead of the adapter and the head."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; bfloat16 keeps float32 master weights. auto: bfloat16 on a GPU, float32 on the CPU."""
     attn_implementation: str | None = None
@@ -103,8 +121,10 @@ class Args:
     margin_loss: bool = False
     """Chosen must lead by the pair's margin (Llama 2). Every training pair needs one."""
     # ---- optimizer
+    optim: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """AdamW, fused; with 8-bit moments (bitsandbytes), a quarter of their memory; or Adafactor (torch), with almost none."""
     learning_rate: float = 3e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     eps: float = 1e-5
     """AdamW's epsilon."""
     weight_decay: float = 0.0
@@ -180,19 +200,28 @@ def check_args(args: Args) -> None:
         "gradient_accumulation_steps",
     )
     ones += ("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_micro_batch")
-    ones += ("num_proc",)
+    ones += ("num_proc", "lora_r")
     zeros = ("weight_decay", "max_grad_norm", "warm_up_steps", "warmup_ratio", "num_evals", "num_sample_pairs", "seed")
-    zeros += ("skip_bad_rows", "focal_gamma", "label_smoothing", "penalty_weight", "center_rewards_coefficient")
+    zeros += (
+        "skip_bad_rows",
+        "focal_gamma",
+        "lora_dropout",
+        "label_smoothing",
+        "penalty_weight",
+        "center_rewards_coefficient",
+    )
     for names, minimum in ((ones, 1), (zeros, 0)):
         for name in names:
             if getattr(args, name) is not None and not getattr(args, name) >= minimum:
                 raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}")
-    for name in ("learning_rate", "eps", "num_train_epochs"):
+    for name in ("learning_rate", "eps", "num_train_epochs", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     for name in ("focal_gamma", "penalty_weight", "center_rewards_coefficient"):
         if math.isinf(getattr(args, name)):
             raise UserError(f"--{name} {getattr(args, name)}: must be finite")
+    if args.lora_dropout >= 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout}: is a probability, below 1")
     if args.label_smoothing >= 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing}: is the share of swapped labels, below 0.5")
     if not losses.BARRIER_EDGE < args.penalty_bound < math.inf:
@@ -246,6 +275,21 @@ def check_args(args: Args) -> None:
             args.penalty_bound != Args.penalty_bound and args.penalty_type != "log_barrier",
             "--penalty_bound does nothing without --penalty_type log_barrier; add or remove it",
         ),
+        *(
+            (
+                getattr(args, name) not in (getattr(Args, name, []), []) and not args.use_peft,
+                f"--{name} does nothing without --use_peft; add or remove it",
+            )
+            for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge_adapter")
+        ),
+        (
+            args.use_peft and args.freeze_backbone,
+            "--freeze_backbone trains the head alone and --use_peft an adapter too; pass one",
+        ),
+        (
+            args.optim == "adafactor" and args.eps != Args.eps,
+            "--eps is AdamW's and does nothing with --optim adafactor; remove one of them",
+        ),
         (not args.dataset_mixer_list, "--dataset_mixer_list is empty; name training data and an amount: my/data 1.0"),
         (
             args.hf_entity and "/" in (args.hf_repo_id or ""),
@@ -271,7 +315,18 @@ def check_args(args: Args) -> None:
     for found, sentence in contradictions:
         if found:
             raise UserError(sentence)
-    engine.read_config(args.deepspeed)
+    on_gpu = torch.cuda.is_available()
+    stage = engine.read_config(args.deepspeed)["zero_optimization"].get("stage", 0)
+    if args.optim == "adafactor" and (stage > 0 or args.dtype == "bfloat16" or (on_gpu and args.dtype == "auto")):
+        raise UserError(
+            "--optim adafactor needs whole matrices, and ZeRO (which bfloat16 needs for its float32 master weights) makes "
+            "vectors of them; pass --dtype float32 without --deepspeed, or --optim adamw_8bit"
+        )
+    if args.load_in_4bit and stage == 3:
+        raise UserError(
+            f"--load_in_4bit and --deepspeed {args.deepspeed}: ZeRO stage 3 cannot divide 4-bit weights; pass "
+            "configs/ds/zero2.json, or leave out --load_in_4bit"
+        )
     rows.make_reading(args.column_map, args.margin_from, args.parse_hh)
     sources.parse_mixer(args.dataset_mixer_list, args.dataset_mixer_list_splits, "dataset_mixer_list")
     sources.parse_mixer(args.dataset_mixer_eval_list, args.dataset_mixer_eval_list_splits, "dataset_mixer_eval_list")

@@ -296,11 +296,12 @@ class Engine:
         learning_rate: float,
         eps: float,
         weight_decay: float,
+        optim: str = "adamw",
     ):
         """Wrap `model`; `config` is from `fill_config`. `optimizer` is the one whose learning rate a schedule sets."""
         self.ranks = ranks
         self.stage = config["zero_optimization"].get("stage", 0)
-        self.optimizer = _adamw(model, learning_rate, eps, weight_decay)
+        self.optimizer = _optimizer(optim, model, learning_rate, eps, weight_decay)
         self._clip_to = config["gradient_clipping"] if self.stage == 0 else 0.0
         own = {"gradient_clipping": 0.0} if self.stage == 0 else {}
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config | own)
@@ -360,12 +361,22 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def _adamw(model, learning_rate, eps, weight_decay) -> torch.optim.Optimizer:
-    """AdamW; biases and norms are not decayed (the field's convention, as in transformers)."""
+def _optimizer(optim: str, model, learning_rate, eps, weight_decay) -> torch.optim.Optimizer:
+    """Biases and norms are not decayed (the field's convention, as in transformers).
+
+    optim: adamw; adamw_8bit, bitsandbytes' with moments in blocks of 8 bits (https://arxiv.org/abs/2110.02861); adafactor,
+        torch's with moments by rows and columns (https://arxiv.org/abs/1804.04235).
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # ds_shape: under ZeRO-3 p itself is an empty stand-in
     decayed = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) > 1]
     others = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if optim == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, lr=learning_rate, eps=eps)
+    if optim == "adafactor":
+        return torch.optim.Adafactor(groups, lr=learning_rate)
     return torch.optim.AdamW(groups, lr=learning_rate, eps=eps, fused=True)

@@ -146,6 +146,23 @@ def _reason(error: Exception) -> str:
     return f"the Hub cannot be reached ({type(error).__name__})"
 
 
+WHOLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+where = {where}
+tokenizer, model = AutoTokenizer.from_pretrained(**where), AutoModelForSequenceClassification.from_pretrained(**where)"""
+
+ADAPTER = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+where = {where}
+tokenizer = AutoTokenizer.from_pretrained(**where)
+base = {{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "quantization_config": {packed}}}
+model = AutoPeftModelForSequenceClassification.from_pretrained(**where, **base).eval()"""
+
+PACKED = """BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"
+)"""
+
 CARD = """---
 {header}
 ---
@@ -158,10 +175,7 @@ Trained with open_rm from `{base_model}` on {data}.
 ## Get the raw reward
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-where = {where}
-tokenizer, model = AutoTokenizer.from_pretrained(**where), AutoModelForSequenceClassification.from_pretrained(**where)
+{load}
 text = {text}
 reward = model(**tokenizer(text, {encode}return_tensors="pt")).logits[0, 0].item()
 ```
@@ -191,6 +205,8 @@ def write_card(
     data: list[str],
     chat: bool,
     ending: str,
+    adapter: bool,
+    loading: dict,
     metrics: dict[str, float],
     facts: dict[str, object],
 ) -> None:
@@ -200,19 +216,23 @@ def write_card(
         name, revision: what a reader passes to from_pretrained (repository and branch, or folder and None).
         data: names of the training sources.
         chat: trained on conversations (the reader renders the chat template) or on plain text.
+        ending: of plain text.  adapter: the folder holds an adapter.  loading: what a reader has to say (saving.Loading).
         metrics: final numbers, as a table.  facts: settings of the run, as a table.
     """
     on_hub = "/" in base_model and not Path(base_model).exists()
     header = ModelCardData(
         base_model=base_model if on_hub else None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification",
         tags=["reward-model", "open_rm"],
     ).to_yaml()
+    where = {"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {})
+    where |= {"trust_remote_code": True} if loading["trust_remote_code"] else {}
+    packed = PACKED.format(dtype=loading["dtype"]) if loading["load_in_4bit"] else None
     card = CARD.format(
         header=header,
         title=title,
-        where={"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {}),
+        load=ADAPTER.format(where=where, packed=packed) if adapter else WHOLE.format(where=where),
         base_model=base_model,
         data=", ".join(data),
         text="tokenizer.apply_chat_template(messages, tokenize=False)" if chat else f'prompt + answer + "{ending}"',

@@ -317,6 +317,7 @@ def main(args: Args) -> dict:
         revision=args.tokenizer_revision or (args.model_revision if own_tokenizer else None),
         chat_template_name=args.chat_template_name,
         reward_token=args.reward_token,
+        trust_remote_code=args.trust_remote_code,
     )
     train, held_out = preference_data.read_both(
         args.dataset_mixer_list,

@@ -18,13 +18,13 @@ from torch import nn
 READ_ONLY = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attention.dense")
 
 
-def compute_where_read(layer: nn.Module) -> int:
+def compute_where_read(layer: nn.Module) -> list[nn.Parameter]:
     """Make a backbone's last layer compute at `read_index` only, a keyword that the backbone's forward is then given.
 
     read_index: [R] int64, the distinct positions among the flattened S * T that the head reads.
 
     Returns:
-        how many parameters are applied at the R read positions from now on, instead of at all.
+        the parameters that are applied at the R read positions from now on, instead of at all.
     """
     rows = _Rows()
     layer.register_forward_pre_hook(rows.remember, with_kwargs=True)
@@ -32,7 +32,7 @@ def compute_where_read(layer: nn.Module) -> int:
     for module in modules:
         module.register_forward_pre_hook(rows.pick)
         module.register_forward_hook(rows.put_back)
-    return sum(getattr(p, "ds_numel", p.numel()) for module in modules for p in module.parameters())
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 class _Rows:

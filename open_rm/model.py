@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from open_rm import attention, cpu_kernels, last_layer
+from open_rm import adapters, attention, cpu_kernels, last_layer
 from open_rm.errors import UserError, quote_error
 
 
@@ -41,9 +41,11 @@ class RewardModel(nn.Module):
     The whole computation is this module's forward, so that wrappers (DeepSpeed, autocast) see every call.
     """
 
-    def __init__(self, classifier: PreTrainedModel):
+    def __init__(self, classifier: PreTrainedModel, adapted=None):
+        """adapted: peft's wrapper of the classifier (adapters.adapt), None where all of it is trained."""
         super().__init__()
         self.classifier = classifier
+        object.__setattr__(self, "adapted", adapted)  # no submodule: it holds the same modules under other names
         self.backbone_name = classifier.base_model_prefix
         self.is_encoder = classifier.config.model_type in ENCODERS
         # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
@@ -54,7 +56,7 @@ class RewardModel(nn.Module):
             backbone = getattr(classifier, self.backbone_name)
             layers = getattr(getattr(backbone, "language_model", backbone), "layers", None)
             if layers is not None:
-                self.read_only_parameters = last_layer.compute_where_read(layers[-1])
+                self.read_only_parameters = sum(map(_size, last_layer.compute_where_read(layers[-1])))
 
     @property
     def head(self) -> nn.Linear:
@@ -89,7 +91,8 @@ class RewardModel(nn.Module):
 class Shape:
     """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension.
 
-    passes: 3, forward and backward for activations and for weights; 1 where the backbone is frozen.
+    passes: 3, forward and backward for activations and for weights; 2 where the weights are frozen beside an adapter,
+        1 where nothing but the head is trained.
     body_parameters: applied at every token.  read_parameters: applied only where a reward is read (see last_layer.py).
     """
 
@@ -152,15 +155,27 @@ def choose_layout(
     raise UserError(f"--batching {wanted} is not possible: {reason}; pass --batching padded, or leave it to auto")
 
 
-def read_config(name: str, *, revision: str | None, max_token_length: int):
+def read_config(name: str, *, revision: str | None, max_token_length: int, trust_remote_code: bool = False):
     """The model's config; refuses what cannot work from that small file alone, before data and weights are touched."""
+    if adapters.is_adapter(name):
+        raise UserError(f"--model_name_or_path {name}: holds an adapter; start from a model saved with --merge_adapter")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model_name_or_path {name}: needs Python code that it brings along; read that code, then pass "
+                "--trust_remote_code"
+            ) from error
         raise UserError(
             f"--model_name_or_path {name}: no model could be found ({quote_error(error)}); "
             "check the name, the revision and the network, or pass a local folder"
         ) from error
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"--model_name_or_path {name}: its config asks for the router's auxiliary loss (output_router_logits), which "
+            "is not part of this loss; set it to false there to train without"
+        )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and max_token_length > positions:
         raise UserError(
@@ -182,6 +197,8 @@ def load_reward_model(
     seed: int,
     score_init: str = "default",
     freeze_backbone: bool = False,
+    adapter: adapters.Adapter | None = None,
+    trust_remote_code: bool = False,
     deepspeed_config: dict,
 ) -> tuple[RewardModel, list[str]]:
     """Load a checkpoint as a reward model.
@@ -192,14 +209,18 @@ def load_reward_model(
 
     Args:
         score_init: of a head that the checkpoint does not bring: "default" as above, or "zeros".
-        freeze_backbone: only the head gets gradients.
+        freeze_backbone: only the head gets gradients.  adapter: the head does, and small matrices beside the backbone.
+        trust_remote_code: whether code that the folder brings may run.
         layout: from `choose_layout`; packed rows take the place of `attn_implementation` by open_rm.attention.
         deepspeed_config: from engine.fill_config.
 
     Returns:
         the model, and one line for the log on each thing a user would want to know about it.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if adapter is not None and config.model_type in ENCODERS:
+        raise UserError(f"--use_peft is for decoders, and {name} is an encoder ({config.model_type}); train it in full")
+    _name_own_class(config)
     text_config = config.get_text_config()
     for part in {id(config): config, id(text_config): text_config}.values():
         for key, value in part.to_dict().items():
@@ -225,8 +246,10 @@ def load_reward_model(
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **({"quantization_config": adapters.quantization(dtype)} if adapter and adapter.load_in_4bit else {}),
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
             raise UserError(
                 f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
             ) from error
@@ -245,6 +268,11 @@ def load_reward_model(
             )
         if len(tokenizer) > _rows(classifier.get_input_embeddings()):
             before = _rows(classifier.get_input_embeddings())
+            if adapter is not None and (getattr(tokenizer, "reward_token_id", None) or 0) >= before:
+                raise UserError(
+                    f"--reward_token {tokenizer.reward_token} is new to the model, and an adapter holds no embedding; name "
+                    "a token that the model knows, e.g. a reserved one, or train without --use_peft"
+                )
             # mean_resizing fits a Gaussian to the whole table; a pad's row is never read, a reward token's is trained
             classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             notes.append(f"embeddings resized from {before} to {len(tokenizer)} rows for added tokens")
@@ -266,7 +294,11 @@ def load_reward_model(
             parameter.requires_grad_(False)
         head.requires_grad_(True)
         notes.append(f"backbone frozen: {head.in_features} weights of the score head are trained")
-    model = RewardModel(classifier)
+    adapted = None
+    if adapter is not None:
+        adapted = adapters.adapt(classifier, adapter, name=name, revision=revision, seed=seed)
+        notes.append(adapters.describe(classifier, adapter))
+    model = RewardModel(classifier, adapted)
     model.train()
     return model, notes
 
@@ -293,12 +325,12 @@ def model_shape(model: RewardModel) -> Shape:
     """Sizes for counting FLOPs."""
     config = model.classifier.config.get_text_config()
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    body = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)
+    body = sum(_size(p) for p in model.parameters() if id(p) not in embeddings)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     read = model.read_only_parameters + model.width
     frozen = not any(p.requires_grad for p in getattr(model.classifier, model.backbone_name).parameters())
-    width = config.num_attention_heads * head
-    return Shape(body - read, read, config.num_hidden_layers, width, passes=1 if frozen else 3)
+    passes = 1 if frozen else 2 if model.adapted is not None else 3
+    return Shape(body - read, read, config.num_hidden_layers, config.num_attention_heads * head, passes)
 
 
 def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
@@ -318,8 +350,24 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
     return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
 
 
+def _name_own_class(config) -> None:
+    """Code that a model brings often has a sequence classifier beside its language model without naming it (InternLM2)."""
+    named = getattr(config, "auto_map", None) or {}
+    language_model = named.get("AutoModelForCausalLM", "")
+    if "AutoModelForSequenceClassification" not in named and language_model.endswith("ForCausalLM"):
+        own = language_model.removesuffix("ForCausalLM") + "ForSequenceClassification"
+        config.auto_map = named | {"AutoModelForSequenceClassification": own}
+
+
 def _head(classifier: PreTrainedModel) -> nn.Module | None:
-    return getattr(classifier, "classifier" if classifier.config.model_type in ENCODERS else "score", None)
+    head = getattr(classifier, "classifier" if classifier.config.model_type in ENCODERS else "score", None)
+    return getattr(head, "modules_to_save", {"default": head})["default"]  # peft trains a copy of it
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Number of weights, also of those that ZeRO-3 has partitioned or bitsandbytes has packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _rows(embedding: nn.Embedding) -> int:

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from open_rm import (
+    adapters,
     batching,
     command_line,
     engine,
@@ -61,6 +62,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames; one such line per call would hide ours.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and ranks.device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
     run_name = engine.broadcast_object(args.run_name or f"{args.exp_name}__{args.seed}__{int(time.time())}")
     output_dir = str(Path(args.output_dir or f"output/{run_name}").expanduser())
     revision = args.hf_repo_revision or run_name
@@ -74,11 +76,11 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
 
     repo_id = engine.on_main_rank(claim, ranks)
 
+    source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+
     # ---- data: tokenized once, by the main rank, into a cache that the others read
     def load():
-        config = model.read_config(
-            args.model_name_or_path, revision=args.model_revision, max_token_length=args.max_token_length
-        )
+        config = model.read_config(args.model_name_or_path, max_token_length=args.max_token_length, **source)
         layout = model.choose_layout(
             args.batching,
             config,
@@ -93,6 +95,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             revision=args.tokenizer_revision or (args.model_revision if own_tokenizer else None),
             chat_template_name=args.chat_template_name,
             reward_token=args.reward_token,
+            trust_remote_code=args.trust_remote_code,
         )
         train, held_out = preference_data.read_both(
             args.dataset_mixer_list,
@@ -188,17 +191,22 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         per_device_train_batch_size=args.per_device_train_batch_size,
         max_grad_norm=args.max_grad_norm,
     )
+    adapter = None
+    if args.use_peft:
+        size = {"rank": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
+        adapter = adapters.Adapter(**size, target_modules=args.lora_target_modules, load_in_4bit=args.load_in_4bit)
     reward_model, model_notes = model.load_reward_model(
         args.model_name_or_path,
-        revision=args.model_revision,
+        **source,
         tokenizer=tokenizer,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         attn_implementation=args.attn_implementation,
         layout=layout,
         gradient_checkpointing=args.gradient_checkpointing,
         seed=args.seed,
         score_init=args.score_init,
         freeze_backbone=args.freeze_backbone,
+        adapter=adapter,
         deepspeed_config=ds_config,
     )
     shape = model.model_shape(reward_model)
@@ -215,6 +223,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         learning_rate=args.learning_rate,
         eps=args.eps,
         weight_decay=args.weight_decay,
+        optim=args.optim,
     )
     scheduler = transformers.get_scheduler(
         args.lr_scheduler_type,
@@ -339,7 +348,9 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     state = trainer.gathered_state()
 
     def finish() -> None:
-        saving.save_reward_model(reward_model, state, tokenizer, output_dir, chat=train_data.chat)
+        loading = saving.Loading(str(dtype).removeprefix("torch."), args.load_in_4bit, args.trust_remote_code)
+        how = {"chat": train_data.chat, "loading": loading}
+        saving.save_reward_model(reward_model, state, tokenizer, output_dir, merge_adapter=args.merge_adapter, **how)
         saving.write_facts(output_dir, settings | {"notes": notes})
         curves = plots.draw_curves(read_metrics(Path(output_dir) / "metrics.jsonl"), Path(output_dir), title=run_name)
         tracker.log_figure(curves, step=plan.total_steps)
@@ -352,6 +363,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             data=train_data.labels,
             chat=train_data.chat,
             ending=tokenization.ending(tokenizer),
+            adapter=args.use_peft and not args.merge_adapter,
+            loading=dataclasses.asdict(loading),
             metrics={name: value for name, value in (last_eval | last_train).items() if "/rm/" in name},
             facts=dataclasses.asdict(plan) | settings | {"plan": None, "total_flops": f"{total_flops:.3e}"},
         )
@@ -359,7 +372,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         sequences = [side.tolist() for pair in probe_data.pairs(probes) for side in pair]
         probe = saving.Probe(sequences, probe_rewards.flatten().tolist())
         on_gpu = ranks.device.type == "cuda"
-        tracker.say(saving.check_reload(output_dir, probe, tokenizer, chat=train_data.chat, fresh_process=on_gpu))
+        tracker.say(saving.check_reload(output_dir, probe, tokenizer, fresh_process=on_gpu, **how))
         if args.push_to_hub:
             url = hub.push_folder(output_dir, repo_id, revision=revision, private=args.hf_repo_private)
             tracker.say(f"pushed to {url}")

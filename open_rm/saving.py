@@ -5,11 +5,13 @@ sigmoid), a score head of shape [1, D], the tokenizer's own pad id in the config
 that older clients load too, no BOS twice, files readable by others, nothing that needs custom code.
 """
 
+import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +20,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from open_rm import adapters
 from open_rm.errors import UserError
 from open_rm.model import RewardModel
 from open_rm.tokenization import encode, ending, render_pair
 
 # Absolute plus relative to the reward. float32: the order of sums differs between layouts. bfloat16: 8 bits of
-# mantissa in every layer, and plain transformers rounds the reward itself to bfloat16 (ours is float32).
-RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+# mantissa in every layer, and plain transformers rounds the reward itself to bfloat16 (ours is float32). 4-bit weights are
+# the same in both, but on some CPUs bitsandbytes computes with them in bfloat16 whatever it is told.
+RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "4-bit": 5e-2}
 
 
 def claim_folder(folder: str) -> None:
@@ -46,6 +50,19 @@ def claim_folder(folder: str) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What a client has to say besides the folder.
+
+    dtype: of an adapter's base; a whole model's folder says it itself.  load_in_4bit: whether that base is packed.
+    trust_remote_code: whether the model brings code of its own.
+    """
+
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+
+
 def write_facts(folder: str, facts: dict) -> None:
     """run.json: the run's flags, derived numbers, log lines and versions, to repeat it or to find out why not."""
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
@@ -54,19 +71,41 @@ def write_facts(folder: str, facts: dict) -> None:
 
 
 def save_reward_model(
-    model: RewardModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: str, *, chat: bool
+    model: RewardModel,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    *,
+    chat: bool,
+    merge_adapter: bool = False,
+    loading: Loading | None = None,
 ) -> None:
-    """Write the folder (main rank only).
+    """Write the folder (main rank only): a model, or an adapter with its head where the model has one.
 
     Args:
         state: the complete weights, from Engine.gathered_state.
         chat: trained on conversations (the template writes the special tokens) or on plain text (the encoder does).
+        merge_adapter: write an adapter and its base as one model; `loading` says how the base was held.
     """
     path = Path(folder)
     weights = {name.removeprefix("classifier."): tensor.contiguous() for name, tensor in state.items()}
-    model.classifier.save_pretrained(path, state_dict=weights)
+    if model.adapted is None:
+        model.classifier.save_pretrained(path, state_dict=weights)
+    elif not merge_adapter:
+        adapters.save(model.adapted, weights, path)
+        (path / "README.md").unlink(missing_ok=True)  # peft's; the recipe writes its own
+    else:
+        with tempfile.TemporaryDirectory() as apart:
+            adapters.save(model.adapted, weights, Path(apart))
+            merged = adapters.merge(apart, tokenizer, **dataclasses.asdict(loading))
+        for part in {id(c): c for c in (merged.config, merged.config.get_text_config())}.values():
+            part.pad_token_id = tokenizer.pad_token_id
+        merged.config.problem_type, merged.config.id2label = "regression", model.classifier.config.id2label
+        merged.config.label2id = model.classifier.config.label2id
+        merged.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    _mend_model_config(path / "config.json")
+    if not adapters.is_adapter(path):
+        _mend_model_config(path / "config.json")
     _mend_tokenizer_files(path, tokenizer, chat)
     for file in path.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
@@ -134,9 +173,17 @@ class Probe:
 
 
 def check_reload(
-    folder: str, probe: Probe, tokenizer: PreTrainedTokenizerBase, *, chat: bool, fresh_process: bool
+    folder: str,
+    probe: Probe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool,
+    fresh_process: bool,
+    loading: Loading | None = None,
 ) -> str:
     """Load the folder as any client would and compare token ids, and rewards one by one and as a padded batch.
+
+    Any client: plain transformers, or peft where the folder holds an adapter.
 
     Args:
         tokenizer: the trainer's; `chat` says how it was used.
@@ -149,9 +196,10 @@ def check_reload(
     Raises:
         UserError: a client would not get the trainer's rewards; the model must not be trusted.
     """
-    _check_encoding(folder, tokenizer, chat)
+    loading = loading or Loading()
+    _check_encoding(folder, tokenizer, chat, loading.trust_remote_code)
     if fresh_process:
-        command = [sys.executable, "-m", "open_rm.saving", folder]
+        command = [sys.executable, "-m", "open_rm.saving", folder, json.dumps(dataclasses.asdict(loading))]
         environment = {
             name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         }
@@ -162,7 +210,7 @@ def check_reload(
             raise UserError(f"{folder}: plain transformers cannot load it: {done.stderr.strip().splitlines()[-1:]}")
         reloaded = json.loads(done.stdout.splitlines()[-1])
     else:
-        reloaded = plain_rewards(folder, probe.sequences)
+        reloaded = plain_rewards(folder, probe.sequences, loading)
     tolerance = RELOAD_TOLERANCE[reloaded["dtype"]]
     worst = 0.0
     for how in ("one by one", "in a padded batch"):
@@ -179,9 +227,9 @@ def check_reload(
     )
 
 
-def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool, trust_remote_code: bool) -> None:
     """A client that encodes a complete text, with the tokenizer's defaults or without special tokens, gets our ids."""
-    saved = AutoTokenizer.from_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if chat:
         conversation = [{"role": "user", "content": "Hello, you."}, {"role": "assistant", "content": "Hello!"}]
         text = saved.apply_chat_template(conversation, tokenize=False)
@@ -201,10 +249,15 @@ def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool)
             )
 
 
-def plain_rewards(folder: str, sequences: list[list[int]]) -> dict:
+def plain_rewards(folder: str, sequences: list[list[int]], loading: Loading | None = None) -> dict:
     """Rewards by plain transformers, {"one by one": [...], "in a padded batch": [...], "dtype": name}."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto").eval()
+    loading = loading or Loading()
+    trust = {"trust_remote_code": loading.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+    if adapters.is_adapter(folder):
+        model = adapters.load(folder, pad_token_id=tokenizer.pad_token_id, **dataclasses.asdict(loading))
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", **trust).eval()
     bytes_needed = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > bytes_needed:
         model.to("cuda")
@@ -212,8 +265,11 @@ def plain_rewards(folder: str, sequences: list[list[int]]) -> dict:
         single = [model(input_ids=torch.tensor([ids], device=model.device)).logits.item() for ids in sequences]
         batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt").to(model.device)
         batched = model(**batch).logits.float().squeeze(-1).tolist()
-    return {"one by one": single, "in a padded batch": batched, "dtype": str(model.dtype).removeprefix("torch.")}
+    computed_in = (
+        "4-bit" if loading.load_in_4bit and adapters.is_adapter(folder) else str(model.dtype).removeprefix("torch.")
+    )
+    return {"one by one": single, "in a padded batch": batched, "dtype": computed_in}
 
 
 if __name__ == "__main__":
-    print(json.dumps(plain_rewards(sys.argv[1], json.load(sys.stdin))))
+    print(json.dumps(plain_rewards(sys.argv[1], json.load(sys.stdin), Loading(**json.loads(sys.argv[2])))))

@@ -48,7 +48,12 @@ def read_template(name: str) -> str:
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, chat_template_name: str | None = None, reward_token: str | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    chat_template_name: str | None = None,
+    reward_token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer that pads on the right with a token of its own.
 
@@ -58,15 +63,17 @@ def load_tokenizer(
         chat_template_name: a name of `template_names()`, a Jinja file, or None for the tokenizer's own template.
         reward_token: is appended to every response and scored; added if the tokenizer does not know it. None: the one
             the tokenizer was saved with, if any.
+        trust_remote_code: whether code that the folder brings may run.
 
     Raises:
         UserError: the tokenizer cannot be loaded, has no eos token to score, or was saved with another reward token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        how = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
         saved = reward_token_of(tokenizer)
         if reward_token is not None and saved is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, reward_token=reward_token)
+            tokenizer = AutoTokenizer.from_pretrained(name, reward_token=reward_token, **how)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"--tokenizer_name {name}: no tokenizer could be loaded ({quote_error(error)}); "

@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 set_up_python requirements-dev.txt
-exec "$PYTHON" -m pytest "$@"
+# a file stays in one process, since its tests share runs
+exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -1,5 +1,8 @@
 """Every family gives, from the saved folder in plain transformers, the rewards that the trainer saw; others are refused."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -72,7 +75,7 @@ def test_rewards_equal_plain_transformers_on_the_saved_folder(name, checkpointin
     optimizer = torch.optim.SGD(reward_model.parameters(), lr=0.1)
     chosen, rejected = rewards(reward_model, tokenizer).chunk(2)
     (rejected - chosen).sum().backward()
-    assert all(reward_model.head.weight.grad.abs().sum() > 0 for _ in (1,))
+    assert reward_model.head.weight.grad.abs().sum() > 0
     optimizer.step()
     ours = rewards(reward_model, tokenizer).tolist()
     state = reward_model.state_dict()
@@ -167,4 +170,93 @@ def test_an_encoder_trains_is_saved_and_pools_at_cls(chat, stage, toy, write_row
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
     assert "padded, not shared_prefix: packed rows are not known to be exact for bert" in done.stdout
-    assert "[CLS]" in done.stdout.split("sample")[-1] or "[CLS]" in done.stdout
+    first = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
+    sample = json.dumps(first)
+    assert sample.count("[CLS]") >= 1 and "[SEP]" in sample
+
+
+CUSTOM_CONFIG = """
+from transformers import LlamaConfig
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+CUSTOM_MODEL = """
+from torch import nn
+from transformers import LlamaForSequenceClassification, LlamaModel, LlamaPreTrainedModel
+
+from .configuration_own import OwnConfig
+
+print("CODE OF THE MODEL RUNS")
+
+
+class OwnForSequenceClassification(LlamaForSequenceClassification):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+"""
+
+
+@pytest.fixture
+def custom(toy, tmp_path):
+    """The toy as a model with code of its own, as InternLM2 comes."""
+    folder = tmp_path / "custom"
+    shutil.copytree(toy / "model", folder)
+    (folder / "configuration_own.py").write_text(CUSTOM_CONFIG)
+    (folder / "modeling_own.py").write_text(CUSTOM_MODEL)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",  # as InternLM2, whose classifier is not named
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_custom_code_never_runs_unless_it_is_trusted(custom, toy, tmp_path):
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=custom))
+    assert done.returncode == 1
+    assert "needs Python code that it brings along; read that code, then pass --trust_remote_code" in done.stderr
+    assert "CODE OF THE MODEL RUNS" not in done.stdout + done.stderr
+
+
+def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom, toy, tmp_path):
+    flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, trust_remote_code=True, total_episodes=16)
+    done = run_recipe(*flags, env={"HF_HOME": str(tmp_path / "hub")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "CODE OF THE MODEL RUNS" in done.stdout
+    assert "padded, not shared_prefix: packed rows are not known to be exact for own" in done.stdout
+    assert "reload check" in done.stdout
+    assert (tmp_path / "out" / "modeling_own.py").is_file()
+    assert "'trust_remote_code': True" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_routers_auxiliary_loss_is_refused_by_name(tmp_path):
+    transformers.MixtralConfig(**GQA, output_router_logits=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="asks for the router's auxiliary loss .output_router_logits."):
+        model.read_config(str(tmp_path), revision=None, max_token_length=20)
+
+
+def test_a_mixture_of_experts_without_it_trains_padded(tokenizer, tmp_path):
+    config = transformers.MixtralConfig(**GQA, num_local_experts=2, num_experts_per_tok=1)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    reward_model, _ = load(tmp_path / "base", tokenizer)
+    ours = rewards(reward_model, tokenizer)
+    ours.sum().backward()
+    saving.save_reward_model(reward_model, reward_model.state_dict(), tokenizer, str(tmp_path / "saved"), chat=False)
+    sequences = [ids for side in zip(*PAIRS, strict=True) for ids in side]
+    reloaded = saving.plain_rewards(str(tmp_path / "saved"), sequences)
+    assert reloaded["one by one"] == pytest.approx(ours.tolist(), abs=1e-5)
+
+
+def test_an_adapter_as_a_starting_point_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter; start from a model saved with --merge_adapter"):
+        model.read_config(str(tmp_path), revision=None, max_token_length=20)

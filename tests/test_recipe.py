@@ -61,7 +61,7 @@ def test_unknown_split_names_those_there_are(run):
 
 def test_messages_without_a_chat_template_name_the_templates(run, tmp_path):
     make(adds_bos=False).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="--chat_template_name.*chatml, llama3, simple_chat"):
+    with pytest.raises(UserError, match="--chat_template_name.*chatml, encoder, llama3, simple_chat"):
         run(tokenizer_name=str(tmp_path / "tokenizer"))
 
 

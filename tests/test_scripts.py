@@ -79,3 +79,52 @@ def test_devices_that_do_not_divide_256_are_refused():
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts").rglob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+SINGLE_MACHINE = {
+    "internlm2/reward_modeling_1.8b.sh": 16,
+    "llama3/reward_modeling_8b.sh": 128,
+    "pythia/reward_modeling_1b_sentiment.sh": 32,
+    "minilm/reward_modeling.sh": 16,
+}
+
+
+@pytest.mark.parametrize("script", SINGLE_MACHINE)
+@pytest.mark.parametrize("gpus", ["1", "2", "8"])
+def test_a_step_is_the_same_pairs_on_any_number_of_devices(script, gpus):
+    per_device = {"PER_DEVICE": "2"} if "minilm" in script or "pythia" in script else {}
+    command = dry(script, GPUS=gpus, **per_device)
+    args = parse(Args, command[command.index("open_rm.reward_modeling") + 1 :])
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * int(gpus) == SINGLE_MACHINE[script]
+    assert ("torch.distributed.run" in command) == (gpus != "1")
+
+
+@pytest.mark.parametrize("qlora", ["0", "1"])
+def test_the_recipes_after_xtuner_have_its_settings(qlora):
+    internlm, llama = (
+        recipe_args(dry(script, QLORA=qlora)) for script in SINGLE_MACHINE if "internlm" in script or "llama" in script
+    )
+    for args in (internlm, llama):
+        assert (args.loss_type, args.penalty_type, args.score_init) == ("focal", "log_barrier", "zeros")
+        assert (args.max_token_length, args.warmup_ratio, args.lr_scheduler_type) == (2048, 0.03, "cosine")
+        assert args.learning_rate == (1e-4 if qlora == "1" else 2e-5)
+        assert (args.use_peft, args.load_in_4bit) == (qlora == "1", qlora == "1")
+        if qlora == "1":
+            assert (args.lora_r, args.lora_alpha) == (64, 16)
+    assert internlm.reward_token == "[UNUSED_TOKEN_130]" and internlm.trust_remote_code
+    assert llama.reward_token == "<|reserved_special_token_0|>" and not llama.trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "value"),
+    [("plain", "margin_loss", False), ("center", "center_rewards_coefficient", 0.01), ("margin", "margin_loss", True)],
+)
+def test_the_sentiment_recipe_has_trls_variants(variant, name, value):
+    args = recipe_args(dry("pythia/reward_modeling_1b_sentiment.sh", VARIANT=variant))
+    assert getattr(args, name) == value
+
+
+def test_every_recipe_is_listed():
+    listed = (REPOSITORY / "scripts/train/README.md").read_text()
+    for script in sorted((REPOSITORY / "scripts/train").rglob("*.sh")):
+        assert f"`{script.relative_to(REPOSITORY / 'scripts/train')}`" in listed

@@ -288,7 +288,7 @@ def test_a_step_of_fewer_pairs_than_ranks_still_gives_each_rank_a_forward():
 
 
 def test_attention_cost_is_the_flops_of_a_product_over_those_of_a_token():
-    shape = SimpleNamespace(body_parameters=1000, read_parameters=0, layers=2, attention_width=16)
+    shape = SimpleNamespace(body_parameters=1000, read_parameters=0, layers=2, attention_width=16, passes=3)
     of_token, of_product = (metrics.training_flops(*work, shape, read=0) for work in ((1, 0), (0, 1)))
     assert steps.attention_cost(1000, 2, 16) == pytest.approx(of_product / of_token)
 
@@ -372,12 +372,13 @@ def test_distinct_token_fraction_is_counted_token_by_token():
     fractions = {}
     for layout in LAYOUTS:
         sums = metrics.StepMetrics(
-            torch.device("cpu"), SimpleNamespace(body_parameters=10, read_parameters=0, layers=2, attention_width=4)
+            torch.device("cpu"),
+            SimpleNamespace(body_parameters=10, read_parameters=0, layers=2, attention_width=4, passes=3),
         )
         plan = steps.plan_step(np.arange(30), table, layout=layout, world_size=3, max_tokens=2000)
         for part in itertools.chain(*plan.ranks):
             some = torch.zeros(part.counted)
-            sums.add(some, some, some, real_batch(layout, pairs, table, part.indices))
+            sums.add(some, some, {"ranking": some}, real_batch(layout, pairs, table, part.indices))
         _, counts = sums.reduce(30)
         perf = metrics.perf_metrics(
             counts, pairs=30, step_seconds=1, data_seconds=0, imbalance=1, memory_gib=1, total_flops=1, peak_flops=1

@@ -24,7 +24,7 @@ from open_rm.toy import make_pairs
 
 PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
 POSITION = {"step", "episode", "epoch", "hours"}
-TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "lr", "grad_norm")} | {
+TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "loss_ranking", "lr", "grad_norm")} | {
     f"perf/{name}"
     for name in (
         "pairs_per_second",

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# What:  XTuner's internlm2_chat_1_8b_reward_full_ultrafeedback: InternLM2-chat-1.8B-SFT on UltraFeedback, focal loss with
+#        log barrier, zero head, reward token. QLORA=1: its QLoRA variant (rank 64, alpha 16, learning rate 1e-4).
+# Needs: one GPU of 80 GB, or several (GPUS=8); QLORA=1: one of 24 GB. Network for model and data. The model brings Python
+#        code of its own (--trust_remote_code): read it first; it was written for transformers 4.
+# Gives: output/<run name>/.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+source scripts/launch.sh
+
+PER_DEVICE=${PER_DEVICE:-1}               # pairs per forward: 2 x 2048 tokens
+GLOBAL_BATCH=${GLOBAL_BATCH:-16}          # pairs per step: XTuner's 1 x 16
+flags=(
+    --exp_name internlm2_1.8b_rm
+    --model_name_or_path internlm/internlm2-chat-1_8b-sft
+    --trust_remote_code
+    --dataset_mixer_list argilla/ultrafeedback-binarized-preferences-cleaned 1.0
+    --max_token_length 2048
+    --max_prompt_token_length 2048
+    --overlength truncate                 # as XTuner; pairs that became identical are dropped and counted
+    --reward_token "[UNUSED_TOKEN_130]"
+    --score_init zeros
+    --loss_type focal
+    --penalty_type log_barrier
+    --lr_scheduler_type cosine
+    --warmup_ratio 0.03
+    --num_train_epochs 1                  # XTuner: more overfits
+    --gradient_checkpointing
+)
+if [[ ${QLORA:-0} == 1 ]]; then
+    flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --learning_rate 1e-4)
+else
+    flags+=(--learning_rate 2e-5 --deepspeed configs/ds/zero2.json)
+fi
+launch "${flags[@]}" "$@"

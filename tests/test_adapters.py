@@ -1,0 +1,209 @@
+"""LoRA and QLoRA: the head is trained in full and saved, and both folders give plain peft and transformers our rewards."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import REPOSITORY, read_metrics, run_recipe, toy_flags
+from safetensors.torch import load_file
+
+from open_rm import adapters, model, steps
+from open_rm.arguments import Args, check_args
+from open_rm.errors import UserError
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "total_episodes": 48, "learning_rate": "5e-3"}
+# After six steps: the reloaded rewards against the trainer's, absolute, at rewards of about 1. Merged 4-bit weights are
+# unpacked to float32, and the tolerance is float32's; a client of the adapter computes in bfloat16 on some CPUs.
+TOLERANCE, PACKED_TOLERANCE = 1e-4, 2e-2
+
+
+def sample(output):
+    """(rewards that the trainer logged for sample pairs, the run's last line on the reload)"""
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory):
+    """Output folder and log of a run, by its flags."""
+    folder, found = tmp_path_factory.mktemp("adapters"), {}
+
+    def run(**changes):
+        key = json.dumps(changes, sort_keys=True, default=str)
+        if key not in found:
+            output = folder / str(len(found))
+            done = run_recipe(*toy_flags(toy, output, **(LORA | changes)))
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[key] = output, done.stdout
+        return found[key]
+
+    return run
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["lora", "qlora"])
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_the_folder_gives_plain_clients_the_trainers_rewards(runs, packed, merged):
+    output, log = runs(load_in_4bit=packed, merge_adapter=merged)
+    found = re.search(r"reload check: .*largest difference ([\d.e+-]+), (\S+)\)", log)
+    assert found[2] == ("4-bit" if packed and not merged else "float32")
+    assert float(found[1]) < (TOLERANCE if found[2] == "float32" else PACKED_TOLERANCE)
+    assert "score head in full" in log
+    assert (output / "adapter_config.json").is_file() != merged
+    assert (output / "model.safetensors").is_file() == merged
+    weights = load_file(output / ("model.safetensors" if merged else "adapter_model.safetensors"))
+    [head] = [value for name, value in weights.items() if name.endswith("score.weight")]
+    start = torch.empty(1, 128).normal_(std=1 / 129**0.5, generator=torch.Generator().manual_seed(1))
+    assert head.shape == (1, 128) and (head - start).abs().max() > 1e-3  # it has moved from its initial value
+    if merged:
+        plain = transformers.AutoModelForSequenceClassification.from_pretrained(output)
+        assert (plain.config.num_labels, plain.config.problem_type) == (1, "regression")
+        assert getattr(plain.config, "quantization_config", None) is None
+    else:
+        assert {name.split(".")[-2] for name in weights} == {"lora_A", "lora_B", "score"}
+        assert (output / "adapter_model.safetensors").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["lora", "qlora"])
+def test_the_code_on_the_card_gives_the_reward(runs, packed):
+    output, log = runs(load_in_4bit=packed, merge_adapter=False)
+    code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    script = f"messages = {messages!r}\n{code}\nprint('REWARD', reward)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reward = float(re.search(r"REWARD (\S+)", done.stdout)[1])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    how = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",
+        "load_in_4bit": packed,
+        "trust_remote_code": False,
+    }
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    assert reward == pytest.approx(adapters.load(str(output), **how)(input_ids=ids).logits.item(), abs=1e-5)
+
+
+def test_training_lowers_the_loss_and_the_backbone_does_not_move(runs, toy):
+    output, _ = runs(load_in_4bit=False, merge_adapter=True, learning_rate="1e-3", total_episodes=160)
+    before = transformers.AutoModelForCausalLM.from_pretrained(toy / "model").state_dict()
+    after = load_file(output / "model.safetensors")
+    for name, weight in before.items():
+        if "norm" in name or "embed" in name:
+            assert torch.equal(weight, after[name]), name
+    adapted = [name for name in before if "proj" in name]
+    assert adapted and all(not torch.equal(before[name], after[name]) for name in adapted)
+    evaluations = [row["eval/rm/loss"] for row in read_metrics(output) if "eval/rm/loss" in row]
+    assert evaluations[-1] < evaluations[0]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["lora", "qlora"])
+@pytest.mark.parametrize("layout", [layout for layout in steps.LAYOUTS if layout != "padded"])
+def test_layouts_give_the_same_run(runs, packed, layout):
+    changes = {"load_in_4bit": packed, "num_evals": 0, "learning_rate": "1e-3"}
+    reference, other = (read_metrics(runs(**changes, batching=name)[0]) for name in ("padded", layout))
+    losses = [[row["train/rm/loss"] for row in rows if "train/rm/loss" in row] for rows in (reference, other)]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "packed"),
+    [("zero2", 2, False), ("zero3", 1, False), ("zero3", 2, False), ("zero2", 2, True)],
+)
+def test_zero_stages_and_processes_give_the_same_run(runs, stage, processes, packed, toy, tmp_path):
+    changes = {"load_in_4bit": packed, "num_evals": 0, "learning_rate": "1e-3"}
+    reference = read_metrics(runs(**changes, batching="padded")[0])
+    flags = LORA | changes | {"deepspeed": f"configs/ds/{stage}.json", "per_device_train_batch_size": 8 // processes}
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", **flags), processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [
+        [row["train/rm/loss"] for row in rows if "train/rm/loss" in row]
+        for rows in (reference, read_metrics(tmp_path / "out"))
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    head = load_file(tmp_path / "out" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert head.shape == (1, 128)  # not the empty stand-in of stage 3
+
+
+def test_all_linear_layers_are_adapted_but_the_head(toy, tokenizer):
+    reward_model, notes = load(toy / "model", tokenizer)
+    adapted = {name.rpartition(".")[0] for name, _ in reward_model.named_parameters() if "lora_A" in name}
+    assert len(adapted) > 0 and not any("score" in name for name in adapted)
+    trained = {name for name, p in reward_model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained == {"classifier.score.modules_to_save.default.weight"}
+    assert isinstance(reward_model.head, model.ScoreHead)
+    assert model.model_shape(reward_model).passes == 2
+    plain, _ = load(toy / "model", tokenizer, adapter=None)
+    # B starts at zero: before training the rewards are those without an adapter
+    ids = torch.tensor([[5, 6, 7, 8]])
+    where = {"reward_index": torch.tensor([3]), "read_index": torch.tensor([3]), "attention_mask": torch.ones(1, 4)}
+    assert torch.equal(reward_model(input_ids=ids, **where), plain(input_ids=ids, **where))
+
+
+def test_evaluating_does_not_change_the_gradients_of_four_bit_weights(toy, tokenizer):
+    reward_model, _ = load(toy / "model", tokenizer, adapter=adapters.Adapter(4, 8.0, load_in_4bit=True))
+    for name, parameter in reward_model.named_parameters():
+        if "lora_B" in name:  # at zero, A would have no gradient
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+    where = {"reward_index": torch.tensor([3]), "read_index": torch.tensor([3]), "attention_mask": torch.ones(1, 4)}
+    results = []
+    for _ in range(2):
+        reward_model.train()
+        reward_model.zero_grad()
+        reward = reward_model(input_ids=torch.tensor([[5, 6, 7, 8]]), **where)
+        reward.sum().backward()
+        results.append([reward.detach(), *(p.grad for p in reward_model.parameters() if p.requires_grad)])
+        reward_model.eval()
+        with torch.no_grad():
+            assert torch.equal(reward_model(input_ids=torch.tensor([[5, 6, 7, 8]]), **where), reward)
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_four_bit_weights_are_counted_whole(toy, tokenizer):
+    packed, _ = load(toy / "model", tokenizer, adapter=adapters.Adapter(4, 8.0, load_in_4bit=True))
+    plain, _ = load(toy / "model", tokenizer, adapter=adapters.Adapter(4, 8.0))
+    assert model.model_shape(packed).body_parameters == model.model_shape(plain).body_parameters
+
+
+def test_targets_that_are_no_linear_layer_are_refused_by_name(toy, tokenizer):
+    with pytest.raises(
+        UserError, match="--lora_target_modules nothing: no linear layer of the backbone; it has down_proj"
+    ):
+        load(toy / "model", tokenizer, adapter=adapters.Adapter(4, 8.0, target_modules=("q_proj", "nothing")))
+
+
+def test_a_reward_token_that_is_new_to_the_model_is_refused(toy, tmp_path):
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", **LORA, reward_token="<|new|>"))
+    assert done.returncode == 1
+    assert "--reward_token <|new|> is new to the model, and an adapter holds no embedding" in done.stderr
+
+
+def load(folder, tokenizer, **changes):
+    options = dict(revision=None, dtype=torch.float32, attn_implementation=None, gradient_checkpointing=False, seed=1)
+    options |= {"deepspeed_config": {"zero_optimization": {"stage": 0}}, "adapter": adapters.Adapter(4, 8.0)}
+    return model.load_reward_model(str(folder), tokenizer=tokenizer, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"lora_r": 8}, "--lora_r does nothing without --use_peft"),
+        ({"load_in_4bit": True}, "--load_in_4bit does nothing without --use_peft"),
+        ({"merge_adapter": True}, "--merge_adapter does nothing without --use_peft"),
+        ({"lora_target_modules": ["q_proj"]}, "--lora_target_modules does nothing without --use_peft"),
+        ({"use_peft": True, "lora_r": 0}, "--lora_r 0: must be at least 1"),
+        ({"use_peft": True, "lora_dropout": 1.0}, "--lora_dropout 1.0: is a probability"),
+        ({"use_peft": True, "freeze_backbone": True}, "--freeze_backbone trains the head alone"),
+        (
+            {"use_peft": True, "load_in_4bit": True, "deepspeed": str(REPOSITORY / "configs/ds/zero3.json")},
+            "--load_in_4bit and --deepspeed .*: ZeRO stage 3 cannot divide 4-bit weights",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_by_name(wrong, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_args(Args(**wrong))
