@@ -14,7 +14,7 @@ Shapes: S sequences, T positions, R read positions, D width in, E width out.
 import torch
 from torch import nn
 
-# Names inside a decoder layer, over all families that model.SEGMENT_FAMILIES lists.
+# Names inside a decoder layer, over all families that families.SEGMENTS lists.
 READ_ONLY = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attention.dense")
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from open_rm import adapters, attention, cpu_kernels, last_layer
+from open_rm import adapters, attention, cpu_kernels, families, last_layer
 from open_rm.errors import UserError, quote_error
 
 
@@ -47,12 +47,12 @@ class RewardModel(nn.Module):
         self.classifier = classifier
         object.__setattr__(self, "adapted", adapted)  # no submodule: it holds the same modules under other names
         self.backbone_name = classifier.base_model_prefix
-        self.is_encoder = classifier.config.model_type in ENCODERS
+        self.is_encoder = classifier.config.model_type in families.ENCODERS
         # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
         self.head.__class__ = ScoreHead
         # A family that is not known to pass keywords down to its layers computes its last layer in full.
         self.read_only_parameters = 0
-        if classifier.config.get_text_config().model_type in SEGMENT_FAMILIES:
+        if classifier.config.get_text_config().model_type in families.SEGMENTS:
             backbone = getattr(classifier, self.backbone_name)
             layers = getattr(getattr(backbone, "language_model", backbone), "layers", None)
             if layers is not None:
@@ -103,88 +103,6 @@ class Shape:
     passes: int
 
 
-# Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
-# shown equal to padded batches by tests/test_layouts.py.
-SEGMENT_FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "olmo2",
-    "gpt_neox",
-    "gemma2",
-    "gemma3_text",
-)
-
-# Encoder classifiers whose head is `classifier`, a linear layer with a bias after a pooling of their own.
-ENCODERS = ("bert", "deberta-v2", "modernbert")
-
-
-def choose_layout(
-    wanted: str, config, *, attn_implementation: str | None, max_token_length: int, on_gpu: bool, bf16: bool = True
-):
-    """The layout to compute in, and the reason where it is not shared_prefix although that was not ruled out by the user.
-
-    Args:
-        wanted: auto, padded, packed or shared_prefix. auto takes shared_prefix wherever it is exact.
-        config: the model's transformers config.
-
-    Raises:
-        UserError: a packed layout was asked for by name and is not exact for this model.
-    """
-    text, reason = config.get_text_config(), None
-    rope = getattr(text, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
-    if text.model_type not in SEGMENT_FAMILIES:
-        reason = f"packed rows are not known to be exact for {text.model_type}"
-    elif getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
-        reason = "its attention is not causal"
-    elif on_gpu and getattr(text, "attn_logit_softcapping", None) is not None:
-        reason = f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
-    elif on_gpu and not bf16:
-        reason = "flash attention over packed rows computes in bfloat16, and --dtype is float32"
-    elif rope.get("rope_type") in ("dynamic", "longrope") and max_token_length > (original or 0):
-        reason = f"{rope['rope_type']} rotary embeddings depend on the longest sequence beyond {original} tokens"
-    elif attn_implementation is not None:
-        reason = f"--attn_implementation {attn_implementation} is attention for padded rows"
-    if wanted == "padded" or reason is None:
-        return ("shared_prefix" if wanted == "auto" else wanted), None
-    if wanted == "auto":
-        return "padded", reason
-    raise UserError(f"--batching {wanted} is not possible: {reason}; pass --batching padded, or leave it to auto")
-
-
-def read_config(name: str, *, revision: str | None, max_token_length: int, trust_remote_code: bool = False):
-    """The model's config; refuses what cannot work from that small file alone, before data and weights are touched."""
-    if adapters.is_adapter(name):
-        raise UserError(f"--model_name_or_path {name}: holds an adapter; start from a model saved with --merge_adapter")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"--model_name_or_path {name}: needs Python code that it brings along; read that code, then pass "
-                "--trust_remote_code"
-            ) from error
-        raise UserError(
-            f"--model_name_or_path {name}: no model could be found ({quote_error(error)}); "
-            "check the name, the revision and the network, or pass a local folder"
-        ) from error
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            f"--model_name_or_path {name}: its config asks for the router's auxiliary loss (output_router_logits), which "
-            "is not part of this loss; set it to false there to train without"
-        )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and max_token_length > positions:
-        raise UserError(
-            f"--max_token_length {max_token_length} is beyond the {positions} positions of {name}; "
-            f"pass --max_token_length {positions} or less"
-        )
-    return config
-
-
 def load_reward_model(
     name: str,
     *,
@@ -211,16 +129,16 @@ def load_reward_model(
         score_init: of a head that the checkpoint does not bring: "default" as above, or "zeros".
         freeze_backbone: only the head gets gradients.  adapter: the head does, and small matrices beside the backbone.
         trust_remote_code: whether code that the folder brings may run.
-        layout: from `choose_layout`; packed rows take the place of `attn_implementation` by open_rm.attention.
+        layout: from `families.choose_layout`; packed rows take the place of `attn_implementation` by open_rm.attention.
         deepspeed_config: from engine.fill_config.
 
     Returns:
         the model, and one line for the log on each thing a user would want to know about it.
     """
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    if adapter is not None and config.model_type in ENCODERS:
+    if adapter is not None and config.model_type in families.ENCODERS:
         raise UserError(f"--use_peft is for decoders, and {name} is an encoder ({config.model_type}); train it in full")
-    _name_own_class(config)
+    families.name_own_class(config)
     text_config = config.get_text_config()
     for part in {id(config): config, id(text_config): text_config}.values():
         for key, value in part.to_dict().items():
@@ -255,7 +173,7 @@ def load_reward_model(
             ) from error
         notes = []
         head = _head(classifier)
-        if not isinstance(head, nn.Linear) or (head.bias is not None and config.model_type not in ENCODERS):
+        if not isinstance(head, nn.Linear) or (head.bias is not None and config.model_type not in families.ENCODERS):
             raise UserError(
                 f"--model_name_or_path {name}: {type(classifier).__name__} has no score head that is known here"
             )
@@ -350,17 +268,8 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
     return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
 
 
-def _name_own_class(config) -> None:
-    """Code that a model brings often has a sequence classifier beside its language model without naming it (InternLM2)."""
-    named = getattr(config, "auto_map", None) or {}
-    language_model = named.get("AutoModelForCausalLM", "")
-    if "AutoModelForSequenceClassification" not in named and language_model.endswith("ForCausalLM"):
-        own = language_model.removesuffix("ForCausalLM") + "ForSequenceClassification"
-        config.auto_map = named | {"AutoModelForSequenceClassification": own}
-
-
 def _head(classifier: PreTrainedModel) -> nn.Module | None:
-    head = getattr(classifier, "classifier" if classifier.config.model_type in ENCODERS else "score", None)
+    head = getattr(classifier, "classifier" if classifier.config.model_type in families.ENCODERS else "score", None)
     return getattr(head, "modules_to_save", {"default": head})["default"]  # peft trains a copy of it
 
 

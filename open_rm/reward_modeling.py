@@ -25,6 +25,7 @@ from open_rm import (
     command_line,
     engine,
     evaluation,
+    families,
     hub,
     inspection,
     metrics,
@@ -80,8 +81,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
 
     # ---- data: tokenized once, by the main rank, into a cache that the others read
     def load():
-        config = model.read_config(args.model_name_or_path, max_token_length=args.max_token_length, **source)
-        layout = model.choose_layout(
+        config = families.read_config(args.model_name_or_path, max_token_length=args.max_token_length, **source)
+        layout = families.choose_layout(
             args.batching,
             config,
             attn_implementation=args.attn_implementation,

@@ -10,7 +10,7 @@ from conftest import run_recipe, toy_flags
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from open_rm import batching, model, saving
+from open_rm import batching, families, model, saving
 from open_rm.errors import UserError
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=640)
@@ -110,11 +110,11 @@ def test_a_head_of_zeros_gives_zero_and_a_frozen_backbone_only_trains_the_head(n
 @pytest.mark.parametrize("name", [*ENCODERS, "gpt2"])
 def test_packed_rows_are_refused_by_name_where_they_are_not_known_to_be_exact(name, tokenizer, tmp_path):
     checkpoint(name, tmp_path)
-    config = model.read_config(str(tmp_path), revision=None, max_token_length=20)
+    config = families.read_config(str(tmp_path), revision=None, max_token_length=20)
     how = {"attn_implementation": None, "max_token_length": 20, "on_gpu": False}
-    assert model.choose_layout("auto", config, **how)[0] == "padded"
+    assert families.choose_layout("auto", config, **how)[0] == "padded"
     with pytest.raises(UserError, match="--batching packed is not possible: packed rows are not known to be exact"):
-        model.choose_layout("packed", config, **how)
+        families.choose_layout("packed", config, **how)
 
 
 def test_a_family_with_another_head_is_refused_by_name(tokenizer, tmp_path):
@@ -241,7 +241,7 @@ def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom,
 def test_a_routers_auxiliary_loss_is_refused_by_name(tmp_path):
     transformers.MixtralConfig(**GQA, output_router_logits=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="asks for the router's auxiliary loss .output_router_logits."):
-        model.read_config(str(tmp_path), revision=None, max_token_length=20)
+        families.read_config(str(tmp_path), revision=None, max_token_length=20)
 
 
 def test_a_mixture_of_experts_without_it_trains_padded(tokenizer, tmp_path):
@@ -259,4 +259,4 @@ def test_a_mixture_of_experts_without_it_trains_padded(tokenizer, tmp_path):
 def test_an_adapter_as_a_starting_point_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds an adapter; start from a model saved with --merge_adapter"):
-        model.read_config(str(tmp_path), revision=None, max_token_length=20)
+        families.read_config(str(tmp_path), revision=None, max_token_length=20)

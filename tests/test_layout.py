@@ -16,6 +16,8 @@ LEAVES = {
     ),
     **dict.fromkeys(("command_line", "messages", "sources"), set()),
     "rows": {"messages"},
+    "adapters": set(),
+    "families": {"adapters"},
     "inspection_findings": {"tokenization"},
     "batching": {"attention"},  # a packed batch carries its segments
     "plan": {"steps"},  # the number of steps is counted by drawing them

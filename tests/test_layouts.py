@@ -15,7 +15,7 @@ import transformers
 from conftest import read_metrics, run_recipe, shared_data, toy_flags
 from test_attention import Largest
 
-from open_rm import batching, data, model, preparation, steps, toy
+from open_rm import batching, data, families, model, preparation, steps, toy
 from open_rm.errors import UserError
 from open_rm.losses import ranking_loss
 from open_rm.reward_modeling import Args, main
@@ -337,16 +337,16 @@ FAMILY_PAIRS = (ranked(P, R[:3]) + [(Q + R[3], Q + R[1]), (R[1], R[2] + R[0])], 
 def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, family, monkeypatch):
     """The reference is padded and computes its last layer at every token."""
     folder, pairs = family_folder(family), as_data(*FAMILY_PAIRS)
-    config = model.read_config(str(folder), revision=None, max_token_length=256)
+    config = families.read_config(str(folder), revision=None, max_token_length=256)
     choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False)
-    assert model.choose_layout("auto", config, **choice) == ("shared_prefix", None)
-    assert config.model_type == family.split()[0] and config.model_type in model.SEGMENT_FAMILIES
+    assert families.choose_layout("auto", config, **choice) == ("shared_prefix", None)
+    assert config.model_type == family.split()[0] and config.model_type in families.SEGMENTS
     with monkeypatch.context() as whole:
         whole.setattr(model.last_layer, "compute_where_read", lambda layer: [])
         reference = computed(load(folder, tokenizer, "padded"), pairs, "padded")
     largest = (0.0, 0.0)
     for layout in LAYOUTS:
-        assert model.choose_layout(layout, config, **choice) == (layout, None)
+        assert families.choose_layout(layout, config, **choice) == (layout, None)
         for checkpointing in (False, True):
             reward_model = load(folder, tokenizer, layout, gradient_checkpointing=checkpointing)
             for world_size, max_tokens in ((1, EVERYTHING), (2, 120)):
@@ -383,7 +383,7 @@ def test_the_last_layer_computes_its_mlp_and_output_projection_where_a_reward_is
 
 
 def test_every_family_that_may_be_packed_is_tested_here():
-    assert {family.split()[0] for family in FAMILIES} == set(model.SEGMENT_FAMILIES)
+    assert {family.split()[0] for family in FAMILIES} == set(families.SEGMENTS)
 
 
 @pytest.mark.parametrize(
@@ -418,14 +418,14 @@ OTHERS = {
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_are_padded_and_refused_by_name(family):
     choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False)
-    layout, reason = model.choose_layout("auto", OTHERS[family], **choice)
+    layout, reason = families.choose_layout("auto", OTHERS[family], **choice)
     assert layout == "padded" and family in reason
-    assert model.choose_layout("padded", OTHERS[family], **choice) == ("padded", None)
+    assert families.choose_layout("padded", OTHERS[family], **choice) == ("padded", None)
     for wanted in ("packed", "shared_prefix"):
         with pytest.raises(
             UserError, match=rf"--batching {wanted} is not possible: .*{family}; pass --batching padded"
         ):
-            model.choose_layout(wanted, OTHERS[family], **choice)
+            families.choose_layout(wanted, OTHERS[family], **choice)
 
 
 LONGROPE = {
@@ -458,16 +458,16 @@ LONGROPE = {
 )
 def test_settings_that_packed_rows_do_not_have_are_padded_with_the_reason(family, changes, choice, reason):
     choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False) | choice
-    layout, found = model.choose_layout("auto", FAMILIES[family](**changes), **choice)
+    layout, found = families.choose_layout("auto", FAMILIES[family](**changes), **choice)
     assert layout == "padded" and found.startswith(reason)
     with pytest.raises(UserError, match=reason):
-        model.choose_layout("shared_prefix", FAMILIES[family](**changes), **choice)
+        families.choose_layout("shared_prefix", FAMILIES[family](**changes), **choice)
 
 
 def test_rotary_embeddings_that_change_only_beyond_the_longest_sequence_may_be_packed():
     config = FAMILIES["phi3"](rope_parameters=LONGROPE, original_max_position_embeddings=100)
     choice = dict(attn_implementation=None, max_token_length=100, on_gpu=False)
-    assert model.choose_layout("auto", config, **choice) == ("shared_prefix", None)
+    assert families.choose_layout("auto", config, **choice) == ("shared_prefix", None)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
@@ -598,4 +598,4 @@ def test_attention_that_is_not_causal_is_padded_and_says_so(change):
     for name, value in change.items():
         setattr(config, name, value)
     options = {"attn_implementation": None, "max_token_length": 10, "on_gpu": False}
-    assert model.choose_layout("auto", config, **options) == ("padded", "its attention is not causal")
+    assert families.choose_layout("auto", config, **options) == ("padded", "its attention is not causal")

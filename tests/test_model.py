@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from open_rm import batching, model
+from open_rm import batching, families, model
 from open_rm.errors import UserError
 
 STAGE_0 = {"zero_optimization": {"stage": 0}}
@@ -158,15 +158,15 @@ def test_score_head_is_float32_in_a_bfloat16_model(toy, tokenizer):
 
 
 def test_more_tokens_than_positions_is_refused_from_the_config_alone(toy):
-    config = model.read_config(str(toy / "model"), revision=None, max_token_length=2048)
+    config = families.read_config(str(toy / "model"), revision=None, max_token_length=2048)
     assert (config.hidden_size, config.model_type) == (128, "llama")
     with pytest.raises(UserError, match="--max_token_length 4096 is beyond the 2048 positions"):
-        model.read_config(str(toy / "model"), revision=None, max_token_length=4096)
+        families.read_config(str(toy / "model"), revision=None, max_token_length=4096)
 
 
 def test_missing_model_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="--model_name_or_path"):
-        model.read_config(str(tmp_path / "nothing"), revision=None, max_token_length=10)
+        families.read_config(str(tmp_path / "nothing"), revision=None, max_token_length=10)
 
 
 def test_unknown_attention_is_refused_by_name(toy, tokenizer):

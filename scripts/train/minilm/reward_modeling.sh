@@ -21,6 +21,7 @@ flags=(
     --max_token_length 512                # the encoder's positions
     --max_prompt_token_length 256
     --overlength truncate
+    --skip_bad_rows 20                    # pairs that are one to a tokenizer without capitals
     --learning_rate 5e-5
     --warmup_ratio 0.1
     --num_train_epochs 2

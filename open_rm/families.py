@@ -1,0 +1,96 @@
+"""What is known of a model from its config alone: whether it can be a reward model, and which layouts are exact for it."""
+
+from transformers import AutoConfig
+
+from open_rm.adapters import is_adapter
+from open_rm.errors import UserError, quote_error
+
+# Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
+# shown equal to padded batches by tests/test_layouts.py.
+SEGMENTS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "gemma2",
+    "gemma3_text",
+)
+
+# Encoder classifiers whose head is `classifier`, a linear layer with a bias after a pooling of their own.
+ENCODERS = ("bert", "deberta-v2", "modernbert")
+
+
+def choose_layout(
+    wanted: str, config, *, attn_implementation: str | None, max_token_length: int, on_gpu: bool, bf16: bool = True
+):
+    """The layout to compute in, and the reason where it is not shared_prefix although that was not ruled out by the user.
+
+    Args:
+        wanted: auto, padded, packed or shared_prefix. auto takes shared_prefix wherever it is exact.
+        config: the model's transformers config.
+
+    Raises:
+        UserError: a packed layout was asked for by name and is not exact for this model.
+    """
+    text, reason = config.get_text_config(), None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
+    if text.model_type not in SEGMENTS:
+        reason = f"packed rows are not known to be exact for {text.model_type}"
+    elif getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
+        reason = "its attention is not causal"
+    elif on_gpu and getattr(text, "attn_logit_softcapping", None) is not None:
+        reason = f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
+    elif on_gpu and not bf16:
+        reason = "flash attention over packed rows computes in bfloat16, and --dtype is float32"
+    elif rope.get("rope_type") in ("dynamic", "longrope") and max_token_length > (original or 0):
+        reason = f"{rope['rope_type']} rotary embeddings depend on the longest sequence beyond {original} tokens"
+    elif attn_implementation is not None:
+        reason = f"--attn_implementation {attn_implementation} is attention for padded rows"
+    if wanted == "padded" or reason is None:
+        return ("shared_prefix" if wanted == "auto" else wanted), None
+    if wanted == "auto":
+        return "padded", reason
+    raise UserError(f"--batching {wanted} is not possible: {reason}; pass --batching padded, or leave it to auto")
+
+
+def read_config(name: str, *, revision: str | None, max_token_length: int, trust_remote_code: bool = False):
+    """The model's config; refuses what cannot work from that small file alone, before data and weights are touched."""
+    if is_adapter(name):
+        raise UserError(f"--model_name_or_path {name}: holds an adapter; start from a model saved with --merge_adapter")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model_name_or_path {name}: needs Python code that it brings along; read that code, then pass "
+                "--trust_remote_code"
+            ) from error
+        raise UserError(
+            f"--model_name_or_path {name}: no model could be found ({quote_error(error)}); "
+            "check the name, the revision and the network, or pass a local folder"
+        ) from error
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"--model_name_or_path {name}: its config asks for the router's auxiliary loss (output_router_logits), which "
+            "is not part of this loss; set it to false there to train without"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and max_token_length > positions:
+        raise UserError(
+            f"--max_token_length {max_token_length} is beyond the {positions} positions of {name}; "
+            f"pass --max_token_length {positions} or less"
+        )
+    return config
+
+
+def name_own_class(config) -> None:
+    """Code that a model brings often has a sequence classifier beside its language model without naming it (InternLM2)."""
+    named = getattr(config, "auto_map", None) or {}
+    language_model = named.get("AutoModelForCausalLM", "")
+    if "AutoModelForSequenceClassification" not in named and language_model.endswith("ForCausalLM"):
+        own = language_model.removesuffix("ForCausalLM") + "ForSequenceClassification"
+        config.auto_map = named | {"AutoModelForSequenceClassification": own}
