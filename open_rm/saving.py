@@ -145,6 +145,11 @@ def _mend_tokenizer_files(path: Path, tokenizer: PreTrainedTokenizerBase, chat: 
         unwanted.add(tokenizer.bos_token)
     _remove_added(path / "tokenizer.json", unwanted)
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    added = AutoTokenizer.from_pretrained(path)("a")["input_ids"]
+    if set(added) & {tokenizer.convert_tokens_to_ids(token) for token in unwanted if token}:
+        # Some classes (BertTokenizer) put back what their file no longer says; the plain class reads the file alone.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove_added(file: Path, tokens: set[str | None]) -> None:
