@@ -79,7 +79,8 @@ def adapt(classifier: PreTrainedModel, adapter: Adapter, *, name: str, revision:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in classifier.modules()),
     )
     torch.manual_seed(seed)
-    wrapped = peft.get_peft_model(classifier, config)
+    # peft would make float32 of its matrices beside a bfloat16 base; DeepSpeed keeps float32 masters of everything anyway.
+    wrapped = peft.get_peft_model(classifier, config, autocast_adapter_dtype=False)
     local = Path(name).expanduser()
     wrapped.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else name
     return wrapped
@@ -107,9 +108,11 @@ def describe(classifier: PreTrainedModel, adapter: Adapter) -> str:
 def save(wrapped, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, the head among them.
 
-    state: weights by the names of the classifier.
+    state: weights by the names of the classifier.  The embeddings stay out: the only row that may be new is the pad's,
+    which is never read.
     """
-    wrapped.save_pretrained(folder, state_dict={f"base_model.model.{name}": value for name, value in state.items()})
+    named = {f"base_model.model.{name}": value for name, value in state.items()}
+    wrapped.save_pretrained(folder, state_dict=named, save_embedding_layers=False)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -123,14 +126,14 @@ def load(folder: str, *, pad_token_id: int, dtype: str, load_in_4bit: bool, trus
 
     how = {"quantization_config": quantization(dtype)} if load_in_4bit else {}
     how |= {"trust_remote_code": trust_remote_code}
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=dtype, pad_token_id=pad_token_id, **how
-    )
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype, **how)
+    config = model.base_model.model.config  # set when the embeddings have grown: the base may have no row for the pad
+    config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     return model.eval()
 
 
 def merge(folder: str, tokenizer, *, dtype: str, load_in_4bit: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """Adapter plus base as one plain model, on the CPU; see saving.Loading.
+    """Adapter plus base as one plain model; see saving.Loading.
 
     A base of 4 bits is unpacked to `dtype` first: that is what the adapter was trained beside, while the original weights
     differ from it by the quantization's rounding.

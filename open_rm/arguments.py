@@ -283,6 +283,10 @@ def check_args(args: Args) -> None:
             for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge_adapter")
         ),
         (
+            args.use_peft and args.trust_remote_code and not args.merge_adapter,
+            "--trust_remote_code with --use_peft needs --merge_adapter: a client of the adapter could not find the class",
+        ),
+        (
             args.use_peft and args.freeze_backbone,
             "--freeze_backbone trains the head alone and --use_peft an adapter too; pass one",
         ),

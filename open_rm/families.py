@@ -19,6 +19,9 @@ SEGMENTS = (
     "gemma3_text",
 )
 
+# Families whose linear layers are Conv1D, stored transposed.
+TRANSPOSED = ("gpt2",)
+
 # Encoder classifiers whose head is `classifier`, a linear layer with a bias after a pooling of their own.
 ENCODERS = ("bert", "deberta-v2", "modernbert")
 

@@ -25,6 +25,7 @@ PUSHED = [
     "*.json",
     "*.jinja",
     "*.model",
+    "*.py",
     "README.md",
     "*.png",
     "metrics.jsonl",
@@ -84,8 +85,7 @@ def push_folder(folder: str, repo_id: str, *, revision: str, private: bool = Tru
     api = HfApi()
     later = ["python", "-m", "open_rm.hub", "--folder", folder, "--repo_id", repo_id, "--revision", revision]
     later += [] if private else ["--no_private"]
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"there is no model in {folder}; name a folder that holds config.json")
+    check_folder(folder)
     try:
         _create(lambda: api.create_repo(repo_id, private=private))
         if revision != "main":
@@ -128,6 +128,12 @@ def _persistently(call: Callable):
             time.sleep(pause)
 
 
+def check_folder(folder: str) -> None:
+    """Refuse a folder that holds neither a model nor an adapter."""
+    if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"there is no model in {folder}; name a folder that holds config.json or adapter_config.json")
+
+
 def _status(error: Exception) -> int | None:
     """The HTTP status of an answer; None where there was none."""
     return getattr(getattr(error, "response", None), "status_code", None)
@@ -156,8 +162,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 where = {where}
 tokenizer = AutoTokenizer.from_pretrained(**where)
-base = {{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id, "quantization_config": {packed}}}
-model = AutoPeftModelForSequenceClassification.from_pretrained(**where, **base).eval()"""
+base = {{"num_labels": 1, "quantization_config": {packed}}}
+model = AutoPeftModelForSequenceClassification.from_pretrained(**where, **base).eval()
+model.base_model.model.config.pad_token_id = tokenizer.pad_token_id  # for batches"""
 
 PACKED = """BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"

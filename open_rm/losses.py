@@ -5,6 +5,8 @@ number of pairs of the whole step on all ranks, so that no average of averages a
 Shapes: B pairs.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -85,9 +87,9 @@ def focal_loss(
     Args, Returns: as `ranking_loss`.  gamma: 0 is `ranking_loss`.
     """
     lead = _lead(chosen_rewards, rejected_rewards, margins)
-    # 1 - 2 * (sigmoid(d) - 1/2) = 2 * sigmoid(-d), which does not cancel where d is large
-    weight = 2 * torch.sigmoid(-F.relu(lead))
-    return weight**gamma * -F.logsigmoid(lead)
+    # 1 - 2 * (sigmoid(d) - 1/2) = 2 * sigmoid(-d); its logarithm neither cancels nor vanishes where d is large
+    weight = torch.exp(gamma * (math.log(2) + F.logsigmoid(-F.relu(lead))))
+    return weight * -F.logsigmoid(lead)
 
 
 def log_barrier_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *, bound: float) -> torch.Tensor:

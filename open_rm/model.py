@@ -138,7 +138,19 @@ def load_reward_model(
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None and config.model_type in families.ENCODERS:
         raise UserError(f"--use_peft is for decoders, and {name} is an encoder ({config.model_type}); train it in full")
-    families.name_own_class(config)
+    if adapter is not None and adapter.load_in_4bit and config.model_type in families.TRANSPOSED:
+        raise UserError(
+            f"--load_in_4bit: {config.model_type} stores its layers transposed, and 4 bits lose that; leave it out"
+        )
+    reward_token_id = getattr(tokenizer, "reward_token_id", None)
+    if reward_token_id is not None and config.model_type in families.ENCODERS:
+        raise UserError(
+            f"--reward_token: {name} is an encoder, whose reward is read where its pooling says; leave it out"
+        )
+    if trust_remote_code:
+        families.name_own_class(config)
+    else:
+        config.__dict__.pop("auto_map", None)  # transformers' own class: what is saved needs no code
     text_config = config.get_text_config()
     for part in {id(config): config, id(text_config): text_config}.values():
         for key, value in part.to_dict().items():
@@ -186,10 +198,12 @@ def load_reward_model(
             )
         if len(tokenizer) > _rows(classifier.get_input_embeddings()):
             before = _rows(classifier.get_input_embeddings())
-            if adapter is not None and (getattr(tokenizer, "reward_token_id", None) or 0) >= before:
+            new_ids = [i for i in range(before, len(tokenizer)) if i != tokenizer.pad_token_id]
+            if new_ids and (adapter is not None or freeze_backbone):
                 raise UserError(
-                    f"--reward_token {tokenizer.reward_token} is new to the model, and an adapter holds no embedding; name "
-                    "a token that the model knows, e.g. a reserved one, or train without --use_peft"
+                    f"the token {tokenizer.convert_ids_to_tokens(new_ids[0])} is new to the model, and with --use_peft or "
+                    "--freeze_backbone its embedding would stay random; as --reward_token name one that the model knows, "
+                    "e.g. a reserved one, or train in full"
                 )
             # mean_resizing fits a Gaussian to the whole table; a pad's row is never read, a reward token's is trained
             classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -207,11 +221,14 @@ def load_reward_model(
             module.p = 0.0
     if gradient_checkpointing:
         classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.model_type in families.ENCODERS:
+        notes.append("an encoder: the reward is read where its own pooling says, not at the last token")
     if freeze_backbone:
-        for parameter in classifier.parameters():
-            parameter.requires_grad_(False)
-        head.requires_grad_(True)
-        notes.append(f"backbone frozen: {head.in_features} weights of the score head are trained")
+        # what is new is trained, an encoder's pooling included: frozen, it would stay random
+        for key, parameter in classifier.named_parameters():
+            parameter.requires_grad_(key in new or not key.startswith(f"{classifier.base_model_prefix}."))
+        trained = sum(_size(p) for p in classifier.parameters() if p.requires_grad)
+        notes.append(f"backbone frozen: {trained} weights of the score head are trained")
     adapted = None
     if adapter is not None:
         adapted = adapters.adapt(classifier, adapter, name=name, revision=revision, seed=seed)

@@ -372,8 +372,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         tracker.say(f"saved in {output_dir} after {position()['hours'] * 60:.1f} min; curves: {curves}")
         sequences = [side.tolist() for pair in probe_data.pairs(probes) for side in pair]
         probe = saving.Probe(sequences, probe_rewards.flatten().tolist())
-        on_gpu = ranks.device.type == "cuda"
-        tracker.say(saving.check_reload(output_dir, probe, tokenizer, fresh_process=on_gpu, **how))
+        patched = ranks.device.type == "cuda" or args.trust_remote_code  # what is built in this process is not plain
+        tracker.say(saving.check_reload(output_dir, probe, tokenizer, fresh_process=patched, **how))
         if args.push_to_hub:
             url = hub.push_folder(output_dir, repo_id, revision=revision, private=args.hf_repo_private)
             tracker.say(f"pushed to {url}")

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from open_rm import adapters
-from open_rm.errors import UserError
+from open_rm.errors import UserError, quote_error
 from open_rm.model import RewardModel
 from open_rm.tokenization import encode, ending, render_pair
 
@@ -215,7 +215,12 @@ def check_reload(
             raise UserError(f"{folder}: plain transformers cannot load it: {done.stderr.strip().splitlines()[-1:]}")
         reloaded = json.loads(done.stdout.splitlines()[-1])
     else:
-        reloaded = plain_rewards(folder, probe.sequences, loading)
+        try:
+            reloaded = plain_rewards(folder, probe.sequences, loading)
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"{folder}: a client cannot load it ({quote_error(error)}); do not use this model"
+            ) from error
     tolerance = RELOAD_TOLERANCE[reloaded["dtype"]]
     worst = 0.0
     for how in ("one by one", "in a padded batch"):

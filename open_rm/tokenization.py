@@ -127,7 +127,8 @@ def _check_reward_token(tokenizer: PreTrainedTokenizerBase, reward_token: str, s
     taken = [
         name for name in ("eos_token", "bos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     ]
-    if used := [name for name in taken if getattr(tokenizer, name, None) == reward_token]:
+    used = [name for name in taken if getattr(tokenizer, name, None) == reward_token]
+    if used := used or (["pad_token"] if reward_token == PAD_TOKEN else []):
         raise UserError(
             f"--reward_token {reward_token}: is the tokenizer's {used[0]}, which text may hold; name a token of its own"
         )

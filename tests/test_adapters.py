@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import transformers
 from conftest import REPOSITORY, read_metrics, run_recipe, toy_flags
 from safetensors.torch import load_file
 
-from open_rm import adapters, model, steps
+from open_rm import adapters, hub, model, steps
 from open_rm.arguments import Args, check_args
 from open_rm.errors import UserError
 
@@ -19,11 +20,6 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "total_episodes": 48, "l
 # After six steps: the reloaded rewards against the trainer's, absolute, at rewards of about 1. Merged 4-bit weights are
 # unpacked to float32, and the tolerance is float32's; a client of the adapter computes in bfloat16 on some CPUs.
 TOLERANCE, PACKED_TOLERANCE = 1e-4, 2e-2
-
-
-def sample(output):
-    """(rewards that the trainer logged for sample pairs, the run's last line on the reload)"""
-    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +125,34 @@ def test_zero_stages_and_processes_give_the_same_run(runs, stage, processes, pac
     assert head.shape == (1, 128)  # not the empty stand-in of stage 3
 
 
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_bfloat16_works_under_every_stage(toy, tmp_path, stage):
+    flags = LORA | {"total_episodes": 16, "dtype": "bfloat16", "deepspeed": f"configs/ds/{stage}.json"}
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", **flags, gradient_checkpointing=True))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_a_base_without_a_pad_token_is_reloaded(toy, tmp_path, merged):
+    """As Llama-3: the pad is new, its row is not in the adapter and never read."""
+    base = tmp_path / "base"
+    shutil.copytree(toy / "model", base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["pad_token"] = None
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", **LORA | {"model_name_or_path": base, "merge_adapter": merged}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
+    if not merged:
+        assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 300_000
+
+
+def test_a_folder_with_an_adapter_is_one_that_can_be_pushed(runs):
+    output, _ = runs(load_in_4bit=False, merge_adapter=False)
+    hub.check_folder(str(output))
+
+
 def test_all_linear_layers_are_adapted_but_the_head(toy, tokenizer):
     reward_model, notes = load(toy / "model", tokenizer)
     adapted = {name.rpartition(".")[0] for name, _ in reward_model.named_parameters() if "lora_A" in name}
@@ -179,7 +203,7 @@ def test_targets_that_are_no_linear_layer_are_refused_by_name(toy, tokenizer):
 def test_a_reward_token_that_is_new_to_the_model_is_refused(toy, tmp_path):
     done = run_recipe(*toy_flags(toy, tmp_path / "out", **LORA, reward_token="<|new|>"))
     assert done.returncode == 1
-    assert "--reward_token <|new|> is new to the model, and an adapter holds no embedding" in done.stderr
+    assert "the token <|new|> is new to the model, and with --use_peft or --freeze_backbone its" in done.stderr
 
 
 def load(folder, tokenizer, **changes):

@@ -10,7 +10,7 @@ from conftest import run_recipe, toy_flags
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from open_rm import batching, families, model, saving
+from open_rm import adapters, batching, families, model, saving, tokenization
 from open_rm.errors import UserError
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=640)
@@ -104,7 +104,39 @@ def test_a_head_of_zeros_gives_zero_and_a_frozen_backbone_only_trains_the_head(n
     head = "classifier.classifier" if name == "bert" else "classifier.score"
     assert trained == {f"{head}.weight"} | ({f"{head}.bias"} if name == "bert" else set())
     assert model.model_shape(reward_model).passes == 1
-    assert any("backbone frozen: 32 weights" in note for note in notes)
+    count = 33 if name == "bert" else 32
+    assert any(f"backbone frozen: {count} weights" in note for note in notes)
+
+
+def test_a_new_pooling_is_trained_beside_a_frozen_backbone(tokenizer, tmp_path):
+    checkpoint("deberta-v2", tmp_path)
+    reward_model, _ = load(tmp_path, tokenizer, freeze_backbone=True)
+    rewards(reward_model, tokenizer).sum().backward()
+    trained = {name for name, parameter in reward_model.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[1] for name in trained} == {"pooler", "classifier"}
+
+
+def test_a_reward_token_on_an_encoder_is_refused(tokenizer, tmp_path, toy):
+    checkpoint("bert", tmp_path)
+    with_token = tokenization.load_tokenizer(str(toy / "model"), reward_token="<|reward|>")
+    with pytest.raises(UserError, match="--reward_token: .* is an encoder"):
+        load(tmp_path, with_token)
+
+
+def test_gpt2_in_four_bits_is_refused(tokenizer, tmp_path):
+    checkpoint("gpt2", tmp_path)
+    with pytest.raises(UserError, match="gpt2 stores its layers transposed"):
+        load(tmp_path, tokenizer, adapter=adapters.Adapter(4, 8.0, load_in_4bit=True))
+
+
+def test_the_code_of_an_untrusted_model_is_not_named_in_what_is_saved(toy, tokenizer, tmp_path):
+    folder = tmp_path / "with_map"
+    shutil.copytree(toy / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "a.XForCausalLM"}}))
+    reward_model, _ = load(folder, tokenizer)
+    reward_model.classifier.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, "gpt2"])

@@ -89,6 +89,13 @@ def test_focal_is_ranking_where_chosen_does_not_lead_and_where_gamma_is_0():
     assert torch.allclose(losses.focal_loss(ahead, rejected, gamma=0.0), ranking_loss(ahead, rejected))
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_has_a_gradient_however_far_chosen_leads(gamma):
+    chosen = torch.tensor([120.0, 1000.0], requires_grad=True)
+    losses.focal_loss(chosen, torch.zeros(2), gamma=gamma).sum().backward()
+    assert torch.isfinite(chosen.grad).all()
+
+
 def test_label_smoothing_equals_its_formula():
     values = ranking_loss(torch.tensor(LEADS), torch.zeros(len(LEADS)), label_smoothing=0.1)
     expected = [-0.9 * math.log(sigmoid(d)) - 0.1 * math.log(sigmoid(-d)) for d in LEADS]

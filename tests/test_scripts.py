@@ -82,7 +82,7 @@ def test_scripts_are_valid_bash(script):
 
 
 SINGLE_MACHINE = {
-    "internlm2/reward_modeling_1.8b.sh": 16,
+    "internlm2/reward_modeling_1.8b.sh": 64,
     "llama3/reward_modeling_8b.sh": 128,
     "pythia/reward_modeling_1b_sentiment.sh": 32,
     "minilm/reward_modeling.sh": 16,

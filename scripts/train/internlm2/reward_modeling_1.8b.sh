@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../../.."
 source scripts/launch.sh
 
 PER_DEVICE=${PER_DEVICE:-1}               # pairs per forward: 2 x 2048 tokens
-GLOBAL_BATCH=${GLOBAL_BATCH:-16}          # pairs per step: XTuner's 1 x 16
+if [[ ${QLORA:-0} == 1 ]]; then GLOBAL_BATCH=${GLOBAL_BATCH:-16}; else GLOBAL_BATCH=${GLOBAL_BATCH:-64}; fi  # XTuner's
 flags=(
     --exp_name internlm2_1.8b_rm
     --model_name_or_path internlm/internlm2-chat-1_8b-sft
@@ -28,7 +28,8 @@ flags=(
     --gradient_checkpointing
 )
 if [[ ${QLORA:-0} == 1 ]]; then
-    flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --learning_rate 1e-4)
+    flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --lora_dropout 0.1 --learning_rate 1e-4)
+    flags+=(--merge_adapter)              # a client of the adapter alone could not find the model's own class
 else
     flags+=(--learning_rate 2e-5 --deepspeed configs/ds/zero2.json)
 fi

@@ -27,7 +27,7 @@ flags=(
     --gradient_checkpointing
 )
 if [[ ${QLORA:-0} == 1 ]]; then
-    flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --learning_rate 1e-4)
+    flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --lora_dropout 0.1 --learning_rate 1e-4)
 else
     flags+=(--learning_rate 2e-5 --deepspeed configs/ds/zero3.json)
 fi
