@@ -124,12 +124,17 @@ def load(folder: str, *, pad_token_id: int, dtype: str, load_in_4bit: bool, trus
     """The adapter on its base, as a client of peft loads it; see saving.Loading."""
     import peft
 
-    how = {"quantization_config": quantization(dtype)} if load_in_4bit else {}
-    how |= {"trust_remote_code": trust_remote_code}
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype, **how)
+    how = _of_base(dtype, load_in_4bit, trust_remote_code)
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder, **how)
     config = model.base_model.model.config  # set when the embeddings have grown: the base may have no row for the pad
     config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     return model.eval()
+
+
+def _of_base(dtype: str, load_in_4bit: bool, trust_remote_code: bool) -> dict:
+    """How from_pretrained loads the base that an adapter was trained beside."""
+    how = {"num_labels": 1, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    return how | ({"quantization_config": quantization(dtype)} if load_in_4bit else {})
 
 
 def merge(folder: str, tokenizer, *, dtype: str, load_in_4bit: bool, trust_remote_code: bool) -> PreTrainedModel:
@@ -141,10 +146,9 @@ def merge(folder: str, tokenizer, *, dtype: str, load_in_4bit: bool, trust_remot
     import peft
 
     config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    how = {"quantization_config": quantization(dtype)} if load_in_4bit else {}
-    how |= {"trust_remote_code": trust_remote_code}
+    how = _of_base(dtype, load_in_4bit, trust_remote_code)
     base = AutoModelForSequenceClassification.from_pretrained(
-        config["base_model_name_or_path"], revision=config["revision"], num_labels=1, dtype=dtype, **how
+        config["base_model_name_or_path"], revision=config["revision"], **how
     )
     if load_in_4bit:
         base = base.dequantize().to(getattr(torch, dtype))

@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from open_rm import adapters, attention, cpu_kernels, families, last_layer
 from open_rm.errors import UserError, quote_error
+from open_rm.tokenization import reward_id_of
 
 
 class ScoreHead(nn.Linear):
@@ -142,8 +143,7 @@ def load_reward_model(
         raise UserError(
             f"--load_in_4bit: {config.model_type} stores its layers transposed, and 4 bits lose that; leave it out"
         )
-    reward_token_id = getattr(tokenizer, "reward_token_id", None)
-    if reward_token_id is not None and config.model_type in families.ENCODERS:
+    if reward_id_of(tokenizer) is not None and config.model_type in families.ENCODERS:
         raise UserError(
             f"--reward_token: {name} is an encoder, whose reward is read where its pooling says; leave it out"
         )

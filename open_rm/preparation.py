@@ -224,7 +224,7 @@ def _check_kind(pairs: list[Preference], kind: str | None, tokenizer: PreTrained
 
 def _rendered(pairs: list[Preference], tokenizer: PreTrainedTokenizerBase) -> list[PairText | PairIds | UserError]:
     if pairs and pairs[0].kind == "token ids":
-        found, reward_id = [], _reward_id(tokenizer)
+        found, reward_id = [], tokenization.reward_id_of(tokenizer)
         for pair in pairs:
             size = tokenization.shared_prefix_length(pair.chosen, pair.rejected)
             end = [] if reward_id is None else [reward_id]
@@ -250,15 +250,11 @@ def _fault(pair: PairIds, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if tokenizer.pad_token_id in pair.chosen or tokenizer.pad_token_id in pair.rejected:
         pad = tokenizer.pad_token
         return f"the text contains the pad token {pad!r}, which must never occur in text; remove it from the row"
-    reward_id = _reward_id(tokenizer)
+    reward_id = tokenization.reward_id_of(tokenizer)
     if reward_id is not None and any(side.count(reward_id) != 1 for side in (pair.chosen, pair.rejected)):
         token = tokenization.reward_token_of(tokenizer)
         return f"the text contains the reward token {token!r} itself; remove it from the row, or name another"
     return None
-
-
-def _reward_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return None if tokenization.reward_token_of(tokenizer) is None else tokenizer.reward_token_id
 
 
 def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None, bool]:

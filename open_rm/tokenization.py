@@ -114,6 +114,11 @@ def reward_token_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return getattr(tokenizer, "reward_token", None)
 
 
+def reward_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of `reward_token_of`."""
+    return getattr(tokenizer, "reward_token_id", None)
+
+
 def ending(tokenizer: PreTrainedTokenizerBase) -> str:
     """What plain text has to end with: EOS, and the reward token where there is one."""
     return tokenizer.eos_token + (reward_token_of(tokenizer) or "")
@@ -279,7 +284,8 @@ def _one_bos_one_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list
     # The text may name BOS or EOS itself while the encoder adds it again.
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
-    last = tokenizer.eos_token_id if reward_token_of(tokenizer) is None else tokenizer.reward_token_id
+    reward_id = reward_id_of(tokenizer)
+    last = tokenizer.eos_token_id if reward_id is None else reward_id
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and ids[-2] == last:
         ids = ids[:-1]
     return ids
