@@ -305,7 +305,7 @@ def check_layouts(loads: list[workloads.Workload], tokenizer, scratch: Path) -> 
                 layout,
                 data.pairs(indices),
                 pad_token_id=loaded.pad_token_id,
-                prompt_ids=data.table.prompt_id[indices],
+                prompt_ids=data.table.prompts(indices),
             )
             with torch.no_grad():
                 rewards[layout] = reward_model.to(device)(**batch.inputs(device)).float().cpu()

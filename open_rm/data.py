@@ -29,7 +29,7 @@ from open_rm.rows import AS_IS, Reading
 from open_rm.sources import BLOCK_ROWS, Source, open_source, parse_mixer
 from open_rm.steps import MicroBatch, PairTable
 
-CACHE_VERSION = "5"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "6"  # raise when the meaning of a cached column changes
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class PreferenceData:
     labels: one per source.  report: one line per source on what was read, dropped and kept.
     chat: whether rows were messages (rendered by the chat template) rather than plain text or token ids.
     facts: one dict per source, what its line of the report says: label, name, rows, taken, forms, ties, kept, dropped
-        (reason -> count and first place), skipped (place and what is wrong), truncated.
+        (reason -> count and first place), skipped (place and what is wrong), truncated, promptless (truncated pairs of
+        whose prompt nothing is left).
     """
 
     dataset: Dataset
@@ -63,7 +64,7 @@ class PreferenceData:
     ) -> Iterator[tuple[MicroBatch, Batch]]:
         """Micro-batches as they lie in memory, one after another."""
         for part in parts:
-            prompt_ids = self.table.prompt_id[part.indices]
+            prompt_ids = self.table.prompts(part.indices)
             yield part, lay_out(layout, self.pairs(part.indices), pad_token_id=pad_token_id, prompt_ids=prompt_ids)
 
     @functools.cached_property
@@ -178,7 +179,7 @@ class _Writing:
         """Write one source's pairs; returns its facts."""
         copies = _copies(size, source.amount, seed)
         forms, dropped, skipped = Counter(), {}, []
-        facts = {"rows": size, "taken": int(copies.sum()), "kept": 0, "ties": 0, "truncated": 0}
+        facts = {"rows": size, "taken": int(copies.sum()), "kept": 0, "ties": 0, "truncated": 0, "promptless": 0}
         bar = tqdm(total=facts["taken"], unit=" rows", desc=f"tokenize {source.label}", disable=not self.progress)
         blocks = self._with_kind(_blocks(rows(), copies))
         for block, done in preparation.prepare_blocks(blocks, index, self.policy, self.num_proc):
@@ -191,6 +192,7 @@ class _Writing:
             forms += done.forms
             facts["ties"] += done.ties
             facts["truncated"] += done.truncated
+            facts["promptless"] += done.promptless
             facts["kept"] += done.batch.num_rows
             writer.write_batch(done.batch)
             bar.update(sum(times for *_, times in block))
@@ -253,5 +255,6 @@ def _line(fact: dict) -> str:
     if fact["skipped"]:
         first = fact["skipped"][0]
         parts.append(f"{len(fact['skipped'])} bad rows skipped (first {first['place']}: {first['what']})")
-    parts += [f"{fact['truncated']} truncated"] if fact["truncated"] else []
+    promptless = f" ({fact['promptless']} lost their whole prompt)" if fact["promptless"] else ""
+    parts += [f"{fact['truncated']} truncated{promptless}"] if fact["truncated"] else []
     return ", ".join([*parts, f"{fact['kept']} pairs kept"])

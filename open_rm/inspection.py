@@ -58,7 +58,7 @@ def _inspect_split(data: PreferenceData, tokenizer) -> dict:
         where = np.flatnonzero(ids == number)
         sources.append(_facts(facts) | _numbers(data, where, last, tokenizer, repeated=facts["taken"] > facts["rows"]))
     overall = {"label": "overall", "sources": len(sources)}
-    for name in ("rows", "taken", "pairs", "ties", "truncated"):
+    for name in ("rows", "taken", "pairs", "ties", "truncated", "promptless"):
         overall[name] = sum(source[name] for source in sources)
     overall["dropped"] = dict(sum((Counter(drop_counts(source["dropped"])) for source in sources), Counter()))
     overall["skipped"] = sum(len(source["skipped"]) for source in sources)
@@ -68,7 +68,7 @@ def _inspect_split(data: PreferenceData, tokenizer) -> dict:
 
 
 def _facts(facts: dict) -> dict:
-    names = ("label", "name", "rows", "taken", "forms", "ties", "dropped", "skipped", "truncated")
+    names = ("label", "name", "rows", "taken", "forms", "ties", "dropped", "skipped", "truncated", "promptless")
     found = {name: facts[name] for name in names} | {"pairs": facts["kept"]}
     same = [fault for reason, fault in facts["dropped"].items() if reason.startswith("identical")]
     skipped = [row["place"] for row in facts["skipped"] if row["what"].startswith("chosen and rejected are identical")]
@@ -161,7 +161,7 @@ def _shared(data: PreferenceData, where: np.ndarray) -> dict:
     table = data.table
     chosen, rejected, shared = table.chosen_length[where], table.rejected_length[where], table.shared_length[where]
     alone = chosen + rejected - shared
-    prompts, group = np.unique(table.prompt_id[where], return_inverse=True)
+    prompts, group = np.unique(table.prompts(where), return_inverse=True)
     prefix = np.full(len(prompts), np.iinfo(np.int64).max)
     np.minimum.at(prefix, group, np.minimum(table.prompt_length[where], shared))
     both, ids = np.tile(group, 2), np.concatenate((table.chosen_id[where], table.rejected_id[where]))

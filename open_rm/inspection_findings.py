@@ -51,6 +51,11 @@ def _source_findings(source: dict) -> list[str]:
         )
     if not source["pairs"]:
         return findings
+    if source["promptless"]:
+        findings.append(
+            f"{counted(source['promptless'], 'pair')} lost the whole prompt to --overlength truncate, since an answer "
+            "fills --max_token_length; raise it, or leave such pairs out with --overlength filter"
+        )
     duplicates, contradictory = source["duplicates"], source["contradictory"]
     if duplicates["count"]:
         findings.append(

@@ -64,12 +64,15 @@ class Policy:
 
 @dataclass
 class Prepared:
-    """A block's outcome. batch: kept pairs.  dropped: reason -> (pairs, first place).  bad: (place, what is wrong)."""
+    """A block's outcome. batch: kept pairs.  dropped: reason -> (pairs, first place).  bad: (place, what is wrong).
+
+    promptless: among the truncated pairs, those whose prompt was cut away."""
 
     batch: pa.RecordBatch | None = None
     forms: Counter = field(default_factory=Counter)
     ties: int = 0
     truncated: int = 0
+    promptless: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
@@ -146,12 +149,13 @@ def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -
         place, _, times = block[number]
         if number in faults:
             continue
-        ids, reason, cut = _within_limits(ids, policy)
+        cut, reason = _within_limits(ids, policy)
         if reason:
             done.drop(reason, times, place)
         else:
-            done.truncated += times * cut
-            kept += [(ids, pair.margin, place)] * times
+            done.truncated += times * (cut is not ids)
+            done.promptless += times * (_has_prompt(ids) and not _has_prompt(cut))
+            kept += [(cut, _prompt_id(ids), pair.margin, place)] * times
     done.batch = _record_batch(kept, source)
     return done
 
@@ -257,8 +261,8 @@ def _fault(pair: PairIds, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None, bool]:
-    """(the pair, why it is dropped or None, whether it was cut)"""
+def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None]:
+    """(the pair as it is trained on, why it is dropped or None)"""
     limits = {
         "max_token_length": policy.max_token_length,
         "max_prompt_token_length": policy.max_prompt_token_length,
@@ -269,12 +273,22 @@ def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None, 
     elif max(len(pair.chosen), len(pair.rejected)) > policy.max_token_length:
         reason = f"a side > {policy.max_token_length} tokens"
     if reason is None or policy.overlength == "filter":
-        return pair, reason, False
+        return pair, reason
     cut = tokenization.truncate(pair, bos_token_id=policy.tokenizer.bos_token_id, **limits)
-    return cut, "identical after truncation" if cut.chosen == cut.rejected else None, True
+    return cut, "identical after truncation" if cut.chosen == cut.rejected else None
 
 
-def _record_batch(pairs: list[tuple[PairIds, float | None, str]], source: int) -> pa.RecordBatch:
+def _has_prompt(pair: PairIds) -> bool:
+    """One token is no prompt: it is a BOS, or where the sides of an implied prompt happen to start."""
+    return len(pair.prompt) > 1
+
+
+def _prompt_id(pair: PairIds) -> int:
+    """Of the prompt before it is cut; pairs without one are not of the same prompt."""
+    return _content_id(np.array(pair.prompt if _has_prompt(pair) else pair.chosen + pair.rejected, np.int32))
+
+
+def _record_batch(pairs: list[tuple[PairIds, int, float | None, str]], source: int) -> pa.RecordBatch:
     chosen = [np.array(ids.chosen, np.int32) for ids, *_ in pairs]
     rejected = [np.array(ids.rejected, np.int32) for ids, *_ in pairs]
     columns = {
@@ -284,10 +298,10 @@ def _record_batch(pairs: list[tuple[PairIds, float | None, str]], source: int) -
         "rejected_length": [len(ids) for ids in rejected],
         "prompt_length": [len(ids.prompt) for ids, *_ in pairs],
         "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
-        "prompt_id": [_content_id(np.array(ids.prompt, np.int32)) for ids, *_ in pairs],
+        "prompt_id": [prompt_id for _, prompt_id, *_ in pairs],
         "chosen_id": [_content_id(ids) for ids in chosen],
         "rejected_id": [_content_id(ids) for ids in rejected],
-        "margin": [float("nan") if margin is None else margin for _, margin, _ in pairs],
+        "margin": [float("nan") if margin is None else margin for *_, margin, _ in pairs],
         "source": [source] * len(pairs),
         "place": [place for *_, place in pairs],
     }

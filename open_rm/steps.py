@@ -28,7 +28,8 @@ class PairTable:
     """What is known of each pair without its tokens. All [pairs].
 
     chosen_length, rejected_length: tokens.  shared_length: tokens that the two sides have in common from the start.
-    prompt_length: tokens of the prompt.  prompt_id, chosen_id, rejected_id: equal where the tokens are equal.
+    prompt_length: tokens of the prompt.  chosen_id, rejected_id: equal where the tokens are equal.
+    prompt_id: equal where the prompts were equal before they were cut; a pair without a prompt has one of its own.
     """
 
     chosen_length: np.ndarray
@@ -41,6 +42,10 @@ class PairTable:
 
     def __len__(self) -> int:
         return len(self.chosen_length)
+
+    def prompts(self, indices: np.ndarray) -> np.ndarray:
+        """[n] equal where the prompts' tokens are: answers of several lengths cut one prompt to several lengths."""
+        return self.prompt_id[indices] ^ (self.prompt_length[indices] << 40)  # ids are hashes, all their bits random
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def _units(indices: np.ndarray, table: PairTable, layout: str, most: int) -> lis
     """What is dealt: pairs, or up to `most` pairs of one prompt where the layout shares it."""
     if layout != "shared_prefix" or most == 1:
         return [indices[i : i + 1] for i in range(len(indices))]
-    groups = [indices[group] for group in groups_of(table.prompt_id[indices])]
+    groups = [indices[group] for group in groups_of(table.prompts(indices))]
     return [group[start : start + most] for group in groups for start in range(0, len(group), most)]
 
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import shared_data
 from pyarrow import parquet
 
+from open_rm import steps
 from open_rm.data import load_preference_data
 from open_rm.errors import UserError
 from open_rm.rows import Reading, read_row
@@ -289,6 +290,37 @@ def test_pairs_of_one_prompt_have_one_id_also_where_its_last_token_merges_with_t
     content = [{"prompt": "Q: ", "chosen": f"{a} it is", "rejected": f"{b} it is"} for a, b in ("xy", "yz", "xz")]
     data = load([write_rows(content), "1.0"])
     assert len(set(data.table.prompt_id.tolist())) == 1
+
+
+def answered(prompt: str, chosen: int, rejected: int) -> dict:
+    """A row whose answers have about so many tokens."""
+    return {"prompt": prompt, "chosen": "yes " * chosen, "rejected": "no " * rejected}
+
+
+def test_a_prompt_is_the_same_however_its_answers_cut_it(load, write_rows):
+    content = [answered("one two three four ", *sizes) for sizes in ((2, 4), (4, 2), (8, 4), (90, 4), (80, 4))]
+    content += [answered("five six seven eight ", 90, 4)]
+    content += [{"chosen": f"{a} it is", "rejected": f"{b} it is"} for a, b in ("xy", "yz")]  # no prompt at all
+    data = load([write_rows(content), "1.0"], max_token_length=32, overlength="truncate")
+    ids, cut = data.table.prompt_id.tolist(), data.table.prompts(np.arange(8)).tolist()
+    assert len(set(ids[:5])) == 1
+    assert len({ids[0], *ids[5:]}) == 4
+    prompts = [tuple(chosen[:n]) for (chosen, _), n in zip(data.pairs(range(8)), data.table.prompt_length, strict=True)]
+    assert 2 < len(set(prompts[:5])) < 5
+    assert [cut.index(one) for one in cut[:5]] == [prompts.index(one) for one in prompts[:5]]
+    assert data.facts[0]["promptless"] == sum(len(prompt) < 2 for prompt in prompts[:6]) == 3
+    assert f"{data.facts[0]['truncated']} truncated (3 lost their whole prompt)" in data.report[0]
+
+
+def test_micro_batches_of_cut_prompts_hold_what_was_planned(load, write_rows):
+    rng = np.random.default_rng(0)
+    content = [answered(f"{i % 8} and " * 9, *rng.integers(1, 50, 2).tolist()) for i in range(64)]
+    data = load([write_rows(content), "1.0"], max_token_length=64, overlength="truncate")
+    assert len(set(data.table.prompt_id.tolist())) < len(set(data.table.prompts(np.arange(len(data))).tolist()))
+    plan = steps.plan_step(np.arange(len(data)), data.table, layout="shared_prefix", world_size=2, max_tokens=300)
+    for rank in plan.ranks:
+        for part, batch in data.batches(rank, "shared_prefix", pad_token_id=2):
+            assert batch.computed <= 300 or len(part.indices) == 1
 
 
 def test_labels_of_sources_are_unique(write_rows, tmp_path):

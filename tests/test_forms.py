@@ -283,7 +283,7 @@ def expected(name: str, adds_bos: bool = False) -> list[tuple[list[int], list[in
 
 def clean_facts(form: str, rows: int) -> dict:
     """What the facts of a source say where nothing is lost."""
-    counts = {"rows": rows, "taken": rows, "kept": rows, "ties": 0, "truncated": 0}
+    counts = {"rows": rows, "taken": rows, "kept": rows, "ties": 0, "truncated": 0, "promptless": 0}
     return counts | {"forms": {form: rows}, "dropped": {}, "skipped": []}
 
 

@@ -232,6 +232,14 @@ def test_a_few_pairs_say_nothing_about_length(look):
     assert look(clean_rows(8)[1::2])["findings"] == []
 
 
+def test_prompts_that_were_cut_away_are_found(look):
+    long = [messages(f"The lake {i}?", "yes " * 300, "no") for i in range(3)]
+    report = look(clean_rows() + long, overlength="truncate")
+    finding = next(finding for finding in report["findings"] if "lost the whole prompt" in finding)
+    assert finding.startswith("train ") and "3 pairs" in finding and "--max_token_length" in finding
+    assert not any("lost" in finding for finding in look(clean_rows(), overlength="truncate")["findings"])
+
+
 def test_many_dropped_pairs_are_found(look):
     long = [messages(f"The lake {i} " * 300, "yes", "no") for i in range(3)]
     one_finding(look(clean_rows() + long), "13.0% of the pairs are dropped", "prompt > 256 tokens", "train.jsonl:21")

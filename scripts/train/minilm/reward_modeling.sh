@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What:  a pretrained encoder of 22 M weights (all-MiniLM-L6-v2) as a reward model, on a laptop.
 # Needs: Python 3.11+, no GPU. MODEL: the encoder's folder or Hub name; DATASET, EVAL_DATASET: pairs of messages, by default
-#        ../shared/data/alpaca_eval.
+#        ../shared/data/alpaca_eval. VARIANT=decoder: for comparison a decoder of the encoder's sizes with random weights.
 # Gives: output/<run name>/, in about ten minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -10,6 +10,7 @@ source scripts/launch.sh
 MODEL=${MODEL:-sentence-transformers/all-MiniLM-L6-v2}
 DATASET=${DATASET:-../shared/data/alpaca_eval/train.jsonl}
 EVAL_DATASET=${EVAL_DATASET:-../shared/data/alpaca_eval/test.jsonl}
+VARIANT=${VARIANT:-encoder}
 PER_DEVICE=${PER_DEVICE:-8}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}
 flags=(
@@ -27,4 +28,28 @@ flags=(
     --num_train_epochs 1                  # a second one overfits: 0.755 after it
     --num_evals 3
 )
+case $VARIANT in
+    encoder) ;;
+    decoder)
+        flags+=(--exp_name decoder_rm --model_name_or_path output/decoder --learning_rate 3e-4 --group_by_prompt)
+        if [[ ${DRY:-0} != 1 ]]; then
+            set_up_python requirements.txt
+            "$PYTHON" - "$MODEL" <<'PY'
+import sys
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+encoder, tokenizer = AutoConfig.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+names = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+config = LlamaConfig(
+    **{name: getattr(encoder, name) for name in names},
+    intermediate_size=encoder.intermediate_size * 2 // 3,  # three matrices a layer where an encoder has two
+    bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
+)
+set_seed(1)
+LlamaForCausalLM(config).save_pretrained("output/decoder")
+tokenizer.save_pretrained("output/decoder")
+PY
+        fi ;;
+    *) echo "error: VARIANT is encoder or decoder, not '$VARIANT'" >&2; exit 1 ;;
+esac
 launch "${flags[@]}" "$@"
