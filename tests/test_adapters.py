@@ -125,6 +125,20 @@ def test_zero_stages_and_processes_give_the_same_run(runs, stage, processes, pac
     assert head.shape == (1, 128)  # not the empty stand-in of stage 3
 
 
+def test_a_merged_folder_of_stage_3_has_the_weights_of_none(runs, toy, tmp_path):
+    changes = {"num_evals": 0, "learning_rate": "1e-3", "merge_adapter": True}
+    plain, _ = runs(**changes, load_in_4bit=False, batching="padded")
+    flags = LORA | changes | {"deepspeed": "configs/ds/zero3.json", "per_device_train_batch_size": 4}
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", **flags), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", plain))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        # Adam divides by the root of a squared gradient: rounding moves small gradients' steps, six of 1e-3
+        assert torch.allclose(ours[name], weight, atol=2e-5), name
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
 def test_bfloat16_works_under_every_stage(toy, tmp_path, stage):
     flags = LORA | {"total_episodes": 16, "dtype": "bfloat16", "deepspeed": f"configs/ds/{stage}.json"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_recipe, toy_flags
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -262,8 +263,10 @@ def test_custom_code_never_runs_unless_it_is_trusted(custom, toy, tmp_path):
     assert "CODE OF THE MODEL RUNS" not in done.stdout + done.stderr
 
 
-def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom, toy, tmp_path):
-    flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, trust_remote_code=True, total_episodes=16)
+@pytest.mark.parametrize("adapted", [False, True], ids=["in full", "merged adapter"])
+def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom, toy, tmp_path, adapted):
+    changes = {"total_episodes": 16, "use_peft": adapted, "merge_adapter": adapted}
+    flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, trust_remote_code=True, **changes)
     done = run_recipe(*flags, env={"HF_HOME": str(tmp_path / "hub")})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "CODE OF THE MODEL RUNS" in done.stdout
@@ -289,6 +292,23 @@ def test_a_mixture_of_experts_without_it_trains_padded(tokenizer, tmp_path):
     sequences = [ids for side in zip(*PAIRS, strict=True) for ids in side]
     reloaded = saving.plain_rewards(str(tmp_path / "saved"), sequences)
     assert reloaded["one by one"] == pytest.approx(ours.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_an_adapter_on_a_mixture_of_experts_is_reloaded(merged, toy, tmp_path):
+    """Its experts are no linear layers but one tensor: they stay frozen, attention and the head are trained."""
+    base = tmp_path / "base"
+    shutil.copytree(toy / "model", base)
+    transformers.set_seed(1)
+    sizes = GQA | {"vocab_size": 1024, "num_local_experts": 2, "num_experts_per_tok": 1}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).save_pretrained(base)
+    changes = {"model_name_or_path": base, "use_peft": True, "merge_adapter": merged, "total_episodes": 16}
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", **changes))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
+    weights = load_file(tmp_path / "out" / ("model.safetensors" if merged else "adapter_model.safetensors"))
+    adapted = {name.split(".")[-3] for name in weights if "lora" in name}
+    assert adapted == (set() if merged else {"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
 def test_an_adapter_as_a_starting_point_is_refused(tmp_path):

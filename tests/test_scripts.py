@@ -1,10 +1,14 @@
 """The bash recipes resolve to the command that they promise."""
 
+import json
 import os
 import shlex
+import string
 import subprocess
+import sys
 
 import pytest
+import transformers
 from conftest import REPOSITORY
 
 from open_rm.arguments import Args, check_args
@@ -122,6 +126,41 @@ def test_the_recipes_after_xtuner_have_its_settings(qlora):
 def test_the_sentiment_recipe_has_trls_variants(variant, name, value):
     args = recipe_args(dry("pythia/reward_modeling_1b_sentiment.sh", VARIANT=variant))
     assert getattr(args, name) == value
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [("encoder", "BertForSequenceClassification"), ("decoder", "LlamaForSequenceClassification")]
+)
+def test_the_minilm_recipe_trains_the_encoder_or_a_decoder_of_its_sizes(variant, name, toy, tmp_path):
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *"abcdefghijklmnopqrstuvwxyz.,?:",
+        *map("##{}".format, string.ascii_lowercase),
+    ]
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "bert")
+    sizes = dict(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    data = {"DATASET": str(toy / "data/train.jsonl"), "EVAL_DATASET": str(toy / "data/test.jsonl")}
+    folders = {"MODEL": str(tmp_path / "bert"), "DECODER": str(tmp_path / "decoder"), "PYTHON": sys.executable}
+    script = str(REPOSITORY / "scripts/train/minilm/reward_modeling.sh")
+    flags = ["--output_dir", tmp_path / "out", "--total_episodes", "16", "--num_evals", "0"]
+    done = subprocess.run(
+        ["bash", script, *map(str, flags), "--dataset_local_cache_dir", str(tmp_path / "cache")],
+        env={**os.environ, **data, **folders, "VARIANT": variant},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["architectures"] == [name]
+    assert (saved["hidden_size"], saved["intermediate_size"]) == (16, 48 if variant == "encoder" else 32)
 
 
 def test_every_recipe_is_listed():

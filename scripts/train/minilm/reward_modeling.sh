@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What:  a pretrained encoder of 22 M weights (all-MiniLM-L6-v2) as a reward model, on a laptop.
 # Needs: Python 3.11+, no GPU. MODEL: the encoder's folder or Hub name; DATASET, EVAL_DATASET: pairs of messages, by default
-#        ../shared/data/alpaca_eval. VARIANT=decoder: for comparison a decoder of the encoder's sizes with random weights.
+#        ../shared/data/alpaca_eval. VARIANT=decoder: a decoder of its sizes with random weights instead, to compare.
 # Gives: output/<run name>/, in about ten minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -11,6 +11,7 @@ MODEL=${MODEL:-sentence-transformers/all-MiniLM-L6-v2}
 DATASET=${DATASET:-../shared/data/alpaca_eval/train.jsonl}
 EVAL_DATASET=${EVAL_DATASET:-../shared/data/alpaca_eval/test.jsonl}
 VARIANT=${VARIANT:-encoder}
+DECODER=${DECODER:-output/decoder}
 PER_DEVICE=${PER_DEVICE:-8}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}
 flags=(
@@ -31,14 +32,17 @@ flags=(
 case $VARIANT in
     encoder) ;;
     decoder)
-        flags+=(--exp_name decoder_rm --model_name_or_path output/decoder --learning_rate 3e-4 --group_by_prompt)
+        flags+=(--exp_name decoder_rm --model_name_or_path "$DECODER" --learning_rate 3e-4 --group_by_prompt)
         if [[ ${DRY:-0} != 1 ]]; then
             set_up_python requirements.txt
-            "$PYTHON" - "$MODEL" <<'PY'
+            "$PYTHON" - "$MODEL" "$DECODER" <<'PY'
 import sys
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-encoder, tokenizer = AutoConfig.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+try:
+    encoder, tokenizer = AutoConfig.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+except (OSError, ValueError) as error:
+    sys.exit(f"error: MODEL={sys.argv[1]}: cannot be read ({str(error).splitlines()[0]})")
 names = "vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 config = LlamaConfig(
     **{name: getattr(encoder, name) for name in names},
@@ -46,8 +50,8 @@ config = LlamaConfig(
     bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
 )
 set_seed(1)
-LlamaForCausalLM(config).save_pretrained("output/decoder")
-tokenizer.save_pretrained("output/decoder")
+LlamaForCausalLM(config).save_pretrained(sys.argv[2])
+tokenizer.save_pretrained(sys.argv[2])
 PY
         fi ;;
     *) echo "error: VARIANT is encoder or decoder, not '$VARIANT'" >&2; exit 1 ;;
