@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 set_up_python requirements-dev.txt
 # a file stays in one process, since its tests share runs
-exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

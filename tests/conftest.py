@@ -15,8 +15,19 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run side by side, a process for each core; threads of their own would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is compiled: a run that was killed while it compiled would leave a lock that later runs wait for.
 os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull
+
+# A file is run by one process, so the longest come first: none is left over when the others are done.
+LONGEST = ("adapters", "engine", "objectives", "recipe", "families", "layouts", "tracking", "hub", "trl_parity")
+
+
+def pytest_collection_modifyitems(items):
+    """The files of LONGEST, then the others as they were."""
+    rank = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +75,7 @@ def run_recipe(
     launcher = [sys.executable, "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of a group in this process
         environment.pop(name, None)
     environment.update(env or {})
