@@ -36,6 +36,14 @@ class Adapter:
     load_in_4bit: bool = False
 
 
+def of(args) -> Adapter | None:
+    """The adapter that the flags ask for (arguments.Args)."""
+    if not args.use_peft:
+        return None
+    size = {"rank": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
+    return Adapter(**size, target_modules=tuple(args.lora_target_modules), load_in_4bit=args.load_in_4bit)
+
+
 def quantization(dtype: torch.dtype | str) -> BitsAndBytesConfig:
     """4-bit NF4 weights that compute in `dtype`; the score head stays as it is."""
     return BitsAndBytesConfig(

@@ -51,7 +51,8 @@ class Args:
     lora_dropout: float = 0.0
     """Dropout on the adapter's input; any makes rewards in training differ from those in evaluation."""
     lora_target_modules: list[str] = field(default_factory=list)
-    """Linear layers to adapt, by the last part of their names, e.g. q_proj v_proj. Empty: all of the backbone's."""
+    """Linear layers to adapt, by the last part of their names, e.g. q_proj v_proj. Empty: all of the backbone's; a
+    mixture's experts are none."""
     load_in_4bit: bool = False
     """Hold the frozen weights in 4 bits (QLoRA). With use_peft."""
     merge_adapter: bool = False
@@ -122,7 +123,8 @@ class Args:
     """Chosen must lead by the pair's margin (Llama 2). Every training pair needs one."""
     # ---- optimizer
     optim: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    """AdamW, fused; with 8-bit moments (bitsandbytes), a quarter of their memory; or Adafactor (torch), with almost none."""
+    """AdamW, fused; with 8-bit moments (bitsandbytes), a quarter of their memory; or Adafactor (torch), with almost none and
+    steps of learning_rate times the size of each weight, so that it wants a larger one."""
     learning_rate: float = 3e-6
     """Peak learning rate."""
     eps: float = 1e-5
@@ -258,6 +260,11 @@ def check_args(args: Args) -> None:
         (
             args.total_episodes is not None and args.num_train_epochs != Args.num_train_epochs,
             "--total_episodes and --num_train_epochs both say how long to train; pass one",
+        ),
+        (
+            args.optim == "adafactor" and (args.use_peft or args.score_init == "zeros"),
+            "--optim adafactor makes steps relative to the weights, and --score_init zeros and --use_peft begin at zero; "
+            "pass another --optim",
         ),
         (
             args.focal_gamma != Args.focal_gamma and args.loss_type != "focal",

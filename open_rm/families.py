@@ -2,8 +2,9 @@
 
 from transformers import AutoConfig
 
-from open_rm.adapters import is_adapter
+from open_rm.adapters import Adapter, is_adapter
 from open_rm.errors import UserError, quote_error
+from open_rm.tokenization import reward_id_of
 
 # Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
 # shown equal to padded batches by tests/test_layouts.py.
@@ -88,6 +89,30 @@ def read_config(name: str, *, revision: str | None, max_token_length: int, trust
             f"pass --max_token_length {positions} or less"
         )
     return config
+
+
+def check_together(name: str, config, tokenizer, *, adapter: Adapter | None, merge_adapter: bool) -> None:
+    """Refuse what this model, its tokenizer and an adapter cannot do together; `config` is from `read_config`."""
+    encoder, pad = config.model_type in ENCODERS, config.get_text_config().pad_token_id
+    if reward_id_of(tokenizer) is not None and encoder:
+        raise UserError(
+            f"--reward_token: {name} is an encoder, whose reward is read where its pooling says; leave it out"
+        )
+    if adapter is None:
+        return
+    if encoder:
+        raise UserError(f"--use_peft is for decoders, and {name} is an encoder ({config.model_type}); train it in full")
+    if adapter.load_in_4bit and config.model_type in TRANSPOSED:
+        raise UserError(
+            f"--load_in_4bit: {config.model_type} stores its layers transposed, and 4 bits lose that; leave it out"
+        )
+    if not merge_adapter and pad not in (None, tokenizer.pad_token_id):
+        # An adapter's folder holds no config: clients would look for the last token that is not the base's pad.
+        raise UserError(
+            f"--use_peft: the config of {name} pads with {tokenizer.convert_ids_to_tokens(pad)!r}, which is "
+            f"not the pad here, {tokenizer.pad_token!r}, and clients of an adapter would read the reward at another "
+            "token; add --merge_adapter"
+        )
 
 
 def name_own_class(config) -> None:

@@ -162,9 +162,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 where = {where}
 tokenizer = AutoTokenizer.from_pretrained(**where)
-base = {{"num_labels": 1, "quantization_config": {packed}}}
+base = {{"num_labels": 1, "dtype": "{dtype}", "quantization_config": {packed}}}
 model = AutoPeftModelForSequenceClassification.from_pretrained(**where, **base).eval()
-model.base_model.model.config.pad_token_id = tokenizer.pad_token_id  # for batches"""
+model.base_model.model.config.pad_token_id = tokenizer.pad_token_id"""
 
 PACKED = """BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"
@@ -239,7 +239,9 @@ def write_card(
     card = CARD.format(
         header=header,
         title=title,
-        load=ADAPTER.format(where=where, packed=packed) if adapter else WHOLE.format(where=where),
+        load=ADAPTER.format(where=where, packed=packed, dtype=loading["dtype"])
+        if adapter
+        else WHOLE.format(where=where),
         base_model=base_model,
         data=", ".join(data),
         text="tokenizer.apply_chat_template(messages, tokenize=False)" if chat else f'prompt + answer + "{ending}"',

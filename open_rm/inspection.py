@@ -161,14 +161,14 @@ def _shared(data: PreferenceData, where: np.ndarray) -> dict:
     table = data.table
     chosen, rejected, shared = table.chosen_length[where], table.rejected_length[where], table.shared_length[where]
     alone = chosen + rejected - shared
-    prompts, group = np.unique(table.prompts(where), return_inverse=True)
-    prefix = np.full(len(prompts), np.iinfo(np.int64).max)
+    cut, group = np.unique(table.prompts(where), return_inverse=True)
+    prefix = np.full(len(cut), np.iinfo(np.int64).max)
     np.minimum.at(prefix, group, np.minimum(table.prompt_length[where], shared))
     both, ids = np.tile(group, 2), np.concatenate((table.chosen_id[where], table.rejected_id[where]))
     distinct = first_with_same(both, ids) == np.arange(2 * len(where))
     own = (np.concatenate((chosen, rejected)) - prefix[both])[distinct]
-    together = prefix + np.bincount(both[distinct], own, len(prompts)).astype(np.int64)
-    apart = np.bincount(group, alone, len(prompts)).astype(np.int64)
+    together = prefix + np.bincount(both[distinct], own, len(cut)).astype(np.int64)
+    apart = np.bincount(group, alone, len(cut)).astype(np.int64)
     by_prompt = int(np.where(np.bincount(group) > 1, np.minimum(together, apart), apart).sum())
     tokens, by_pair = int((chosen + rejected).sum()), int(alone.sum())
     return {
@@ -176,7 +176,7 @@ def _shared(data: PreferenceData, where: np.ndarray) -> dict:
         "share": int(shared.sum()) / tokens,
         "by_pair": {"tokens": by_pair, "ratio": tokens / by_pair},
         "by_prompt": {"tokens": by_prompt, "ratio": tokens / by_prompt},
-        "prompts": len(prompts),
+        "prompts": len(np.unique(table.prompt_id[where])),
     }
 
 
@@ -216,8 +216,7 @@ def _scored(data: PreferenceData, where: np.ndarray, last: np.ndarray, tokenizer
 def _overlap(train: PreferenceData, held_out: PreferenceData) -> list[dict]:
     """Held-out prompts and whole sides that are in the training data, per held-out source."""
     table, trained = held_out.table, train.table
-    # A prompt of one token is no prompt: it is where the sides of an implied one happen to start.
-    prompt = np.isin(table.prompt_id, trained.prompt_id) & (table.prompt_length > 1)
+    prompt = np.isin(table.prompt_id, trained.prompt_id)
     trained_sides = np.concatenate((trained.chosen_id, trained.rejected_id))
     side = np.isin(table.chosen_id, trained_sides) | np.isin(table.rejected_id, trained_sides)
     found, ids = [], held_out.source_ids()

@@ -24,7 +24,6 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from open_rm import adapters, attention, cpu_kernels, families, last_layer
 from open_rm.errors import UserError, quote_error
-from open_rm.tokenization import reward_id_of
 
 
 class ScoreHead(nn.Linear):
@@ -137,16 +136,6 @@ def load_reward_model(
         the model, and one line for the log on each thing a user would want to know about it.
     """
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    if adapter is not None and config.model_type in families.ENCODERS:
-        raise UserError(f"--use_peft is for decoders, and {name} is an encoder ({config.model_type}); train it in full")
-    if adapter is not None and adapter.load_in_4bit and config.model_type in families.TRANSPOSED:
-        raise UserError(
-            f"--load_in_4bit: {config.model_type} stores its layers transposed, and 4 bits lose that; leave it out"
-        )
-    if reward_id_of(tokenizer) is not None and config.model_type in families.ENCODERS:
-        raise UserError(
-            f"--reward_token: {name} is an encoder, whose reward is read where its pooling says; leave it out"
-        )
     if trust_remote_code:
         families.name_own_class(config)
     else:
@@ -210,12 +199,14 @@ def load_reward_model(
             notes.append(f"embeddings resized from {before} to {len(tokenizer)} rows for added tokens")
     for part in (classifier.config, classifier.config.get_text_config()):
         part.pad_token_id = tokenizer.pad_token_id
+    pooling = [key for key in new if not key.startswith(("score.", "classifier."))]
     if any(key.endswith(("score.weight", "classifier.weight")) for key in new):
         notes.append(initialise_head(head, seed, score_init))
-        if pooling := [key for key in new if not key.startswith(("score.", "classifier."))]:
+        if pooling:
             notes.append(f"new besides the score head: {', '.join(pooling)}")
     else:
-        notes.append("the checkpoint already is a reward model: its score head is kept")
+        ignored = ", and --score_init zeros does nothing" if score_init == "zeros" else ""
+        notes.append(f"the checkpoint already is a reward model: its score head is kept{ignored}")
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -228,7 +219,9 @@ def load_reward_model(
         for key, parameter in classifier.named_parameters():
             parameter.requires_grad_(key in new or not key.startswith(f"{classifier.base_model_prefix}."))
         trained = sum(_size(p) for p in classifier.parameters() if p.requires_grad)
-        notes.append(f"backbone frozen: {trained} weights of the score head are trained")
+        notes.append(
+            f"backbone frozen: {trained} weights of the score head{' and the new pooling' if pooling else ''} are trained"
+        )
     adapted = None
     if adapter is not None:
         adapted = adapters.adapt(classifier, adapter, name=name, revision=revision, seed=seed)
@@ -270,18 +263,24 @@ def model_shape(model: RewardModel) -> Shape:
 
 def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
     """Swap in Liger's fused RMSNorm, RoPE and SwiGLU on a GPU, those of cpu_kernels.py elsewhere; returns the log's line."""
-    family = model.classifier.config.model_type
     if device.type != "cuda":
         fused = cpu_kernels.apply(model.classifier) if model.classifier.dtype == torch.float32 else 0
         ours = f"; our own CPU functions for rotary embeddings and norms are on in {fused} modules" if fused else ""
         return f"Liger kernels off: they are Triton kernels and there is no GPU{ours}"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
+    # The backbone, since some of Liger's functions know no sequence classifier; of models that also see, the one that reads.
+    backbone = getattr(model.classifier, model.backbone_name)
+    backbone = getattr(backbone, "language_model", backbone)
+    family = backbone.config.model_type
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"Liger kernels off: liger-kernel has none for {family}"
     # This patches transformers' modules, not only this model: what is built in this process afterwards is not plain.
     # The fused losses of language modelling stay out: there is no vocabulary head here.
-    _apply_liger_kernel_to_instance(model.classifier, cross_entropy=False, fused_linear_cross_entropy=False)
+    try:
+        _apply_liger_kernel_to_instance(backbone, cross_entropy=False, fused_linear_cross_entropy=False)
+    except TypeError as error:
+        return f"Liger kernels off: liger-kernel does not take {type(backbone).__name__} ({quote_error(error)})"
     return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
 
 

@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
 # Text of more characters is dropped unread: a tokenizer may need minutes for it, and it is too long in any case.
 LONGEST_TEXT = 1_000_000
 CHARACTERS_PER_TOKEN = 20
+IMPLIED_PROMPT_TOKENS = 8
 Block = list[tuple[str, object, int]]  # (place, row or the UserError that reading it gave, times it is taken)
 
 
@@ -154,8 +155,8 @@ def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -
             done.drop(reason, times, place)
         else:
             done.truncated += times * (cut is not ids)
-            done.promptless += times * (_has_prompt(ids) and not _has_prompt(cut))
-            kept += [(cut, _prompt_id(ids), pair.margin, place)] * times
+            done.promptless += times * (_names_prompt(pair, ids) and len(cut.prompt) <= 1 < len(ids.prompt))
+            kept += [(cut, _prompt_id(pair, ids), pair.margin, place)] * times
     done.batch = _record_batch(kept, source)
     return done
 
@@ -278,14 +279,17 @@ def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None]:
     return cut, "identical after truncation" if cut.chosen == cut.rejected else None
 
 
-def _has_prompt(pair: PairIds) -> bool:
-    """One token is no prompt: it is a BOS, or where the sides of an implied prompt happen to start."""
-    return len(pair.prompt) > 1
+def _names_prompt(pair: Preference, ids: PairIds) -> bool:
+    """Whether the row has a prompt, or text without one begins alike for so long that this must be it.
+
+    Without a prompt `ids.prompt` is what the chat template writes first, or where two texts happen to begin alike.
+    """
+    return bool(pair.prompt) or (pair.kind != "messages" and len(ids.prompt) >= IMPLIED_PROMPT_TOKENS)
 
 
-def _prompt_id(pair: PairIds) -> int:
+def _prompt_id(pair: Preference, ids: PairIds) -> int:
     """Of the prompt before it is cut; pairs without one are not of the same prompt."""
-    return _content_id(np.array(pair.prompt if _has_prompt(pair) else pair.chosen + pair.rejected, np.int32))
+    return _content_id(np.array(ids.prompt if _names_prompt(pair, ids) else ids.chosen + ids.rejected, np.int32))
 
 
 def _record_batch(pairs: list[tuple[PairIds, int, float | None, str]], source: int) -> pa.RecordBatch:

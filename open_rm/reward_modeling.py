@@ -78,6 +78,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     repo_id = engine.on_main_rank(claim, ranks)
 
     source = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    adapter = adapters.of(args)
 
     # ---- data: tokenized once, by the main rank, into a cache that the others read
     def load():
@@ -98,6 +99,8 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
             reward_token=args.reward_token,
             trust_remote_code=args.trust_remote_code,
         )
+        how = {"adapter": adapter, "merge_adapter": args.merge_adapter}
+        families.check_together(args.model_name_or_path, config, tokenizer, **how)
         train, held_out = preference_data.read_both(
             args.dataset_mixer_list,
             args.dataset_mixer_list_splits,
@@ -121,6 +124,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     notes += [f"eval: {line}" for line in eval_data.report] if eval_data else ["eval: no held-out data was named"]
 
     def look() -> list[str]:
+        saving.rehearse(tokenizer, chat=train_data.chat, trust_remote_code=args.trust_remote_code)
         found = inspection.inspect_data(train_data, eval_data, tokenizer)
         if args.strict:
             inspection.check_strict(found)
@@ -192,10 +196,6 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
         per_device_train_batch_size=args.per_device_train_batch_size,
         max_grad_norm=args.max_grad_norm,
     )
-    adapter = None
-    if args.use_peft:
-        size = {"rank": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
-        adapter = adapters.Adapter(**size, target_modules=args.lora_target_modules, load_in_4bit=args.load_in_4bit)
     reward_model, model_notes = model.load_reward_model(
         args.model_name_or_path,
         **source,

@@ -103,10 +103,9 @@ def save_reward_model(
         merged.config.problem_type, merged.config.id2label = "regression", model.classifier.config.id2label
         merged.config.label2id = model.classifier.config.label2id
         merged.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    _save_tokenizer(path, tokenizer, chat, loading is not None and loading.trust_remote_code)
     if not adapters.is_adapter(path):
         _mend_model_config(path / "config.json")
-    _mend_tokenizer_files(path, tokenizer, chat)
     for file in path.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
             file.chmod(0o644)
@@ -128,7 +127,15 @@ def _mend_model_config(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _mend_tokenizer_files(path: Path, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+def rehearse(tokenizer: PreTrainedTokenizerBase, *, chat: bool, trust_remote_code: bool) -> None:
+    """Before training: save the tokenizer somewhere and refuse one whose clients would get other tokens than training."""
+    with tempfile.TemporaryDirectory() as folder:
+        _save_tokenizer(Path(folder), tokenizer, chat, trust_remote_code)
+        _check_encoding(folder, tokenizer, chat, trust_remote_code)
+
+
+def _save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, chat: bool, trust_remote_code: bool) -> None:
+    tokenizer.save_pretrained(path)
     config_file = path / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
@@ -143,10 +150,13 @@ def _mend_tokenizer_files(path: Path, tokenizer: PreTrainedTokenizerBase, chat: 
     if chat:
         config["add_bos_token"] = False
         unwanted.add(tokenizer.bos_token)
-    _remove_added(path / "tokenizer.json", unwanted)
+    if (path / "tokenizer.json").is_file():  # not of a tokenizer written in Python
+        _remove_added(path / "tokenizer.json", unwanted)
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    added = AutoTokenizer.from_pretrained(path)("a")["input_ids"]
-    if set(added) & {tokenizer.convert_tokens_to_ids(token) for token in unwanted if token}:
+    added = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)("a")["input_ids"]
+    if (path / "tokenizer.json").is_file() and set(added) & {
+        tokenizer.convert_tokens_to_ids(token) for token in unwanted if token
+    }:
         # Some classes (BertTokenizer) put back what their file no longer says; the plain class reads the file alone.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -254,8 +264,8 @@ def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool,
         ids = saved(text, **options)["input_ids"]
         if ids != expected:
             raise UserError(
-                f"{folder}: a client that encodes {text!r} gets the tokens {ids}, and training had {expected}; "
-                "do not use this model"
+                f"the tokenizer, once saved, gives a client that encodes {text!r} the tokens {ids}, and training has "
+                f"{expected}; name another with --tokenizer_name, or another template with --chat_template_name"
             )
 
 

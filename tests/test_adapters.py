@@ -62,9 +62,16 @@ def test_the_folder_gives_plain_clients_the_trainers_rewards(runs, packed, merge
         assert (output / "adapter_model.safetensors").stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["lora", "qlora"])
-def test_the_code_on_the_card_gives_the_reward(runs, packed):
-    output, log = runs(load_in_4bit=packed, merge_adapter=False)
+@pytest.mark.parametrize("base", ["lora", "qlora", "lora beside bfloat16"])
+def test_the_code_on_the_card_gives_the_reward(runs, base, toy, tmp_path):
+    packed = base == "qlora"
+    changes = {"load_in_4bit": packed, "merge_adapter": False}
+    if base == "lora beside bfloat16":  # stored so, trained in float32
+        shutil.copytree(toy / "model", tmp_path / "base")
+        stored = transformers.AutoModelForCausalLM.from_pretrained(toy / "model", dtype="bfloat16")
+        stored.save_pretrained(tmp_path / "base")
+        changes["model_name_or_path"] = tmp_path / "base"
+    output, log = runs(**changes)
     code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     script = f"messages = {messages!r}\n{code}\nprint('REWARD', reward)"

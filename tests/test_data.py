@@ -300,7 +300,7 @@ def answered(prompt: str, chosen: int, rejected: int) -> dict:
 def test_a_prompt_is_the_same_however_its_answers_cut_it(load, write_rows):
     content = [answered("one two three four ", *sizes) for sizes in ((2, 4), (4, 2), (8, 4), (90, 4), (80, 4))]
     content += [answered("five six seven eight ", 90, 4)]
-    content += [{"chosen": f"{a} it is", "rejected": f"{b} it is"} for a, b in ("xy", "yz")]  # no prompt at all
+    content += [{"chosen": f"I {a} it", "rejected": f"I {b} it"} for a, b in ("xy", "yz")]  # alike, but no prompt
     data = load([write_rows(content), "1.0"], max_token_length=32, overlength="truncate")
     ids, cut = data.table.prompt_id.tolist(), data.table.prompts(np.arange(8)).tolist()
     assert len(set(ids[:5])) == 1
@@ -310,6 +310,17 @@ def test_a_prompt_is_the_same_however_its_answers_cut_it(load, write_rows):
     assert [cut.index(one) for one in cut[:5]] == [prompts.index(one) for one in prompts[:5]]
     assert data.facts[0]["promptless"] == sum(len(prompt) < 2 for prompt in prompts[:6]) == 3
     assert f"{data.facts[0]['truncated']} truncated (3 lost their whole prompt)" in data.report[0]
+
+
+def test_pairs_without_a_prompt_are_not_of_one_prompt(load, write_rows):
+    """What the template writes before an answer, or both texts' first word, is no prompt; what HH text shares is."""
+    alone = [
+        {"chosen": [assistant(f"{a} it is")], "rejected": [assistant(f"{b} it is")]} for a, b in ("xy", "yz", "xz")
+    ]
+    assert len(set(load([write_rows(alone), "1.0"]).table.prompt_id.tolist())) == 3
+    start = "\n\nHuman: Tell me something about the lake.\n\nAssistant: "
+    hh = [{"chosen": start + a, "rejected": start + b} for a, b in (("yes", "no"), ("glad", "sad"))]
+    assert len(set(load([write_rows(hh), "1.0"]).table.prompt_id.tolist())) == 1
 
 
 def test_micro_batches_of_cut_prompts_hold_what_was_planned(load, write_rows):

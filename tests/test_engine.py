@@ -109,9 +109,12 @@ def test_other_optimizers_train(toy, tmp_path, losses, optim, stage):
         assert other[-1] < other[0]
 
 
-def test_adafactor_is_refused_where_zero_would_flatten_its_matrices():
+def test_adafactor_is_refused_where_it_cannot_work():
     for changes in ({"deepspeed": str(REPOSITORY / "configs/ds/zero2.json")}, {"dtype": "bfloat16"}):
         with pytest.raises(UserError, match="--optim adafactor needs whole matrices"):
+            check_args(Args(optim="adafactor", **changes))
+    for changes in ({"use_peft": True}, {"score_init": "zeros"}):
+        with pytest.raises(UserError, match="--optim adafactor makes steps relative to the weights"):
             check_args(Args(optim="adafactor", **changes))
     with pytest.raises(UserError, match="--eps is AdamW's"):
         check_args(Args(optim="adafactor", eps=1e-8))

@@ -1,12 +1,15 @@
 """Every family gives, from the saved folder in plain transformers, the rewards that the trainer saw; others are refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import run_recipe, toy_flags
+from conftest import REPOSITORY, run_recipe, toy_flags
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -94,6 +97,48 @@ def test_rewards_equal_plain_transformers_on_the_saved_folder(name, checkpointin
     assert rewards(again, tokenizer).tolist() == pytest.approx(ours, abs=1e-6)
 
 
+LIGER = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
+PATCH_ALL = """
+import torch
+from test_families import FAMILIES, checkpoint, load, model, tokenization
+tokenizer = tokenization.load_tokenizer("{tokenizer}")
+for name in FAMILIES:
+    checkpoint(name, "{folder}/" + name)
+    reward_model, _ = load("{folder}/" + name, tokenizer)
+    print("FAMILY", name + ":", model.apply_fused_kernels(reward_model, torch.device("cuda")))
+"""
+
+
+def test_liger_takes_every_family_it_knows_and_names_those_it_does_not(toy, tmp_path):
+    """Patching needs no GPU, only running does; in a process of its own, since transformers' modules are changed."""
+    script = PATCH_ALL.format(tokenizer=toy / "model", folder=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = dict(line.removeprefix("FAMILY ").split(": ", 1) for line in done.stdout.splitlines() if "FAMILY" in line)
+    assert said.keys() == FAMILIES.keys()
+    assert {name for name, line in said.items() if line.startswith("Liger kernels on")} == set(LIGER)
+    assert said["bert"] == "Liger kernels off: liger-kernel has none for bert"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels are Triton kernels and need a GPU")
+@pytest.mark.parametrize("name", LIGER)
+def test_liger_kernels_give_the_same_rewards_on_a_gpu(name, tokenizer, tmp_path):
+    device = torch.device("cuda", 0)
+    checkpoint(name, tmp_path)
+    plain, fused = (load(tmp_path, tokenizer)[0].to(device) for _ in range(2))
+    inputs = batching.padded_batch(PAIRS, tokenizer.pad_token_id).inputs(device)
+    expected = plain(**inputs)
+    assert model.apply_fused_kernels(fused, device).startswith("Liger kernels on")
+    assert torch.allclose(fused(**inputs), expected, atol=1e-4)  # fused kernels add in another order
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_head_of_zeros_gives_zero_and_a_frozen_backbone_only_trains_the_head(name, tokenizer, tmp_path):
     checkpoint(name, tmp_path)
@@ -111,23 +156,54 @@ def test_a_head_of_zeros_gives_zero_and_a_frozen_backbone_only_trains_the_head(n
 
 def test_a_new_pooling_is_trained_beside_a_frozen_backbone(tokenizer, tmp_path):
     checkpoint("deberta-v2", tmp_path)
-    reward_model, _ = load(tmp_path, tokenizer, freeze_backbone=True)
+    reward_model, notes = load(tmp_path, tokenizer, freeze_backbone=True)
     rewards(reward_model, tokenizer).sum().backward()
     trained = {name for name, parameter in reward_model.named_parameters() if parameter.grad is not None}
     assert {name.split(".")[1] for name in trained} == {"pooler", "classifier"}
+    assert any("weights of the score head and the new pooling are trained" in note for note in notes)
 
 
 def test_a_reward_token_on_an_encoder_is_refused(tokenizer, tmp_path, toy):
     checkpoint("bert", tmp_path)
     with_token = tokenization.load_tokenizer(str(toy / "model"), reward_token="<|reward|>")
     with pytest.raises(UserError, match="--reward_token: .* is an encoder"):
-        load(tmp_path, with_token)
+        check_together(tmp_path, with_token)
 
 
 def test_gpt2_in_four_bits_is_refused(tokenizer, tmp_path):
     checkpoint("gpt2", tmp_path)
     with pytest.raises(UserError, match="gpt2 stores its layers transposed"):
-        load(tmp_path, tokenizer, adapter=adapters.Adapter(4, 8.0, load_in_4bit=True))
+        check_together(tmp_path, tokenizer, adapter=adapters.Adapter(4, 8.0, load_in_4bit=True))
+
+
+def test_an_adapter_on_an_encoder_is_refused(tokenizer, tmp_path):
+    checkpoint("bert", tmp_path)
+    with pytest.raises(UserError, match="--use_peft is for decoders, and .* is an encoder"):
+        check_together(tmp_path, tokenizer, adapter=adapters.Adapter(4, 8.0))
+
+
+def test_an_adapter_whose_clients_would_take_another_token_for_the_pad_is_refused(toy, tmp_path):
+    """As of fine-tuned models whose config pads with their eos."""
+    base, adapter = tmp_path / "base", adapters.Adapter(4, 8.0)
+    shutil.copytree(toy / "model", base)
+    for file, changes in (
+        ("config.json", {"pad_token_id": 1}),
+        ("tokenizer_config.json", {"pad_token": "<|eos|>"}),
+    ):
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | changes))
+    with_own_pad = tokenization.load_tokenizer(str(base))
+    with pytest.raises(UserError, match="pads with '<.eos.>', which is not the pad here, '<.pad.>'.* --merge_adapter"):
+        check_together(base, with_own_pad, adapter=adapter)
+    check_together(base, with_own_pad, adapter=adapter, merge_adapter=True)
+    check_together(toy / "model", with_own_pad, adapter=adapter)
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, use_peft=True))
+    assert done.returncode == 1
+    assert "add --merge_adapter" in done.stderr
+
+
+def check_together(folder, tokenizer, *, adapter=None, merge_adapter=False) -> None:
+    config = families.read_config(str(folder), revision=None, max_token_length=20)
+    families.check_together(str(folder), config, tokenizer, adapter=adapter, merge_adapter=merge_adapter)
 
 
 def test_the_code_of_an_untrusted_model_is_not_named_in_what_is_saved(toy, tokenizer, tmp_path):
@@ -239,9 +315,20 @@ class OwnForSequenceClassification(LlamaForSequenceClassification):
 """
 
 
+CUSTOM_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+print("CODE OF THE TOKENIZER RUNS")
+
+
+class OwnTokenizerFast(PreTrainedTokenizerFast):
+    pass
+"""
+
+
 @pytest.fixture
 def custom(toy, tmp_path):
-    """The toy as a model with code of its own, as InternLM2 comes."""
+    """The toy as a model with code of its own for model and tokenizer, as InternLM2 comes."""
     folder = tmp_path / "custom"
     shutil.copytree(toy / "model", folder)
     (folder / "configuration_own.py").write_text(CUSTOM_CONFIG)
@@ -253,6 +340,11 @@ def custom(toy, tmp_path):
         "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",  # as InternLM2, whose classifier is not named
     }
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenization_own.py").write_text(CUSTOM_TOKENIZER)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "OwnTokenizerFast"
+    config["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -260,7 +352,7 @@ def test_custom_code_never_runs_unless_it_is_trusted(custom, toy, tmp_path):
     done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=custom))
     assert done.returncode == 1
     assert "needs Python code that it brings along; read that code, then pass --trust_remote_code" in done.stderr
-    assert "CODE OF THE MODEL RUNS" not in done.stdout + done.stderr
+    assert "CODE OF THE" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["in full", "merged adapter"])
@@ -269,7 +361,7 @@ def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom,
     flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, trust_remote_code=True, **changes)
     done = run_recipe(*flags, env={"HF_HOME": str(tmp_path / "hub")})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "CODE OF THE MODEL RUNS" in done.stdout
+    assert "CODE OF THE MODEL RUNS" in done.stdout and "CODE OF THE TOKENIZER RUNS" in done.stdout
     assert "padded, not shared_prefix: packed rows are not known to be exact for own" in done.stdout
     assert "reload check" in done.stdout
     assert (tmp_path / "out" / "modeling_own.py").is_file()
@@ -309,6 +401,20 @@ def test_an_adapter_on_a_mixture_of_experts_is_reloaded(merged, toy, tmp_path):
     weights = load_file(tmp_path / "out" / ("model.safetensors" if merged else "adapter_model.safetensors"))
     adapted = {name.split(".")[-3] for name in weights if "lora" in name}
     assert adapted == (set() if merged else {"q_proj", "k_proj", "v_proj", "o_proj"})
+
+
+def test_a_tokenizer_written_in_python_is_saved(toy, tmp_path):
+    """It has no tokenizer.json; bytes, and an end token that its encoder adds."""
+    base = tmp_path / "base"
+    shutil.copytree(toy / "model", base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}"
+    (base / "chat_template.jinja").write_text(template)
+    transformers.ByT5Tokenizer(chat_template=template).save_pretrained(base)
+    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, total_episodes=16))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "reload check" in done.stdout
 
 
 def test_an_adapter_as_a_starting_point_is_refused(tmp_path):

@@ -17,7 +17,7 @@ LEAVES = {
     **dict.fromkeys(("command_line", "messages", "sources"), set()),
     "rows": {"messages"},
     "adapters": set(),
-    "families": {"adapters"},
+    "families": {"adapters", "tokenization"},
     "inspection_findings": {"tokenization"},
     "batching": {"attention"},  # a packed batch carries its segments
     "plan": {"steps"},  # the number of steps is counted by drawing them

@@ -102,6 +102,28 @@ def test_label_smoothing_equals_its_formula():
     assert values.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+DIFFERENTIATED = {
+    "ranking": (ranking_loss, lambda c, r: -math.log(sigmoid(c - r))),
+    "margin": (lambda c, r: ranking_loss(c, r, torch.tensor([0.7])), lambda c, r: -math.log(sigmoid(c - r - 0.7))),
+    "label smoothing": (
+        lambda c, r: ranking_loss(c, r, label_smoothing=0.1),
+        lambda c, r: -0.9 * math.log(sigmoid(c - r)) - 0.1 * math.log(sigmoid(r - c)),
+    ),
+    "L2": (losses.l2_penalty, lambda c, r: c * c + r * r),
+    "centering": (losses.centering_penalty, lambda c, r: (c + r) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, 0.0), (1.5, -0.5), (-2.0, 0.25), (3.0, 3.5)])
+def test_gradients_of_both_sides_are_those_of_the_formula(name, chosen, rejected):
+    ours, formula = DIFFERENTIATED[name]
+    sides = [torch.tensor([value], requires_grad=True) for value in (chosen, rejected)]
+    ours(*sides).sum().backward()
+    expected = [slope(lambda c: formula(c, rejected), chosen), slope(lambda r: formula(chosen, r), rejected)]
+    assert [side.grad.item() for side in sides] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_the_barrier_equals_its_formula_inside_the_bounds_and_so_does_its_gradient():
     rewards = [-4.9, -2.0, 0.0, 1.0, 4.99]
     chosen = torch.tensor(rewards, requires_grad=True)

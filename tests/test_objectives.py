@@ -115,7 +115,7 @@ def test_the_first_loss_with_a_zero_head_is_xtuners_published_one(toy, tmp_path)
 
 
 def test_continuing_from_a_saved_reward_model_starts_at_its_last_evaluation(toy, tmp_path):
-    """With a reward token, a new pad and all: nothing about the rewards is lost in the folder."""
+    """With a reward token: nothing about the rewards is lost in the folder."""
     first = run_recipe(*toy_flags(toy, tmp_path / "first", reward_token="<|reward|>", total_episodes=40))
     assert first.returncode == 0, first.stderr[-3000:]
     again = toy_flags(toy, tmp_path / "second", model_name_or_path=tmp_path / "first", total_episodes=16)

@@ -9,7 +9,8 @@ cd "$(dirname "$0")/../../.."
 source scripts/launch.sh
 
 PER_DEVICE=${PER_DEVICE:-1}               # pairs per forward: 2 x 2048 tokens
-if [[ ${QLORA:-0} == 1 ]]; then GLOBAL_BATCH=${GLOBAL_BATCH:-16}; else GLOBAL_BATCH=${GLOBAL_BATCH:-64}; fi  # XTuner's
+if [[ ${QLORA:-0} == 1 ]]; then GLOBAL_BATCH=${GLOBAL_BATCH:-16}; else GLOBAL_BATCH=${GLOBAL_BATCH:-64}; fi
+# XTuner's 4 x 16 pairs; of its QLoRA variant, which counts 1 x 16 rows of 4096 tokens, only the number
 flags=(
     --exp_name internlm2_1.8b_rm
     --model_name_or_path internlm/internlm2-chat-1_8b-sft

@@ -9,7 +9,7 @@ source scripts/launch.sh
 
 if [[ ${QLORA:-0} == 1 ]]; then GPUS=${GPUS:-1}; else GPUS=${GPUS:-8}; fi
 PER_DEVICE=${PER_DEVICE:-1}               # pairs per forward: 2 x 2048 tokens
-GLOBAL_BATCH=${GLOBAL_BATCH:-128}         # pairs per step: XTuner's 1 x 16 on 8 devices
+GLOBAL_BATCH=${GLOBAL_BATCH:-128}         # pairs per step; XTuner counts 1 x 16 rows of 4096 tokens on 8 devices
 flags=(
     --exp_name llama3_8b_rm
     --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What:  a pretrained encoder of 22 M weights (all-MiniLM-L6-v2) as a reward model, on a laptop.
 # Needs: Python 3.11+, no GPU. MODEL: the encoder's folder or Hub name; DATASET, EVAL_DATASET: pairs of messages, by default
-#        ../shared/data/alpaca_eval. VARIANT=decoder: a decoder of its sizes with random weights instead, to compare.
-# Gives: output/<run name>/, in about ten minutes on 2 cores.
+#        ../shared/data/alpaca_eval. VARIANT=decoder: instead a decoder of its sizes with random weights, which it
+#        writes to DECODER (output/decoder).
+# Gives: output/<run name>/, in 10 to 20 minutes on 2 cores; the decoder in 4.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 source scripts/launch.sh
