@@ -27,7 +27,7 @@ class Args:
     model_revision: str | None = None
     """Branch, tag or commit of the model on the Hub. None: the default branch."""
     trust_remote_code: bool = False
-    """Run the Python code that a model's folder brings (InternLM2 needs it). Read that code first."""
+    """Run the Python code that a model's or tokenizer's folder brings. Read that code first."""
     tokenizer_name: str | None = None
     """Tokenizer: a Hub name or a local folder. None: the model's."""
     tokenizer_revision: str | None = None

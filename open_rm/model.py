@@ -10,6 +10,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 
+import accelerate
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -172,6 +173,8 @@ def load_reward_model(
             raise UserError(
                 f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
             ) from error
+        if trust_remote_code:
+            _check_buffers(name, classifier)
         notes = []
         head = _head(classifier)
         if not isinstance(head, nn.Linear) or (head.bias is not None and config.model_type not in families.ENCODERS):
@@ -229,6 +232,24 @@ def load_reward_model(
     model = RewardModel(classifier, adapted)
     model.train()
     return model, notes
+
+
+def _check_buffers(name: str, classifier: PreTrainedModel) -> None:
+    """Refuse code whose buffers got no values.
+
+    transformers 5 makes models without memory and fills in what the checkpoint holds. Its own models compute the rest
+    again; code written for transformers 4 (InternLM2's rotary embeddings) does so in constructors alone, and whatever is
+    in memory takes the place of those values, here and with every client.
+    """
+    with accelerate.init_empty_weights(include_buffers=False):
+        made = dict(type(classifier)(classifier.config).named_buffers())
+    for key, buffer in classifier.named_buffers():
+        if not torch.allclose(buffer.float().cpu(), made[key].float(), rtol=1e-2, atol=1e-2):  # they may be bfloat16
+            raise UserError(
+                f"--model_name_or_path {name}: its own code was written for transformers 4, and under transformers 5 its "
+                f"{key} gets no values, here and with every client; name a version that needs no code "
+                "(InternLM2: as a Llama, made by tools/convert2llama.py of github.com/InternLM/InternLM)"
+            )
 
 
 def initialise_head(score: nn.Linear, seed: int, score_init: str) -> str:

@@ -368,6 +368,17 @@ def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom,
     assert "'trust_remote_code': True" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_code_whose_buffers_get_no_values_is_refused(custom, toy, tmp_path):
+    """As InternLM2's rotary embeddings under transformers 5: whatever is in memory would take their place."""
+    code = (custom / "modeling_own.py").read_text()
+    buffer = "        self.register_buffer('scale', torch.arange(3.0) + 5, persistent=False)\n        self.post_init()"
+    (custom / "modeling_own.py").write_text("import torch\n" + code.replace("        self.post_init()", buffer))
+    flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, trust_remote_code=True, total_episodes=16)
+    done = run_recipe(*flags, env={"HF_HOME": str(tmp_path / "hub")})
+    assert done.returncode == 1
+    assert "under transformers 5 its scale gets no values, here and with every client" in done.stderr
+
+
 def test_a_routers_auxiliary_loss_is_refused_by_name(tmp_path):
     transformers.MixtralConfig(**GQA, output_router_logits=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="asks for the router's auxiliary loss .output_router_logits."):

@@ -115,8 +115,17 @@ def test_the_recipes_after_xtuner_have_its_settings(qlora):
         assert (args.use_peft, args.load_in_4bit) == (qlora == "1", qlora == "1")
         if qlora == "1":
             assert (args.lora_r, args.lora_alpha) == (64, 16)
-    assert internlm.reward_token == "[UNUSED_TOKEN_130]" and internlm.trust_remote_code
+    assert internlm.reward_token == "[UNUSED_TOKEN_130]" and not internlm.trust_remote_code
     assert llama.reward_token == "<|reserved_special_token_0|>" and not llama.trust_remote_code
+
+
+def test_the_internlm2_recipe_says_how_its_model_is_made():
+    script = str(REPOSITORY / "scripts/train/internlm2/reward_modeling_1.8b.sh")
+    done = subprocess.run(
+        ["bash", script], env={**os.environ, "MODEL": "no/folder"}, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: there is no folder no/folder; make it with convert2llama.py" in done.stderr
 
 
 @pytest.mark.parametrize(
