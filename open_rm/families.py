@@ -106,7 +106,7 @@ def check_together(name: str, config, tokenizer, *, adapter: Adapter | None, mer
         raise UserError(
             f"--load_in_4bit: {config.model_type} stores its layers transposed, and 4 bits lose that; leave it out"
         )
-    if not merge_adapter and pad not in (None, tokenizer.pad_token_id):
+    if not merge_adapter and pad in range(len(tokenizer)) and pad != tokenizer.pad_token_id:
         # An adapter's folder holds no config: clients would look for the last token that is not the base's pad.
         raise UserError(
             f"--use_peft: the config of {name} pads with {tokenizer.convert_ids_to_tokens(pad)!r}, which is "

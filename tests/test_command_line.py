@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import shlex
 
 import pytest
@@ -163,10 +164,10 @@ def test_a_config_that_is_no_text_is_named(tmp_path):
 
 
 def test_every_flag_is_read_by_the_recipe():
-    tree = ast.parse((REPOSITORY / "open_rm/reward_modeling.py").read_text())
+    trees = [ast.parse((REPOSITORY / f"open_rm/{name}.py").read_text()) for name in ("reward_modeling", "adapters")]
     read = {
         node.attr
-        for node in ast.walk(tree)
+        for node in itertools.chain(*map(ast.walk, trees))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
     assert {field.name for field in dataclasses.fields(Args)} - read == set()

@@ -196,6 +196,9 @@ def test_an_adapter_whose_clients_would_take_another_token_for_the_pad_is_refuse
         check_together(base, with_own_pad, adapter=adapter)
     check_together(base, with_own_pad, adapter=adapter, merge_adapter=True)
     check_together(toy / "model", with_own_pad, adapter=adapter)
+    config = families.read_config(str(base), revision=None, max_token_length=20)
+    config.pad_token_id = -1  # as some write it: no token
+    families.check_together("base", config, with_own_pad, adapter=adapter, merge_adapter=False)
     done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, use_peft=True))
     assert done.returncode == 1
     assert "add --merge_adapter" in done.stderr

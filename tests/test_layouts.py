@@ -88,7 +88,7 @@ def assert_same(result: Result, reference: Result, what=""):
 def as_data(pairs, prompt_lengths) -> data.PreferenceData:
     """Pairs of token ids as data.py would have written them."""
     ids = [PairIds(pair[0][:length], *pair) for pair, length in zip(pairs, prompt_lengths, strict=True)]
-    kept = [(pair, preparation._prompt_id(pair), None, "") for pair in ids]
+    kept = [(pair, preparation._content_id(np.array(pair.prompt, np.int32)), None, "") for pair in ids]
     columns = pa.Table.from_batches([preparation._record_batch(kept, 0)]).to_pydict()
     return data.PreferenceData(datasets.Dataset.from_dict(columns), ["pairs"], [], chat=False, facts=[])
 
