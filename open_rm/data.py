@@ -29,7 +29,7 @@ from open_rm.rows import AS_IS, Reading
 from open_rm.sources import BLOCK_ROWS, Source, open_source, parse_mixer
 from open_rm.steps import MicroBatch, PairTable
 
-CACHE_VERSION = "6"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "7"  # raise when the meaning of a cached column changes
 
 
 @dataclass(frozen=True)

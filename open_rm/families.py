@@ -93,7 +93,7 @@ def read_config(name: str, *, revision: str | None, max_token_length: int, trust
 
 def check_together(name: str, config, tokenizer, *, adapter: Adapter | None, merge_adapter: bool) -> None:
     """Refuse what this model, its tokenizer and an adapter cannot do together; `config` is from `read_config`."""
-    encoder, pad = config.model_type in ENCODERS, config.get_text_config().pad_token_id
+    encoder, pad = config.model_type in ENCODERS, getattr(config.get_text_config(), "pad_token_id", None)
     if reward_id_of(tokenizer) is not None and encoder:
         raise UserError(
             f"--reward_token: {name} is an encoder, whose reward is read where its pooling says; leave it out"

@@ -158,23 +158,15 @@ def load_reward_model(
         attn_implementation = attention.NAME
     torch.manual_seed(seed)  # rows added to the embeddings are random
     with _zero3_loading(deepspeed_config):
-        try:
-            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                revision=revision,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **({"quantization_config": adapters.quantization(dtype)} if adapter and adapter.load_in_4bit else {}),
-            )
-        except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
-            raise UserError(
-                f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
-            ) from error
-        if trust_remote_code:
-            _check_buffers(name, classifier)
+        classifier, loading = _from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **({"quantization_config": adapters.quantization(dtype)} if adapter and adapter.load_in_4bit else {}),
+        )
         notes = []
         head = _head(classifier)
         if not isinstance(head, nn.Linear) or (head.bias is not None and config.model_type not in families.ENCODERS):
@@ -234,13 +226,28 @@ def load_reward_model(
     return model, notes
 
 
-def _check_buffers(name: str, classifier: PreTrainedModel) -> None:
-    """Refuse code whose buffers got no values.
+def _from_pretrained(name: str, **how) -> tuple[PreTrainedModel, dict]:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **how)
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
+        ) from error
+
+
+def check_trusted_code(name: str, *, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse a model whose own code leaves buffers without values when a client loads it (the model is loaded for that).
 
     transformers 5 makes models without memory and fills in what the checkpoint holds. Its own models compute the rest
     again; code written for transformers 4 (InternLM2's rotary embeddings) does so in constructors alone, and whatever is
     in memory takes the place of those values, here and with every client.
     """
+    if not trust_remote_code:
+        return
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+    families.name_own_class(config)
+    config.pad_token_id = None
+    classifier, _ = _from_pretrained(name, revision=revision, config=config, dtype="auto", trust_remote_code=True)
     saved = classifier.state_dict().keys()
     computed = {key: buffer.float().cpu() for key, buffer in classifier.named_buffers() if key not in saved}
     with accelerate.init_empty_weights(include_buffers=False):
@@ -292,7 +299,8 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
         return f"Liger kernels off: they are Triton kernels and there is no GPU{ours}"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
-    # The backbone, since some of Liger's functions know no sequence classifier; of models that also see, the one that reads.
+    # Some of Liger's functions know no sequence classifier (Gemma 3), one no bare backbone (Nemotron). Of models that also
+    # see, the part that reads.
     backbone = getattr(model.classifier, model.backbone_name)
     backbone = getattr(backbone, "language_model", backbone)
     family = backbone.config.model_type
@@ -300,11 +308,13 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
         return f"Liger kernels off: liger-kernel has none for {family}"
     # This patches transformers' modules, not only this model: what is built in this process afterwards is not plain.
     # The fused losses of language modelling stay out: there is no vocabulary head here.
-    try:
-        _apply_liger_kernel_to_instance(backbone, cross_entropy=False, fused_linear_cross_entropy=False)
-    except TypeError as error:
-        return f"Liger kernels off: liger-kernel does not take {type(backbone).__name__} ({quote_error(error)})"
-    return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
+    for taken in (backbone, model.classifier):
+        try:
+            _apply_liger_kernel_to_instance(taken, cross_entropy=False, fused_linear_cross_entropy=False)
+            return f"Liger kernels on: fused norm, rotary embedding and MLP for {family}"
+        except (TypeError, AttributeError) as error:
+            why = quote_error(error)
+    return f"Liger kernels off: liger-kernel does not take {type(model.classifier).__name__} ({why})"
 
 
 def _head(classifier: PreTrainedModel) -> nn.Module | None:

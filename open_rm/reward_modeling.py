@@ -124,6 +124,7 @@ def run(args: Args, ranks: engine.Ranks) -> dict[str, float]:
     notes += [f"eval: {line}" for line in eval_data.report] if eval_data else ["eval: no held-out data was named"]
 
     def look() -> list[str]:
+        model.check_trusted_code(args.model_name_or_path, **source)
         saving.rehearse(tokenizer, chat=train_data.chat, trust_remote_code=args.trust_remote_code)
         found = inspection.inspect_data(train_data, eval_data, tokenizer)
         if args.strict:

@@ -251,9 +251,13 @@ def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, chat: bool,
     """A client that encodes a complete text, with the tokenizer's defaults or without special tokens, gets our ids."""
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if chat:
-        conversation = [{"role": "user", "content": "Hello, you."}, {"role": "assistant", "content": "Hello!"}]
-        text = saved.apply_chat_template(conversation, tokenize=False)
-        ours = render_pair(tokenizer, conversation[:1], conversation[1:], conversation[1:])
+        prompt, answer = [{"role": "user", "content": "Hello, you."}], [{"role": "assistant", "content": "Hello!"}]
+        try:
+            ours = render_pair(tokenizer, prompt, answer, answer)
+        except UserError:  # some templates want a system message
+            prompt = [{"role": "system", "content": "Be kind."}, *prompt]
+            ours = render_pair(tokenizer, prompt, answer, answer)
+        text = saved.apply_chat_template(prompt + answer, tokenize=False)
         ways = ({}, {"add_special_tokens": False})
     else:
         text = f"Hello, you.{ending(tokenizer)}"

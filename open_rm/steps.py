@@ -44,7 +44,10 @@ class PairTable:
         return len(self.chosen_length)
 
     def prompts(self, indices: np.ndarray) -> np.ndarray:
-        """[n] equal where the prompts' tokens are: answers of several lengths cut one prompt to several lengths."""
+        """[n] equal where the prompts' tokens are, since answers of several lengths cut one prompt to several lengths.
+
+        Of a prompt that was cut, the last token may still differ where the tokenizer merges it with an answer.
+        """
         return self.prompt_id[indices] ^ (self.prompt_length[indices] << 40)  # ids are hashes, all their bits random
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from open_rm.errors import UserError
 from open_rm.model import load_reward_model
-from open_rm.saving import Probe, check_reload, save_reward_model
+from open_rm.saving import Probe, check_reload, rehearse, save_reward_model
 from open_rm.tokenization import encode, load_tokenizer
 
 # float32 on both sides and the same weights: only the order of sums differs, with the padding.
@@ -263,6 +263,19 @@ def test_a_model_reloaded_in_a_fresh_process_gives_the_same_rewards(bos_folder, 
     with pytest.raises(UserError, match="do not use this model"):
         wrong = Probe(sequences, [reward + 0.1 for reward in rewards])
         check_reload(str(folder), wrong, tokenizer, chat=True, fresh_process=True)
+
+
+def test_a_tokenizer_is_tried_before_training(toy):
+    """The toy's passes, also where its template wants a system message first; one that respells what it writes does not."""
+    tokenizer = load_tokenizer(str(toy / "model"))
+    plain = tokenizer.chat_template
+    rehearse(tokenizer, chat=False, trust_remote_code=False)
+    for start in ("", "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"):
+        tokenizer.chat_template = start + plain
+        rehearse(tokenizer, chat=True, trust_remote_code=False)
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(UserError, match="never"):
+        rehearse(tokenizer, chat=True, trust_remote_code=False)
 
 
 def test_reload_check_refuses_a_tokenizer_that_encodes_other_ids(bos_tokenizer, bos_folder):

@@ -102,6 +102,7 @@ PATCH_ALL = """
 import torch
 from test_families import FAMILIES, checkpoint, load, model, tokenization
 tokenizer = tokenization.load_tokenizer("{tokenizer}")
+FAMILIES["nemotron"] = "NemotronConfig", FAMILIES["llama"][1]  # Liger wants the whole classifier of it
 for name in FAMILIES:
     checkpoint(name, "{folder}/" + name)
     reward_model, _ = load("{folder}/" + name, tokenizer)
@@ -121,8 +122,8 @@ def test_liger_takes_every_family_it_knows_and_names_those_it_does_not(toy, tmp_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = dict(line.removeprefix("FAMILY ").split(": ", 1) for line in done.stdout.splitlines() if "FAMILY" in line)
-    assert said.keys() == FAMILIES.keys()
-    assert {name for name, line in said.items() if line.startswith("Liger kernels on")} == set(LIGER)
+    assert said.keys() == FAMILIES.keys() | {"nemotron"}
+    assert {name for name, line in said.items() if line.startswith("Liger kernels on")} == {*LIGER, "nemotron"}
     assert said["bert"] == "Liger kernels off: liger-kernel has none for bert"
 
 
@@ -198,7 +199,8 @@ def test_an_adapter_whose_clients_would_take_another_token_for_the_pad_is_refuse
     check_together(toy / "model", with_own_pad, adapter=adapter)
     config = families.read_config(str(base), revision=None, max_token_length=20)
     config.pad_token_id = -1  # as some write it: no token
-    families.check_together("base", config, with_own_pad, adapter=adapter, merge_adapter=False)
+    for padless in (config, transformers.PreTrainedConfig()):
+        families.check_together("base", padless, with_own_pad, adapter=adapter, merge_adapter=False)
     done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, use_peft=True))
     assert done.returncode == 1
     assert "add --merge_adapter" in done.stderr
@@ -371,12 +373,14 @@ def test_a_model_with_trusted_code_trains_and_its_folder_brings_the_code(custom,
     assert "'trust_remote_code': True" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_code_whose_buffers_get_no_values_is_refused(custom, toy, tmp_path):
+@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+def test_code_whose_buffers_get_no_values_is_refused(custom, toy, tmp_path, stage):
     """As InternLM2's rotary embeddings under transformers 5: whatever is in memory would take their place."""
     code = (custom / "modeling_own.py").read_text()
     buffer = "        self.register_buffer('scale', torch.arange(3.0) + 5, persistent=False)\n        self.post_init()"
     (custom / "modeling_own.py").write_text("import torch\n" + code.replace("        self.post_init()", buffer))
-    flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, trust_remote_code=True, total_episodes=16)
+    changes = {"trust_remote_code": True, "deepspeed": f"configs/ds/{stage}.json"}
+    flags = toy_flags(toy, tmp_path / "out", model_name_or_path=custom, **changes)
     done = run_recipe(*flags, env={"HF_HOME": str(tmp_path / "hub")})
     assert done.returncode == 1
     assert "under transformers 5 its scale gets no values, here and with every client" in done.stderr

@@ -113,6 +113,7 @@ def test_the_recipes_after_xtuner_have_its_settings(qlora):
         assert (args.max_token_length, args.warmup_ratio, args.lr_scheduler_type) == (2048, 0.03, "cosine")
         assert args.learning_rate == (1e-4 if qlora == "1" else 2e-5)
         assert (args.use_peft, args.load_in_4bit) == (qlora == "1", qlora == "1")
+        assert args.merge_adapter == (qlora == "1" and args is internlm)  # see families.check_together
         if qlora == "1":
             assert (args.lora_r, args.lora_alpha) == (64, 16)
     assert internlm.reward_token == "[UNUSED_TOKEN_130]" and not internlm.trust_remote_code

@@ -3,9 +3,9 @@
 #        log barrier, zero head, reward token. QLORA=1: its QLoRA variant (rank 64, alpha 16, learning rate 1e-4).
 # Needs: one GPU of 80 GB, or several (GPUS=8); QLORA=1: one of 24 GB. Network for the data. MODEL: the folder of
 #        internlm/internlm2-chat-1_8b-sft as a Llama, which it is but for names. Its own Python code was written for
-#        transformers 4 and gives no rewards under 5; InternLM's tool makes the folder (it wants sentencepiece):
+#        transformers 4 and gives no rewards under 5; InternLM's tool makes the folder (it wants sentencepiece and einops):
 #          python tools/convert2llama.py --src internlm2-chat-1_8b-sft --tgt MODEL    # github.com/InternLM/InternLM
-# Gives: output/<run name>/, a model or adapter that needs no code.
+# Gives: output/<run name>/, a model that needs no code.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 source scripts/launch.sh
@@ -36,6 +36,7 @@ flags=(
 )
 if [[ ${QLORA:-0} == 1 ]]; then
     flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --lora_dropout 0.1 --learning_rate 1e-4)
+    flags+=(--merge_adapter)              # its config pads with eos; clients of an adapter would read the reward before it
 else
     flags+=(--learning_rate 2e-5 --deepspeed configs/ds/zero2.json)
 fi
