@@ -59,41 +59,43 @@ def main(args: CompilingArgs) -> None:
     scratch = Path(tempfile.mkdtemp(prefix="open_rm_compiling_"))
     try:
         load = workloads.real(Path(args.data), args.pairs, seed=1, by_prompt=False)
-        tokenizer = workloads.make_tokenizer([load])
-        workloads.write_model(scratch / "model", workloads.SHAPES[args.shape], tokenizer)
+        workloads.write_model(scratch / "model", workloads.SHAPES[args.shape], workloads.make_tokenizer([load]))
+        tokenizer = tokenization.load_tokenizer(str(scratch / "model"))
         data = load_preference_data(
             [str(workloads.write_rows(scratch, load)), "1.0"],
             ["train"],
             flag="dataset_mixer_list",
-            tokenizer=tokenization.load_tokenizer(str(scratch / "model")),
+            tokenizer=tokenizer,
             max_token_length=MAX_TOKEN_LENGTH,
             max_prompt_token_length=MAX_TOKEN_LENGTH,
             cache_dir=str(scratch / "cache"),
             seed=1,
         )
         for layout in steps.LAYOUTS:
-            compare(args, layout, data, scratch / "model", device)
+            compare(args, layout, data, scratch / "model", tokenizer, device)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def compare(args: CompilingArgs, layout: str, data: PreferenceData, folder: Path, device: torch.device) -> None:
+def compare(
+    args: CompilingArgs, layout: str, data: PreferenceData, folder: Path, tokenizer, device: torch.device
+) -> None:
     """One layout: compile, check, race."""
-    plain = make(folder, layout, device, kernels=True)
-    compiled = make(folder, layout, device, kernels=device.type == "cuda")
+    plain = make(folder, tokenizer, layout, device, kernels=True)
+    compiled = make(folder, tokenizer, layout, device, kernels=device.type == "cuda")
+    how = {"layout": layout, "data": data, "pad_token_id": tokenizer.pad_token_id, "device": device}
     if layout != "padded":
         transformers.AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.segment_attention))
-    layers = compiled.classifier.model.layers[:-1]
-    for layer in layers:
+    for layer in compiled.classifier.model.layers[:-1]:
         layer.compile(dynamic=True)
     drawn = list(steps.draw_steps(len(data), args.pairs_per_step, len(data), seed=1))
-    run(plain, layout, data, drawn[:2], device)
-    compiling, _ = run(compiled, layout, data, drawn[:2], device)
+    run(plain, drawn[:2], **how)
+    compiling, _ = run(compiled, drawn[:2], **how)
     times, apart = {"plain": [], "compiled": []}, 0.0
     for _ in range(args.rounds):
-        seconds, rewards = run(plain, layout, data, drawn[2:], device)
+        seconds, rewards = run(plain, drawn[2:], **how)
         times["plain"].append(seconds)
-        seconds, others = run(compiled, layout, data, drawn[2:], device)
+        seconds, others = run(compiled, drawn[2:], **how)
         times["compiled"].append(seconds)
         apart = max(apart, (rewards - others).abs().max().item())
     ratios = [a / b for a, b in zip(times["plain"], times["compiled"], strict=True)]
@@ -105,12 +107,12 @@ def compare(args: CompilingArgs, layout: str, data: PreferenceData, folder: Path
     )
 
 
-def make(folder: Path, layout: str, device: torch.device, *, kernels: bool) -> model.RewardModel:
+def make(folder: Path, tokenizer, layout: str, device: torch.device, *, kernels: bool) -> model.RewardModel:
     """The model as the recipe makes it."""
     made, _ = model.load_reward_model(
         str(folder),
         revision=None,
-        tokenizer=tokenization.load_tokenizer(str(folder)),
+        tokenizer=tokenizer,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         attn_implementation=None,
         layout=layout,
@@ -123,13 +125,15 @@ def make(folder: Path, layout: str, device: torch.device, *, kernels: bool) -> m
     return made.to(device)
 
 
-def run(reward_model, layout: str, data: PreferenceData, drawn: list[np.ndarray], device) -> tuple[float, torch.Tensor]:
+def run(
+    reward_model, drawn: list[np.ndarray], *, layout: str, data: PreferenceData, pad_token_id: int, device: torch.device
+) -> tuple[float, torch.Tensor]:
     """(seconds, rewards) of forward and backward of the steps."""
-    budget = steps.micro_batch_budget(8, MAX_TOKEN_LENGTH, on_gpu=device.type == "cuda")
+    budget = steps.micro_batch_budget(len(drawn[0]), MAX_TOKEN_LENGTH, on_gpu=device.type == "cuda")
     found, started = [], time.perf_counter()
     for indices in drawn:
         plan = steps.plan_step(indices, data.table, layout=layout, world_size=1, max_tokens=budget)
-        for _, batch in data.batches(plan.ranks[0], layout, pad_token_id=2):
+        for _, batch in data.batches(plan.ranks[0], layout, pad_token_id):
             rewards = reward_model(**batch.inputs(device))
             losses.ranking_loss(*rewards.chunk(2)).sum().backward()
             found.append(rewards.detach())

@@ -266,7 +266,7 @@ def test_a_model_reloaded_in_a_fresh_process_gives_the_same_rewards(bos_folder, 
 
 
 def test_a_tokenizer_is_tried_before_training(toy):
-    """The toy's passes, also where its template wants a system message first; one that respells what it writes does not."""
+    """The toy's passes, also where its template wants a system message first; one that takes no conversation does not."""
     tokenizer = load_tokenizer(str(toy / "model"))
     plain = tokenizer.chat_template
     rehearse(tokenizer, chat=False, trust_remote_code=False)
