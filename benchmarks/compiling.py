@@ -28,8 +28,17 @@ import transformers
 
 from benchmarks import workloads
 from benchmarks.throughput import machine, spread
-from open_rm import attention, losses, model, steps, tokenization
-from open_rm.data import PreferenceData, load_preference_data
+from open_rm.batching import attention, feeding
+from open_rm.batching.dealing import deal_step, micro_batch_budget
+from open_rm.batching.rules import LAYOUTS, BatchRules
+from open_rm.batching.steps import draw_steps
+from open_rm.data.pairs import PreferenceData
+from open_rm.data.tokenizer import load_tokenizer
+from open_rm.flags import ModelFlags
+from open_rm.model.kernels import apply_fused_kernels
+from open_rm.model.loading import load_reward_model
+from open_rm.model.reward_model import RewardModel
+from open_rm.training.losses import ranking_loss
 
 MAX_TOKEN_LENGTH = 1024
 
@@ -60,18 +69,10 @@ def main(args: CompilingArgs) -> None:
     try:
         load = workloads.real(Path(args.data), args.pairs, seed=1, by_prompt=False)
         workloads.write_model(scratch / "model", workloads.SHAPES[args.shape], workloads.make_tokenizer([load]))
-        tokenizer = tokenization.load_tokenizer(str(scratch / "model"))
-        data = load_preference_data(
-            [str(workloads.write_rows(scratch, load)), "1.0"],
-            ["train"],
-            flag="dataset_mixer_list",
-            tokenizer=tokenizer,
-            max_token_length=MAX_TOKEN_LENGTH,
-            max_prompt_token_length=MAX_TOKEN_LENGTH,
-            cache_dir=str(scratch / "cache"),
-            seed=1,
-        )
-        for layout in steps.LAYOUTS:
+        tokenizer = load_tokenizer(str(scratch / "model"))
+        file = workloads.write_rows(scratch, load)
+        data = workloads.read_pairs(file, tokenizer, scratch / "cache", max_token_length=MAX_TOKEN_LENGTH)
+        for layout in LAYOUTS:
             compare(args, layout, data, scratch / "model", tokenizer, device)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -83,12 +84,14 @@ def compare(
     """One layout: compile, check, race."""
     plain = make(folder, tokenizer, layout, device, kernels=True)
     compiled = make(folder, tokenizer, layout, device, kernels=device.type == "cuda")
-    how = {"layout": layout, "data": data, "pad_token_id": tokenizer.pad_token_id, "device": device}
+    budget = micro_batch_budget(args.pairs_per_step, MAX_TOKEN_LENGTH, on_gpu=device.type == "cuda")
+    rules = BatchRules(layout, tokenizer.pad_token_id, max_tokens=budget, evaluation_tokens=budget)
+    how = {"data": data, "rules": rules, "device": device}
     if layout != "padded":
         transformers.AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.segment_attention))
     for layer in compiled.classifier.model.layers[:-1]:
         layer.compile(dynamic=True)
-    drawn = list(steps.draw_steps(len(data), args.pairs_per_step, len(data), seed=1))
+    drawn = list(draw_steps(len(data), args.pairs_per_step, len(data), seed=1))
     run(plain, drawn[:2], **how)
     compiling, _ = run(compiled, drawn[:2], **how)
     times, apart = {"plain": [], "compiled": []}, 0.0
@@ -107,35 +110,25 @@ def compare(
     )
 
 
-def make(folder: Path, tokenizer, layout: str, device: torch.device, *, kernels: bool) -> model.RewardModel:
+def make(folder: Path, tokenizer, layout: str, device: torch.device, *, kernels: bool) -> RewardModel:
     """The model as the recipe makes it."""
-    made, _ = model.load_reward_model(
-        str(folder),
-        revision=None,
-        tokenizer=tokenizer,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        attn_implementation=None,
-        layout=layout,
-        gradient_checkpointing=False,
-        seed=1,
-        deepspeed_config={"zero_optimization": {"stage": 0}},
-    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    made, _ = load_reward_model(ModelFlags(model_name_or_path=str(folder)), tokenizer, layout=layout, dtype=dtype)
     if kernels:
-        model.apply_fused_kernels(made, device)
+        apply_fused_kernels(made, device)
     return made.to(device)
 
 
 def run(
-    reward_model, drawn: list[np.ndarray], *, layout: str, data: PreferenceData, pad_token_id: int, device: torch.device
+    reward_model: RewardModel, drawn: list[np.ndarray], *, data: PreferenceData, rules: BatchRules, device: torch.device
 ) -> tuple[float, torch.Tensor]:
     """(seconds, rewards) of forward and backward of the steps."""
-    budget = steps.micro_batch_budget(len(drawn[0]), MAX_TOKEN_LENGTH, on_gpu=device.type == "cuda")
     found, started = [], time.perf_counter()
     for indices in drawn:
-        plan = steps.plan_step(indices, data.table, layout=layout, world_size=1, max_tokens=budget)
-        for _, batch in data.batches(plan.ranks[0], layout, pad_token_id):
-            rewards = reward_model(**batch.inputs(device))
-            losses.ranking_loss(*rewards.chunk(2)).sum().backward()
+        [parts] = deal_step(indices, data.table, rules, world_size=1).ranks
+        for micro in feeding.micro_batches(parts, data, rules):
+            rewards = reward_model(**micro.batch.inputs(device))
+            ranking_loss(*micro.sides(rewards)).sum().backward()
             found.append(rewards.detach())
         reward_model.zero_grad()
     return time.perf_counter() - started, torch.cat(found).cpu()  # to the CPU: waits for the GPU

@@ -36,7 +36,8 @@ def rates(tokens: list[float], seconds: float, pairs: int) -> dict[str, float]:
 
 def train_ours(settings: dict) -> dict:
     """The recipe itself, without evaluation; rates come from its own metrics.jsonl."""
-    from open_rm.reward_modeling import Args, main
+    from open_rm.flags import Args
+    from open_rm.reward_modeling import main
 
     output = Path(settings["scratch"])
     with contextlib.redirect_stdout(sys.stderr):
@@ -80,20 +81,12 @@ def train_trl(settings: dict) -> dict:
     from transformers import AutoModelForSequenceClassification, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
-    from open_rm.data import load_preference_data
-    from open_rm.tokenization import load_tokenizer
+    from benchmarks import workloads
+    from open_rm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(settings["model"])
-    data = load_preference_data(
-        [settings["data"], "1.0"],
-        ["train"],
-        flag="dataset_mixer_list",
-        tokenizer=tokenizer,
-        max_token_length=settings["max_token_length"],
-        max_prompt_token_length=settings["max_token_length"],
-        cache_dir=str(Path(settings["scratch"]) / "cache"),
-        seed=1,
-    )
+    cache = Path(settings["scratch"]) / "cache"
+    data = workloads.read_pairs(Path(settings["data"]), tokenizer, cache, max_token_length=settings["max_token_length"])
     pairs = data.pairs(range(len(data)))
     rows = {
         "chosen_ids": [chosen.tolist() for chosen, _ in pairs],

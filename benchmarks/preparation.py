@@ -161,23 +161,21 @@ def write_tokenizer(settings: dict) -> dict:
 
 
 def prepare_ours(settings: dict) -> dict:
-    from open_rm.data import load_preference_data
-    from open_rm.tokenization import load_tokenizer
+    from open_rm.data.building import load_preference_data
+    from open_rm.data.tokenizer import load_tokenizer
+    from open_rm.flags import DataFlags
 
     tokenizer = load_tokenizer(settings["tokenizer"])
-    before = peak_mib()
-    started = time.perf_counter()
-    data = load_preference_data(
-        [settings["data"], "1.0"],
-        ["train"],
-        flag="dataset_mixer_list",
-        tokenizer=tokenizer,
+    flags = DataFlags(
+        dataset_mixer_list=[settings["data"], "1.0"],
         max_token_length=MAX_TOKEN_LENGTH,
         max_prompt_token_length=MAX_TOKEN_LENGTH,
-        cache_dir=settings["cache"],
-        seed=1,
+        dataset_local_cache_dir=settings["cache"],
         num_proc=settings["num_proc"],
     )
+    before = peak_mib()
+    started = time.perf_counter()
+    data = load_preference_data(flags, tokenizer)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
@@ -193,7 +191,7 @@ def prepare_trl(settings: dict) -> dict:
     import datasets
     from trl import RewardConfig, RewardTrainer
 
-    from open_rm.tokenization import load_tokenizer
+    from open_rm.data.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(settings["tokenizer"])

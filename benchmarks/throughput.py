@@ -33,8 +33,11 @@ os.environ.setdefault(
 import matplotlib.pyplot as plt
 
 from benchmarks import workloads
-from open_rm import steps, tokenization
-from open_rm.data import load_preference_data
+from open_rm.batching.dealing import attention_cost, deal_step, pair_costs
+from open_rm.batching.layouts import lay_out
+from open_rm.batching.rules import LAYOUTS, BatchRules
+from open_rm.data.tokenizer import load_tokenizer
+from open_rm.flags import ModelFlags
 
 HERE = Path(__file__).parent
 CONTESTANTS = {
@@ -224,25 +227,16 @@ def print_planning(args: BenchmarkArgs, tokenizer, scratch: Path) -> None:
     No deal of whole pairs can be more even than the heaviest pair allows; that bound is printed beside it.
     """
     tokenizer.save_pretrained(scratch / "tokenizer")
-    loaded = tokenization.load_tokenizer(str(scratch / "tokenizer"))
+    loaded = load_tokenizer(str(scratch / "tokenizer"))
     shape = workloads.SHAPES["1B"]
     body = shape.layers * (shape.width**2 * (2 + 2 * shape.kv_heads / shape.heads) + 3 * shape.width * shape.mlp)
-    area_cost = steps.attention_cost(int(body), shape.layers, shape.width)
+    area_cost = attention_cost(int(body), shape.layers, shape.width)
     print("planning for 64 ranks; imbalance = max over mean cost of the ranks, pairs drawn without grouping:")
     for name in ("hh_harmless", "alpaca_eval"):
         file = Path(args.data) / name / "train.jsonl"
         if not file.is_file():
             continue
-        data = load_preference_data(
-            [str(file), "1.0"],
-            ["train"],
-            flag="dataset_mixer_list",
-            tokenizer=loaded,
-            max_token_length=1024,
-            max_prompt_token_length=1024,
-            cache_dir=str(scratch / "cache"),
-            seed=1,
-        )
+        data = workloads.read_pairs(file, loaded, scratch / "cache", max_token_length=1024)
         for layout, pairs in (("packed", 256), ("shared_prefix", 256), ("shared_prefix", 64 * 256)):
             figures = [plan_once(data, layout, pairs, area_cost, seed) for seed in range(10 if pairs == 256 else 2)]
             planned, bound, at_random, seconds = zip(*figures, strict=True)
@@ -258,58 +252,42 @@ def plan_once(data, layout: str, pairs: int, area_cost: float, seed: int) -> tup
     rng = np.random.default_rng(seed)
     epochs = -(-pairs // len(data))  # more pairs than the set has: several epochs together
     indices = np.concatenate([rng.permutation(len(data)) for _ in range(epochs)])[:pairs]
+    rules = BatchRules(layout, 0, max_tokens=16384, evaluation_tokens=16384, area_cost=area_cost)
     started = time.perf_counter()
-    plan = steps.plan_step(indices, data.table, layout=layout, world_size=64, max_tokens=16384, area_cost=area_cost)
+    deal = deal_step(indices, data.table, rules, world_size=64)
     seconds = time.perf_counter() - started
-    costs = steps.pair_costs(indices, data.table, layout, area_cost)
+    costs = pair_costs(indices, data.table, layout, area_cost)
     at_random = [share.sum() for share in np.array_split(rng.permutation(costs), 64)]
-    return plan.imbalance, max(1.0, costs.max() / costs.sum() * 64), max(at_random) / costs.sum() * 64, seconds
+    return deal.imbalance, max(1.0, costs.max() / costs.sum() * 64), max(at_random) / costs.sum() * 64, seconds
 
 
 def check_layouts(loads: list[workloads.Workload], tokenizer, scratch: Path) -> None:
     """The three layouts give the same rewards here, on this device and in its dtype."""
     import torch
 
-    from open_rm import batching, model
+    from open_rm.model.loading import load_reward_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     workloads.write_model(scratch / "tiny", workloads.SHAPES["tiny"], tokenizer)
-    loaded = tokenization.load_tokenizer(str(scratch / "tiny"))
+    loaded = load_tokenizer(str(scratch / "tiny"))
     for load in loads:
-        data = load_preference_data(
-            [str(workloads.write_rows(scratch, load)), "8"],
-            ["train"],
-            flag="dataset_mixer_list",
-            tokenizer=loaded,
-            max_token_length=8192,
-            max_prompt_token_length=8192,
-            cache_dir=str(scratch / "cache"),
-            seed=1,
-        )
+        file = workloads.write_rows(scratch, load)
+        data = workloads.read_pairs(file, loaded, scratch / "cache", max_token_length=8192, amount="8")
         rewards = {}
-        for layout in steps.LAYOUTS:
-            reward_model, _ = model.load_reward_model(
-                str(scratch / "tiny"),
-                revision=None,
-                tokenizer=loaded,
-                dtype=dtype,
-                attn_implementation=None,
-                layout=layout,
-                gradient_checkpointing=False,
-                seed=1,
-                deepspeed_config={"zero_optimization": {"stage": 0}},
-            )
+        for layout in LAYOUTS:
+            flags = ModelFlags(model_name_or_path=str(scratch / "tiny"))
+            reward_model, _ = load_reward_model(flags, loaded, layout=layout, dtype=dtype)
             indices = np.arange(len(data))
-            batch = batching.lay_out(
+            batch = lay_out(
                 layout,
                 data.pairs(indices),
                 pad_token_id=loaded.pad_token_id,
-                prompt_ids=data.table.prompts(indices),
+                prompt_ids=data.table.cut_prompt_ids(indices),
             )
             with torch.no_grad():
                 rewards[layout] = reward_model.to(device)(**batch.inputs(device)).float().cpu()
-        worst = max((rewards[layout] - rewards["padded"]).abs().max().item() for layout in steps.LAYOUTS)
+        worst = max((rewards[layout] - rewards["padded"]).abs().max().item() for layout in LAYOUTS)
         print(f"correctness on {device.type}, {load.name}: largest difference of rewards between layouts {worst:.1e}")
 
 

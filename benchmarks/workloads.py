@@ -1,4 +1,4 @@
-"""What the benchmark trains on: models of given shapes with random weights, a tokenizer, and pairs of real lengths."""
+"""What the benchmarks train on: models of given shapes with random weights, a tokenizer, and pairs of real lengths."""
 
 import json
 import random
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from open_rm.tokenization import read_template
+from open_rm.data.building import load_preference_data
+from open_rm.data.pairs import PreferenceData
+from open_rm.data.templates import read_template
+from open_rm.flags import DataFlags
 
 VOCABULARY = 8192
 
@@ -147,3 +150,16 @@ def write_rows(folder: Path, workload: Workload) -> Path:
     path = folder / f"{workload.name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in workload.rows), encoding="utf-8")
     return path
+
+
+def read_pairs(
+    rows: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, *, max_token_length: int, amount: str = "1.0"
+) -> PreferenceData:
+    """The rows of a file as the recipe reads them."""
+    flags = DataFlags(
+        dataset_mixer_list=[str(rows), amount],
+        dataset_local_cache_dir=str(cache),
+        max_token_length=max_token_length,
+        max_prompt_token_length=max_token_length,
+    )
+    return load_preference_data(flags, tokenizer)

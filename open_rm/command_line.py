@@ -6,6 +6,9 @@ reads it as text) and every error reads the same.
 
 import dataclasses
 import difflib
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +18,36 @@ import yaml
 from open_rm.errors import UserError
 
 T = TypeVar("T")
+PROG = "python -m open_rm.reward_modeling"
 
 
-def parse(arguments_class: type[T], argv: list[str], *, prog: str = "python -m open_rm.reward_modeling") -> T:
+def read(arguments_class: type[T], check: Callable[[T], None], *, prog: str = PROG) -> T:
+    """This process's command line, checked; a mistake ends it with one sentence and status 1.
+
+    Called before torch and its like are imported, so that `--help` and a wrong flag are answered at once.
+    """
+    try:
+        args = parse(arguments_class, sys.argv[1:], prog=prog)
+        check(args)
+    except UserError as mistake:  # every rank finds the same one; the first tells it
+        sys.exit(f"error: {mistake}" if _rank() == 0 else 1)
+    return args
+
+
+def run(main: Callable[[T], object], args: T) -> None:
+    """A command; a user's mistake is one sentence and status 1, anything else keeps its traceback."""
+    try:
+        main(args)
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}" if _rank() == 0 else f"[rank {_rank()}] {mistake}")
+
+
+def _rank() -> int:
+    """This process's rank before any process group exists, as torchrun set it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def parse(arguments_class: type[T], argv: list[str], *, prog: str = PROG) -> T:
     """Parse `argv` (without the program's name, `prog`) into `arguments_class`; flags override the --config file."""
     fields = {field.name: field for field in dataclasses.fields(arguments_class)}
     flags, config = _split_config([_underscored(token) for token in argv])
@@ -34,7 +64,9 @@ def parse(arguments_class: type[T], argv: list[str], *, prog: str = "python -m o
 
 def _underscored(token: str) -> str:
     name, equals, value = token.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if token.startswith("--") else token
+    if not token.startswith("--"):
+        return token
+    return "--" + name[2:].replace("-", "_") + equals + value  # the leading dashes stay
 
 
 def _name(token: str) -> str:

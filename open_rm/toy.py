@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from open_rm.tokenization import read_template
+from open_rm.data.templates import read_template
 
 REQUESTS = {
     "cheerful": ("cheerful", "happy", "bright", "joyful", "sunny"),

@@ -1,5 +1,6 @@
 """Fixtures: a tiny model with a tokenizer, preference rows, real data where it is there, and the recipe as a process."""
 
+import functools
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull
 
 # A file is run by one process, so the longest come first: none is left over when the others are done.
-LONGEST = ("adapters", "engine", "objectives", "recipe", "families", "layouts", "tracking", "hub", "trl_parity")
+LONGEST = ("adapters", "engine", "objectives", "recipe", "families", "layouts_agree", "tracking", "hub", "trl_parity")
 
 
 def pytest_collection_modifyitems(items):
@@ -42,7 +43,7 @@ def toy(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tokenizer(toy):
-    from open_rm.tokenization import load_tokenizer
+    from open_rm.data.tokenizer import load_tokenizer
 
     return load_tokenizer(str(toy / "model"))
 
@@ -60,6 +61,39 @@ def write_rows(tmp_path):
     return write
 
 
+def read_pairs(mixer, tokenizer, *, splits=("train",), seed: int = 1, show_progress: bool = False, **flags):
+    """Preference data from a mixer list, as the recipe reads it with these data flags."""
+    from open_rm.data.building import load_preference_data
+    from open_rm.flags import DataFlags
+
+    named = {"dataset_mixer_list": [str(part) for part in mixer], "dataset_mixer_list_splits": list(splits)}
+    return load_preference_data(DataFlags(**named, **flags), tokenizer, seed=seed, show_progress=show_progress)
+
+
+@pytest.fixture
+def load(tokenizer, tmp_path):
+    """`read_pairs` with the toy's tokenizer and a cache of the test's own."""
+    return functools.partial(read_pairs, tokenizer=tokenizer, dataset_local_cache_dir=str(tmp_path / "cache"))
+
+
+def load_model(folder, tokenizer, *, layout: str = "padded", **flags):
+    """The reward model that the recipe makes of a folder with these model flags, in float32, seed 1."""
+    from open_rm.flags import ModelFlags
+    from open_rm.model.loading import load_reward_model
+
+    model, _ = load_reward_model(ModelFlags(model_name_or_path=str(folder), **flags), tokenizer, layout=layout)
+    return model
+
+
+def alone():
+    """The ranks of a process that no group was formed for."""
+    import torch
+
+    from open_rm.ranks import Ranks
+
+    return Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
 def shared_data(name: str) -> Path:
     """A folder of real preference data beside the repository; the test is skipped where it is absent."""
     folder = SHARED_DATA / name
@@ -69,18 +103,26 @@ def shared_data(name: str) -> Path:
 
 
 def run_recipe(
-    *flags, processes: int = 1, env: dict | None = None, timeout: float = 180
+    *flags, processes: int = 1, env: dict | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess:
     """Run the recipe as a user would, in processes of its own; returns stdout, stderr and the exit status."""
-    launcher = [sys.executable, "-m"]
+    return launch("-m", "open_rm.reward_modeling", *flags, processes=processes, env=env, timeout=timeout)
+
+
+def launch(*what, processes: int = 1, env: dict | None = None, timeout: float = 900) -> subprocess.CompletedProcess:
+    """Run a script or `-m` a module with its flags, under torchrun where it takes several processes.
+
+    timeout: guards against hangs alone, far above what any of it takes on a slow CPU that does other things too.
+    """
+    launcher = [sys.executable]
     if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of a group in this process
         environment.pop(name, None)
     environment.update(env or {})
     return subprocess.run(
-        [*launcher, "open_rm.reward_modeling", *map(str, flags)],
+        [*launcher, *map(str, what)],
         env=environment,
         cwd=REPOSITORY,
         capture_output=True,
@@ -116,3 +158,14 @@ def toy_flags(toy: Path, output_dir: Path, **overrides) -> list[str]:
 
 def read_metrics(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_a_process(script: str, *arguments):
+    """Run a script that prints JSON in its last line, in a process that knows of no ranks; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -2,15 +2,16 @@
 
 import ast
 import dataclasses
-import itertools
 import shlex
 
 import pytest
-from conftest import REPOSITORY, run_recipe
+from conftest import REPOSITORY, in_a_process, run_recipe
 
-from open_rm.arguments import Args, check_args
+from open_rm import flags as flag_module
+from open_rm.checks import check_args
 from open_rm.command_line import parse
 from open_rm.errors import UserError
+from open_rm.flags import Args
 
 PYTHIA = """
     --dataset_mixer_list trl-internal-testing/sentiment-trl-style 400 --model_name_or_path EleutherAI/pythia-14m
@@ -128,7 +129,7 @@ CONTRADICTIONS = [
     ("--eval_steps 4", "--eval_steps needs held-out data"),
     ("--num_evals 4", "--num_evals needs held-out data"),
     ("--total_episodes 10 --num_train_epochs 2", "--total_episodes and --num_train_epochs"),
-    ("--seed 99999999999999999999999", "must be below"),
+    ("--seed 99999999999999999999999", "must be from 0 to below 2"),
     ("--lr_scheduler_type polynomial --learning_rate 1e-8", "polynomial decay ends at 1e-7"),
     ("--batching packed --attn_implementation eager", "--attn_implementation chooses attention for padded rows"),
     ("--hf_repo_id me/it", "do nothing without --push_to_hub"),
@@ -136,11 +137,11 @@ CONTRADICTIONS = [
     ("--wandb_entity me", "--wandb_entity does nothing without --with_tracking"),
     ("--push_to_hub --cache_dataset_only", "--cache_dataset_only trains no model"),
     ("--dataset_mixer_list", "--dataset_mixer_list is empty"),
-    ("--learning_rate 0", "--learning_rate 0.0: must be above 0"),
-    ("--learning_rate nan", "--learning_rate nan"),
+    ("--learning_rate 0", "--learning_rate 0.0: must be above 0, and finite"),
+    ("--learning_rate nan", "--learning_rate nan: must be above 0, and finite"),
     ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1"),
     ("--max_grad_norm -1", "--max_grad_norm -1.0: must be at least 0"),
-    ("--warmup_ratio 1.5", "--warmup_ratio 1.5"),
+    ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be from 0 to below 1"),
     ("--deepspeed none.json", "--deepspeed none.json: cannot be read"),
     ("--chat_template_name lama3", "--chat_template_name lama3: neither a file nor a known name"),
 ]
@@ -163,14 +164,62 @@ def test_a_config_that_is_no_text_is_named(tmp_path):
         parse(Args, ["--config", str(tmp_path / "latin.yaml")])
 
 
+# ---------------------------------------------------------------- groups
+
+GROUPS = {name: group for name, group in vars(flag_module).items() if name.endswith("Flags")}
+
+
+def own_names(group) -> list[str]:
+    return [field.name for field in dataclasses.fields(group)]
+
+
+def test_the_groups_have_75_flags_together_and_share_none():
+    assert len(GROUPS) == 9 and set(GROUPS.values()) == set(Args.__bases__)
+    names = [name for group in GROUPS.values() for name in own_names(group)]
+    assert len(names) == len(set(names)) == 75
+    assert set(own_names(Args)) == set(names)
+
+
+# Under a name that is put together: data/building.py.
+READ_BY_A_MADE_NAME = {"dataset_mixer_list", "dataset_mixer_list_splits", "dataset_mixer_eval_list_splits"}
+
+
+def read_in(function: ast.FunctionDef) -> dict[str, set[str]]:
+    """By group (or Args): the fields that a function reads of an argument of that type, or of a local `args`."""
+    arguments = [*function.args.args, *function.args.kwonlyargs]
+    kinds = {a.arg: ast.unparse(a.annotation).rpartition(".")[2] for a in arguments if a.annotation is not None}
+    kinds = {name: kind for name, kind in kinds.items() if kind in GROUPS or kind == "Args"}
+    kinds.setdefault("args", "Args")
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in kinds:
+            found.setdefault(kinds[node.value.id], set()).add(node.attr)
+    return found
+
+
+def readers() -> dict[str, dict[str, set[str]]]:
+    """`read_in` of every function that takes flags, the checks aside, which only compare them: by file and function."""
+    found = {}
+    for path in sorted((REPOSITORY / "open_rm").rglob("*.py")):
+        if path.name in ("checks.py", "toy.py", "hub.py"):  # the last two have arguments of their own
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                found[f"{path.relative_to(REPOSITORY)}:{node.name}"] = read_in(node)
+    return found
+
+
 def test_every_flag_is_read_by_the_recipe():
-    trees = [ast.parse((REPOSITORY / f"open_rm/{name}.py").read_text()) for name in ("reward_modeling", "adapters")]
-    read = {
-        node.attr
-        for node in itertools.chain(*map(ast.walk, trees))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
-    }
-    assert {field.name for field in dataclasses.fields(Args)} - read == set()
+    """By a reader other than the checks."""
+    read = {name for by_group in readers().values() for names in by_group.values() for name in names}
+    assert {field.name for field in dataclasses.fields(Args)} - read - READ_BY_A_MADE_NAME == set()
+
+
+def test_a_function_that_is_given_a_group_reads_that_group_alone():
+    for place, by_group in readers().items():
+        for group, names in by_group.items():
+            if group in GROUPS:
+                assert names <= set(own_names(GROUPS[group])), place
 
 
 def test_arguments_are_read_only():
@@ -178,13 +227,71 @@ def test_arguments_are_read_only():
         Args().seed = 3
 
 
+def sentences() -> list[str]:
+    """Those under the fields of the groups."""
+    tree = ast.parse((REPOSITORY / "open_rm/flags.py").read_text())
+    groups = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in GROUPS]
+    return [node.value.value for body in groups for node in body[1:] if isinstance(node, ast.Expr)]
+
+
 def test_help_shows_a_sentence_for_every_flag():
     done = run_recipe("--help", env={"COLUMNS": "200"})
     assert done.returncode == 0
-    source = (REPOSITORY / "open_rm/arguments.py").read_text()
-    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
-    sentences = [node.value.value for node in body[1:] if isinstance(node, ast.Expr)]
-    assert len(sentences) == len(dataclasses.fields(Args))
+    assert len(sentences()) == len(dataclasses.fields(Args))
     shown = " ".join(done.stdout.replace("│", " ").split())
-    for sentence in sentences:
+    for sentence in sentences():
         assert " ".join(sentence.split())[:40] in shown, sentence
+
+
+# ---------------------------------------------------------------- answered at once
+
+AT_ONCE = """
+import contextlib, io, json, runpy, sys
+module, sys.argv = sys.argv[1], sys.argv[1:]
+said = io.StringIO()
+try:
+    with contextlib.redirect_stdout(said):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    end = "no end"
+except SystemExit as exit:
+    end = exit.code
+slow = [name for name in ("torch", "transformers", "datasets", "deepspeed") if name in sys.modules]
+print(json.dumps({"end": end, "said": said.getvalue(), "slow": slow}))
+"""
+RECIPE, LOOK = "open_rm.reward_modeling", "open_rm.inspection"
+
+
+@pytest.mark.parametrize("module", [RECIPE, LOOK])
+def test_help_is_shown_before_anything_slow_is_imported(module):
+    answer = in_a_process(AT_ONCE, module, "--help")
+    assert (answer["end"], answer["slow"]) == (0, [])
+    assert f"usage: python -m {module} " in answer["said"] and "--learning_rate" in answer["said"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--learnin_rate 3e-6", "error: unknown flag --learnin_rate; did you mean learning_rate?"),
+        ("--warm_up_steps 2 --warmup_ratio 0.1", "error: --warm_up_steps and --warmup_ratio both set the warm-up; "),
+        ("--penalty_bound 3", "error: --penalty_bound does nothing without --penalty_type log_barrier; "),
+        ("--penalty_type log_barrier --penalty_bound 0", "error: --penalty_bound 0.0: must be above 0.001, and finite"),
+        ("--column_map chosen", "error: --column_map chosen: write our column, an equals sign and the file's column"),
+        ("--dataset_mixer_list my/data much", "error: --dataset_mixer_list: "),
+        ("--chat_template_name lama3", "error: --chat_template_name lama3: neither a file nor a known name"),
+        ("--deepspeed none.json", "error: --deepspeed none.json: cannot be read"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_slow_is_imported(flags, sentence):
+    answer = in_a_process(AT_ONCE, RECIPE, *shlex.split(flags))
+    assert answer["end"].startswith(sentence), answer["end"]
+    assert (answer["said"], answer["slow"]) == ("", [])
+
+
+def test_the_look_at_the_data_refuses_a_wrong_command_line_as_the_recipe_does():
+    answer = in_a_process(AT_ONCE, LOOK, "--warm_up_steps", "2", "--warmup_ratio", "0.1")
+    assert answer["end"].startswith("error: --warm_up_steps and --warmup_ratio") and answer["slow"] == []
+
+
+def test_what_tells_slow_from_quick_would_notice_a_slow_one():
+    answer = in_a_process(AT_ONCE, "open_rm.ranks")
+    assert answer["slow"] == ["torch"]

@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import REPOSITORY, read_metrics, run_recipe, shared_data, toy_flags
-from test_tokenization import make
 from transformers import LlamaForCausalLM
+from word_level import make
 
 from open_rm.errors import UserError
-from open_rm.reward_modeling import Args, main
+from open_rm.flags import Args
+from open_rm.reward_modeling import main
 
 
 @pytest.fixture
@@ -29,6 +33,19 @@ def run(toy, tmp_path):
     return call
 
 
+@pytest.fixture
+def no_model(run, tmp_path, monkeypatch):
+    """A run that loads the model raises what no test expects; it is shown here that a good one does."""
+    loading = AssertionError("the model was loaded")
+
+    def load(*args, **how):
+        raise loading
+
+    monkeypatch.setattr("open_rm.reward_modeling.load_reward_model", load)
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        run(output_dir=str(tmp_path / "good"))
+
+
 BAD_ROWS = {
     "malformed JSON": ('{"chosen": "a"', r"bad.jsonl:1: not valid JSON"),
     "missing column": ({"chosen": "a"}, r"bad.jsonl:1: no value for rejected"),
@@ -42,14 +59,13 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_stops_the_run_before_the_model_is_loaded(run, write_rows, tmp_path, monkeypatch, case):
+def test_a_bad_row_stops_the_run_before_the_model_is_loaded(run, no_model, write_rows, case):
     row, sentence = BAD_ROWS[case]
-    monkeypatch.setattr("open_rm.model.load_reward_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=sentence):
         run(dataset_mixer_list=[str(write_rows([row], "bad.jsonl")), "1.0"])
 
 
-def test_no_rows_left_is_said_before_the_model_is_loaded(run):
+def test_no_rows_left_is_said_before_the_model_is_loaded(run, no_model):
     with pytest.raises(UserError, match="no pairs are left "):
         run(max_token_length=3, max_prompt_token_length=3)
 
@@ -155,9 +171,8 @@ def test_margin_loss_without_a_margin_names_the_row_and_margins_without_it_are_t
     assert "the data has margins; the loss takes them with --margin_loss" in capfd.readouterr().out
 
 
-def test_strict_stops_before_the_model_is_loaded_where_the_data_has_findings(run, toy, write_rows, monkeypatch):
+def test_strict_stops_before_the_model_is_loaded_where_the_data_has_findings(run, no_model, toy, write_rows):
     rows = with_margins(toy, [1.0, 2.0])
-    monkeypatch.setattr("open_rm.model.load_reward_model", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="--strict: .* in the data, the first: .*duplicate"):
         run(strict=True, dataset_mixer_list=[str(write_rows([rows[0], rows[0], rows[1]])), "1.0"])
 
@@ -192,20 +207,7 @@ def test_real_data_is_trained_on_evaluated_saved_and_reloaded(toy, tmp_path, nam
     assert "eval/rm/accuracy" in json.dumps(read_metrics(tmp_path / "out")[-1])
 
 
-def test_length_alone_says_nothing_about_the_toy_preference(tmp_path):
-    from open_rm.toy import make_pairs
-
-    rows = make_pairs(4000, seed=5)
-    lengths = [(len(row["chosen"][0]["content"]), len(row["rejected"][0]["content"])) for row in rows]
-    longer = sum(chosen > rejected for chosen, rejected in lengths) / len(rows)
-    assert abs(longer - 0.5) < 0.03  # four standard errors of 4000 coin tosses
-
-
 def test_debug_recipe_reaches_90_percent_on_held_out_pairs(tmp_path):
-    import os
-    import subprocess
-    import sys
-
     environment = {**os.environ, "TOY": str(tmp_path / "toy"), "PYTHON": sys.executable}
     command = [
         "bash",
@@ -214,7 +216,7 @@ def test_debug_recipe_reaches_90_percent_on_held_out_pairs(tmp_path):
         str(tmp_path / "out"),
     ]
     command += ["--dataset_local_cache_dir", str(tmp_path / "cache")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     evaluations = [row for row in read_metrics(tmp_path / "out") if "eval/rm/accuracy" in row]
     assert [row["step"] for row in evaluations] == [0, 62, 125, 188, 250, 312, 375]

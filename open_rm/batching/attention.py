@@ -1,0 +1,201 @@
+"""Attention over a packed row: many sequences in one row of tokens, each blind to the others, shared prefixes seen once.
+
+A row is a list of segments. A segment's tokens attend to a prefix, which is a stretch of the row before it (or nothing),
+and causally to themselves. Packing is the case without prefixes; a prompt that several responses continue is the case
+with them. The pair (abc|de , abc|f) of layouts.py's drawing, computed once per distinct token:
+
+    row        a b c d e f          segment 0: tokens 0..5, no prefix        (prompt + chosen, plain causal)
+    position   0 1 2 3 4 3          segment 1: tokens 5..6, prefix 0..3      (rejected: sees abc and itself)
+
+No T x T mask is made. On a GPU one flash-attention call serves the row (torch's varlen_attn: queries and keys may differ
+in number, causal is aligned at the end); on the CPU each segment is one scaled_dot_product_attention. `dense_attention`
+is the slow reference that the tests compare both to.
+Not covered, and refused by name when the model is loaded: attention sinks; soft-capping on a GPU.
+Shapes: T tokens of the row, H query heads, G key/value heads, D head width, s tokens of a segment, p of its prefix.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+NAME = "open_rm_segments"  # what transformers knows this attention by
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which tokens of a row see which.
+
+    bounds: per segment (start, end, prefix_start, prefix_end), token positions in the row; segments cover it in order.
+    key_index: [sum of p + s] int64, or None where no segment has a prefix: the row's tokens in the order in which the
+        segments see them. query_starts, key_starts: [segments + 1] int32 running totals of s and of p + s.
+    longest_query, longest_key: max of s, and of p + s.
+    masks: additive masks by (s, p, window), made at first use and shared by all layers.
+    """
+
+    bounds: tuple[tuple[int, int, int, int], ...]
+    key_index: torch.Tensor | None
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    longest_query: int
+    longest_key: int
+    masks: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same on another device."""
+        if self.query_starts.device == device:
+            return self
+        index = None if self.key_index is None else self.key_index.to(device, non_blocking=True)
+        starts = (starts.to(device, non_blocking=True) for starts in (self.query_starts, self.key_starts))
+        return Segments(self.bounds, index, *starts, self.longest_query, self.longest_key)
+
+    def score_area(self) -> int:
+        """Query-key products that are needed: the sum over segments of s * p + s (s + 1) / 2."""
+        return sum((e - s) * (pe - ps) + (e - s) * (e - s + 1) // 2 for s, e, ps, pe in self.bounds)
+
+
+def make_segments(bounds: list[tuple[int, int, int, int]]) -> Segments:
+    """Segments from (start, end, prefix_start, prefix_end) in row order."""
+    queries = [end - start for start, end, _, _ in bounds]
+    keys = [end - start + prefix_end - prefix_start for start, end, prefix_start, prefix_end in bounds]
+    index = None
+    if any(prefix_end > prefix_start for *_, prefix_start, prefix_end in bounds):
+        index = torch.cat(
+            [
+                torch.cat((torch.arange(p_start, p_end), torch.arange(start, end)))
+                for start, end, p_start, p_end in bounds
+            ]
+        )
+
+    def running(lengths):
+        return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    return Segments(tuple(bounds), index, running(queries), running(keys), max(queries), max(keys))
+
+
+def segment_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    segments: Segments,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    **_,
+):
+    """The attention function that transformers calls in each layer; see the module docstring.
+
+    Args:
+        query: [1, H, T, D].  key, value: [1, G, T, D], G divides H.
+        attention_mask: None always; `segments` says who sees whom.
+        sliding_window: tokens that a token sees, itself included, or None for all.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
+
+    Returns:
+        ([1, T, H, D], None), as transformers expects.
+    """
+    if query.device.type == "cuda":
+        return _flash(query, key, value, segments, scaling, sliding_window), None
+    return _per_segment(query, key, value, segments, scaling, sliding_window, softcap), None
+
+
+def _flash(query, key, value, segments, scaling, window):
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    if segments.key_index is not None:
+        key, value = key[segments.key_index], value[segments.key_index]
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        segments.query_starts,
+        segments.key_starts,
+        segments.longest_query,
+        segments.longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)
+
+
+def _per_segment(query, key, value, segments, scaling, window, softcap):
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # once for the row; per segment it would be done again for every prefix
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # Split once, not sliced per segment: the gradient of a slice is a tensor of the whole row's size.
+    lengths = [end - start for start, end, *_ in segments.bounds]
+    parts = [tensor.split(lengths, 2) for tensor in (query, key, value)]
+    starting = {start: (number, end) for number, (start, end, *_) in enumerate(segments.bounds)}
+    outputs = []
+    for q, k, v, (start, end, prefix_start, prefix_end) in zip(*parts, segments.bounds, strict=True):
+        prefix = prefix_end - prefix_start
+        if prefix:
+            first, first_end = starting.get(prefix_start, (0, 0))
+            if prefix_end <= first_end:  # as layouts.py lays rows out: the beginning of an earlier segment
+                seen = [of[first][:, :, :prefix] for of in parts[1:]]
+            else:
+                seen = [tensor[:, :, prefix_start:prefix_end] for tensor in (key, value)]
+            k, v = torch.cat((seen[0], k), 2), torch.cat((seen[1], v), 2)
+        plain = softcap is None and not prefix and (window is None or end - start <= window)
+        mask = None if plain else _mask(segments.masks, end - start, prefix, window, q)
+        if softcap is None:
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
+        else:
+            output = _soft_capped(q, k, v, mask, scaling, softcap)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, 1)
+
+
+def _mask(masks: dict, queries: int, prefix: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """[s, p + s] additive: query i of the segment is at p + i, and sees the keys up to itself within the window."""
+    made = masks.get((queries, prefix, window))
+    if made is None:
+        distance = torch.arange(prefix, prefix + queries)[:, None] - torch.arange(prefix + queries)
+        seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        made = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
+        masks[queries, prefix, window] = made
+    return made
+
+
+def _soft_capped(q, k, v, mask, scaling, softcap):
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap) + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def dense_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    segments: Segments,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    **_,
+):
+    """The reference: one T x T mask, written from the definition. For tests; same interface as `segment_attention`."""
+    tokens = query.shape[2]
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in segments.bounds:
+        prefix = prefix_end - prefix_start
+        for i in range(start, end):
+            first = (
+                0 if sliding_window is None else max(0, prefix + i - start + 1 - sliding_window)
+            )  # in sequence order
+            seen[i, prefix_start + min(first, prefix) : prefix_end] = True
+            seen[i, start + max(0, first - prefix) : i + 1] = True
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+    return (weights.to(value.dtype) @ value).transpose(1, 2), None

@@ -1,0 +1,113 @@
+"""From the pairs of a step to this rank's batches in memory, made ahead of their use.
+
+    which pairs (steps.draw_steps) -> whose, and in which micro-batch (dealing.deal_step) -> where in memory (layouts.lay_out)
+
+A background thread works whole steps ahead, so that the device does not wait for Python. Two steps of 256 pairs of 2 x 4096
+tokens are 64 MiB on one rank, less on many.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from open_rm.batching.dealing import Part, attention_cost, deal_step, micro_batch_budget
+from open_rm.batching.layouts import Batch, lay_out
+from open_rm.batching.prefetch import prefetch
+from open_rm.batching.rules import BatchRules
+from open_rm.data.pairs import PreferenceData
+from open_rm.flags import BatchFlags
+from open_rm.ranks import Ranks
+
+STEPS_AHEAD = 2
+
+
+def rules_of(flags: BatchFlags, layout: str, pad_token_id: int, *, max_token_length: int, on_gpu: bool) -> BatchRules:
+    """The rules that the flags ask for, attention's cost aside: that is known when the model is."""
+    train, evaluation = (
+        micro_batch_budget(pairs, max_token_length, on_gpu=on_gpu)
+        for pairs in (flags.per_device_train_batch_size, flags.per_device_eval_batch_size)
+    )
+    return BatchRules(layout, pad_token_id, flags.max_tokens_per_micro_batch or train, evaluation)
+
+
+def with_attention_cost(rules: BatchRules, shape) -> BatchRules:
+    """The rules for a model of the given sizes (reward_model.Shape)."""
+    cost = attention_cost(shape.body_parameters, shape.layers, shape.attention_width)
+    return dataclasses.replace(rules, area_cost=cost)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that are computed together.
+
+    pairs: [counted] indices into the data of those that enter loss and metrics; none where this rank only keeps in step.
+    margins: [counted] float32, or None where the loss takes none.  last: of its step on this rank.
+    """
+
+    pairs: np.ndarray
+    batch: Batch
+    margins: torch.Tensor | None
+    last: bool
+
+    def sides(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards as the model gives them, [2 B], to those of chosen and of rejected, [counted] each."""
+        chosen, rejected = rewards.chunk(2)
+        return chosen[: len(self.pairs)], rejected[: len(self.pairs)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step on this rank.
+
+    number: from 1.  pairs: of all ranks together, what the loss is divided by.  imbalance: max over mean cost of the ranks.
+    asked: time.perf_counter() when the loop asked for it.  waited: seconds until it was there.
+    """
+
+    number: int
+    pairs: int
+    micro_batches: list[MicroBatch]
+    imbalance: float
+    asked: float = 0.0
+    waited: float = 0.0
+
+
+def training_steps(
+    draws: Iterable[np.ndarray],
+    data: PreferenceData,
+    rules: BatchRules,
+    ranks: Ranks,
+    *,
+    margins: np.ndarray | None = None,
+) -> Iterator[Step]:
+    """The steps whose pairs are drawn (steps.draw_steps). margins: [pairs of the data], or None."""
+
+    def made() -> Iterator[Step]:
+        for number, indices in enumerate(draws, start=1):
+            deal = deal_step(indices, data.table, rules, ranks.world_size)
+            own = list(micro_batches(deal.ranks[ranks.rank], data, rules, margins))
+            yield Step(number, len(indices), own, deal.imbalance)
+
+    with contextlib.closing(prefetch(made(), depth=STEPS_AHEAD)) as ready:
+        while True:
+            asked = time.perf_counter()
+            step = next(ready, None)
+            if step is None:
+                return
+            yield dataclasses.replace(step, asked=asked, waited=time.perf_counter() - asked)
+
+
+def micro_batches(
+    parts: list[Part], data: PreferenceData, rules: BatchRules, margins: np.ndarray | None = None
+) -> Iterator[MicroBatch]:
+    """A rank's parts of a deal as they lie in memory, one after another."""
+    for number, part in enumerate(parts, start=1):
+        pairs, prompt_ids = part.indices[: part.counted], data.table.cut_prompt_ids(part.indices)
+        batch = lay_out(rules.layout, data.pairs(part.indices), pad_token_id=rules.pad_token_id, prompt_ids=prompt_ids)
+        own = None if margins is None else torch.from_numpy(margins[pairs])
+        # by number: filler parts of a rank are one object, so `part is parts[-1]` would be true of several
+        yield MicroBatch(pairs, batch, own, last=number == len(parts))

@@ -1,0 +1,195 @@
+"""How pairs lie in memory, and where each reward is read.
+
+Three layouts of the pairs (abc|de , abc|f) and (gh|i , gh|jk), all with the same rewards and gradients:
+
+    padded         a b c d e     S = 4 rows of T = 5 positions, chosen first; 16 tokens in 20 positions
+                   g h i . .     rewards read at (0, 4), (1, 2), (2, 3), (3, 3)
+                   a b c f .
+                   g h j k .
+    packed         a b c d e g h i a b c f g h j k       one row, 16 positions, each sequence blind to the others
+    shared_prefix  a b c d e f g h j k i                 one row, 11 positions: abc and gh are computed once; f sees abc
+                                                         and itself, i sees gh and itself
+
+In shared_prefix all pairs of one prompt share it, and a response that stands in several pairs is computed once. The first,
+longest sequence of a prompt is plain causal attention; the others continue their common prefix (see attention.py).
+
+Only this module knows lengths: the reward is read at the last token by length, never by comparing ids with the pad id.
+Shapes: B pairs, N sequences, S rows, T positions.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from open_rm.batching.attention import Segments, make_segments
+from open_rm.data.pairs import common_prefix
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of chosen and rejected, prompt included
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch in memory.
+
+    input_ids: [S, T] int64; one row where sequences are packed.
+    reward_index: [N] int64 into the flattened S * T positions, where the reward of each sequence is read; of pairs
+        N = 2 B: B chosen, then B rejected.
+    attention_mask: [S, T] int64, 1 where there is a token; None where `segments` says who sees whom.
+    position_ids: [S, T] int64, position of each token in its sequence; None where rows are sequences.
+    tokens: tokens of all sequences.  computed: tokens that are computed, padding aside.
+    area: query-key products that are needed.
+    """
+
+    input_ids: torch.Tensor
+    reward_index: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    segments: Segments | None
+    tokens: int
+    computed: int
+    area: int
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model computes, padding included."""
+        return self.input_ids.numel()
+
+    @functools.cached_property
+    def read_index(self) -> torch.Tensor:
+        """[<= N] int64: the distinct positions of `reward_index`; equal sequences share theirs."""
+        return self.reward_index.unique()
+
+    def inputs(self, device: torch.device) -> dict:
+        """What the reward model's forward takes, on its device."""
+        names = ("input_ids", "reward_index", "read_index", "attention_mask", "position_ids", "segments")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value.to(device)
+            for name, value in values.items()
+        }
+
+
+def lay_out(layout: str, pairs: Sequence[Pair], *, pad_token_id: int, prompt_ids: Sequence[int]) -> Batch:
+    """Pairs to a batch in the named layout. prompt_ids: [B], equal for pairs of the same prompt (shared_prefix only)."""
+    sequences = [pair[side] for side in (0, 1) for pair in pairs]
+    unit_of = [*range(len(pairs))] * 2
+    return lay_out_sequences(layout, sequences, pad_token_id=pad_token_id, prompt_of=[*prompt_ids] * 2, unit_of=unit_of)
+
+
+def lay_out_sequences(
+    layout: str,
+    sequences: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    prompt_of: Sequence[int],
+    unit_of: Sequence[int] | None = None,
+) -> Batch:
+    """Any number of answers to each prompt to a batch in the named layout.
+
+    Args:
+        sequences: token ids, prompt included.
+        prompt_of: [N] equal for sequences of the same prompt (shared_prefix only).
+        unit_of: [N] the parts of a prompt's sequences that may share less than all of them and more with each other,
+            such as pairs; None: each prompt is one part.
+    """
+    arrays = [np.asarray(sequence, np.int64) for sequence in sequences]
+    if layout == "padded":
+        return _padded(arrays, pad_token_id)
+    return _packed(arrays) if layout == "packed" else _shared_prefix(arrays, prompt_of, unit_of or prompt_of)
+
+
+def _padded(sequences: list[np.ndarray], pad_token_id: int) -> Batch:
+    """Right-padded rows."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    input_ids = np.full((len(sequences), lengths.max()), pad_token_id, np.int64)
+    for row, sequence in zip(input_ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    tokens = int(lengths.sum())
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        reward_index=torch.from_numpy(np.arange(len(sequences)) * lengths.max() + lengths - 1),
+        attention_mask=torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)),
+        position_ids=None,
+        segments=None,
+        tokens=tokens,
+        computed=tokens,
+        area=int((lengths * (lengths + 1) // 2).sum()),
+    )
+
+
+def _packed(sequences: list[np.ndarray]) -> Batch:
+    """All sequences one after another in a single row."""
+    ends = np.cumsum([len(sequence) for sequence in sequences])
+    bounds = [(int(end) - len(sequence), int(end), 0, 0) for sequence, end in zip(sequences, ends, strict=True)]
+    positions = [np.arange(len(sequence)) for sequence in sequences]
+    return _row(sequences, positions, bounds, ends - 1, tokens=int(ends[-1]))
+
+
+def _shared_prefix(sequences: list[np.ndarray], prompt_of: Sequence[int], unit_of: Sequence[int]) -> Batch:
+    """A single row in which the sequences of one prompt share their common prefix, and equal sequences are one."""
+    everything = range(len(sequences))
+    groups = [
+        group for members in _grouped(everything, prompt_of) for group in _share_groups(members, sequences, unit_of)
+    ]
+    pieces, positions, bounds = [], [], []
+    reward_index = np.zeros(len(sequences), np.int64)
+    used = 0
+    for group in groups:
+        members = sorted(group.values(), key=lambda same: -len(sequences[same[0]]))
+        distinct = [sequences[same[0]] for same in members]
+        prefix = common_prefix(distinct)
+        start_of_group = used
+        for number, (sequence, same) in enumerate(zip(distinct, members, strict=True)):
+            own = sequence[prefix:] if number else sequence
+            pieces.append(own)
+            positions.append(np.arange(len(sequence) - len(own), len(sequence)))
+            shared = (start_of_group, start_of_group + prefix) if number and prefix else (0, 0)
+            bounds.append((used, used + len(own), *shared))
+            used += len(own)
+            reward_index[same] = used - 1
+    return _row(pieces, positions, bounds, reward_index, tokens=sum(map(len, sequences)))
+
+
+def _grouped(members: Sequence[int], key_of: Sequence[int]) -> list[list[int]]:
+    """Sequences of the same key, in order of first appearance."""
+    groups: dict[int, list[int]] = {}
+    for i in members:
+        groups.setdefault(int(key_of[i]), []).append(i)
+    return list(groups.values())
+
+
+def _share_groups(
+    members: list[int], sequences: list[np.ndarray], unit_of: Sequence[int]
+) -> list[dict[bytes, list[int]]]:
+    """A prompt's sequences as one group of equal ones, or as one group a unit where that leaves fewer tokens: the two sides
+    of a pair may have more in common with each other than with the prompt's other pairs."""
+
+    def equal_ones(some: list[int]) -> dict[bytes, list[int]]:
+        equal: dict[bytes, list[int]] = {}
+        for i in some:
+            equal.setdefault(sequences[i].tobytes(), []).append(i)
+        return equal
+
+    def tokens(equal: dict[bytes, list[int]]) -> int:
+        distinct = [sequences[same[0]] for same in equal.values()]
+        return sum(map(len, distinct)) - common_prefix(distinct) * (len(distinct) - 1)
+
+    together, apart = equal_ones(members), [equal_ones(unit) for unit in _grouped(members, unit_of)]
+    return [together] if tokens(together) <= sum(map(tokens, apart)) else apart
+
+
+def _row(pieces, positions, bounds, reward_index, tokens: int) -> Batch:
+    segments = make_segments(bounds)
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate(pieces)).unsqueeze(0),
+        reward_index=torch.from_numpy(np.asarray(reward_index, np.int64)),
+        attention_mask=None,
+        position_ids=torch.from_numpy(np.concatenate(positions)).unsqueeze(0),
+        segments=segments,
+        tokens=tokens,
+        computed=sum(map(len, pieces)),
+        area=segments.score_area(),
+    )

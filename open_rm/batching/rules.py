@@ -1,0 +1,34 @@
+"""How pairs are computed, in one object that training, evaluation and scoring share."""
+
+import dataclasses
+from dataclasses import dataclass
+
+LAYOUTS = ("padded", "packed", "shared_prefix")
+
+
+@dataclass(frozen=True)
+class BatchRules:
+    """Memory and speed follow from it, rewards do not.
+
+    layout: one of LAYOUTS.
+    max_tokens: most positions of a micro-batch, padding included; a single pair may have more.  evaluation_tokens: the same
+        where no gradients are needed.
+    area_cost: what a query-key product costs, in units of a token's cost (dealing.attention_cost); it decides how pairs are
+        dealt to ranks.
+    """
+
+    layout: str
+    pad_token_id: int
+    max_tokens: int
+    evaluation_tokens: int
+    area_cost: float = 0.0
+
+    def for_evaluation(self) -> "BatchRules":
+        return dataclasses.replace(self, max_tokens=self.evaluation_tokens, area_cost=0.0)
+
+    def describe(self, why_not_shared: str | None) -> str:
+        """One line for the log. why_not_shared: why auto fell back to padded (families.Layout)."""
+        why = f", not shared_prefix: {why_not_shared}" if why_not_shared else ""
+        return (
+            f"batching {self.layout}{why}, at most {self.max_tokens} positions a micro-batch unless one pair has more"
+        )

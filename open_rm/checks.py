@@ -1,0 +1,170 @@
+"""Which values and combinations of flags cannot work: refused here, before anything is read or downloaded.
+
+One function a concern. Each sentence names the flags and the way on. What only data, model or tokenizer can tell is refused
+where those are read (data/, model/families.py).
+"""
+
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from open_rm.data.mixer import parse_mixer
+from open_rm.data.rows import make_reading
+from open_rm.data.templates import read_template
+from open_rm.errors import UserError
+from open_rm.flags import (
+    AdapterFlags,
+    Args,
+    BatchFlags,
+    DataFlags,
+    ObjectiveFlags,
+    OptimizerFlags,
+    RunFlags,
+    ScheduleFlags,
+    TrackingFlags,
+)
+from open_rm.training import ds_config
+
+
+def check_args(args: Args) -> None:
+    """Refuse every value and combination that cannot work, the cheapest to find first."""
+    check_values(args)
+    check_schedule(args, evaluates=bool(args.dataset_mixer_eval_list), lr_scheduler_type=args.lr_scheduler_type)
+    check_objective(args)
+    check_optimizer(args, starts_at_zero=args.use_peft or args.score_init == "zeros")
+    check_adapter(args, freeze_backbone=args.freeze_backbone, trust_remote_code=args.trust_remote_code)
+    check_outputs(run=args, tracking=args, trains=not args.cache_dataset_only)
+    check_batching(args, attn_implementation=args.attn_implementation)
+    check_data(args)
+    if args.chat_template_name is not None:
+        read_template(args.chat_template_name)
+    check_memory_layout(args)
+
+
+def check_values(args: object) -> None:
+    """Every flag keeps the bound in its type (flags.Must), whether it comes from the command line or from Python."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if value is None and type(None) in get_args(kind):
+            continue
+        for part in (kind, *get_args(kind)):  # `Count | None` holds its Count inside
+            if get_origin(part) is Literal and value not in get_args(part):
+                raise UserError(f"--{name} {value}: must be one of {', '.join(get_args(part))}")
+            for rule in getattr(part, "__metadata__", ()):
+                if value is None or not rule.test(value):
+                    raise UserError(f"--{name} {value}: must be {rule.be}")
+
+
+def check_schedule(flags: ScheduleFlags, *, evaluates: bool, lr_scheduler_type: str) -> None:
+    """How long to train, and when to evaluate."""
+    if flags.warm_up_steps and flags.warmup_ratio:
+        raise UserError("--warm_up_steps and --warmup_ratio both set the warm-up; pass one")
+    if lr_scheduler_type == "constant" and (flags.warm_up_steps or flags.warmup_ratio):
+        raise UserError(
+            "--lr_scheduler_type constant has no warm-up; pass constant_with_warmup, or no --warm_up_steps/--warmup_ratio"
+        )
+    if flags.total_episodes is not None and flags.num_train_epochs != ScheduleFlags.num_train_epochs:
+        raise UserError("--total_episodes and --num_train_epochs both say how long to train; pass one")
+    if flags.eval_steps is not None and flags.num_evals != ScheduleFlags.num_evals:
+        raise UserError("--num_evals and --eval_steps both say when to evaluate; pass one")
+    for name, asked in (("eval_steps", flags.eval_steps), ("num_evals", flags.num_evals > ScheduleFlags.num_evals)):
+        if asked and not evaluates:
+            raise UserError(f"--{name} needs held-out data; name some with --dataset_mixer_eval_list")
+
+
+def check_objective(flags: ObjectiveFlags) -> None:
+    """Flags of a loss that is not used."""
+    if flags.focal_gamma != ObjectiveFlags.focal_gamma and flags.loss_type != "focal":
+        raise UserError("--focal_gamma does nothing without --loss_type focal; add or remove it")
+    if flags.label_smoothing and flags.loss_type != "ranking":
+        raise UserError("--label_smoothing is defined for --loss_type ranking alone; remove one of them")
+    if flags.penalty_weight != ObjectiveFlags.penalty_weight and flags.penalty_type == "none":
+        raise UserError("--penalty_weight does nothing without --penalty_type; add or remove it")
+    if flags.penalty_bound != ObjectiveFlags.penalty_bound and flags.penalty_type != "log_barrier":
+        raise UserError("--penalty_bound does nothing without --penalty_type log_barrier; add or remove it")
+
+
+def check_optimizer(flags: OptimizerFlags, *, starts_at_zero: bool) -> None:
+    """starts_at_zero: some of the trained weights do."""
+    if flags.optim == "adafactor" and starts_at_zero:
+        raise UserError(
+            "--optim adafactor makes steps relative to the weights, and --score_init zeros and --use_peft begin at zero; "
+            "pass another --optim"
+        )
+    if flags.optim == "adafactor" and flags.eps != OptimizerFlags.eps:
+        raise UserError("--eps is AdamW's and does nothing with --optim adafactor; remove one of them")
+    if flags.lr_scheduler_type == "polynomial" and flags.learning_rate <= 1e-7:
+        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial decay ends at 1e-7; start above it")
+
+
+def check_adapter(flags: AdapterFlags, *, freeze_backbone: bool, trust_remote_code: bool) -> None:
+    """An adapter's flags without an adapter, and what it does not go with."""
+    if not flags.use_peft:
+        plain = AdapterFlags()
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "merge_adapter"):
+            if getattr(flags, name) != getattr(plain, name):
+                raise UserError(f"--{name} does nothing without --use_peft; add or remove it")
+        return
+    if trust_remote_code and not flags.merge_adapter:
+        raise UserError(
+            "--trust_remote_code with --use_peft needs --merge_adapter: a client of the adapter could not find the class"
+        )
+    if freeze_backbone:
+        raise UserError("--freeze_backbone trains the head alone and --use_peft an adapter too; pass one")
+
+
+def check_outputs(*, run: RunFlags, tracking: TrackingFlags, trains: bool) -> None:
+    """Hub and wandb."""
+    if run.hf_entity and "/" in (run.hf_repo_id or ""):
+        raise UserError("--hf_entity and the first part of --hf_repo_id both name the owner; pass one")
+    if (run.hf_entity or run.hf_repo_id or run.hf_repo_revision) and not run.push_to_hub:
+        raise UserError(
+            "--hf_entity, --hf_repo_id and --hf_repo_revision do nothing without --push_to_hub; add or remove it"
+        )
+    if run.push_to_hub and not trains:
+        raise UserError("--cache_dataset_only trains no model for --push_to_hub; remove one of them")
+    if tracking.wandb_entity and not tracking.with_tracking:
+        raise UserError("--wandb_entity does nothing without --with_tracking; add or remove it")
+
+
+def check_batching(flags: BatchFlags, *, attn_implementation: str | None) -> None:
+    """Layouts that bring their own attention."""
+    if attn_implementation and flags.batching in ("packed", "shared_prefix"):
+        raise UserError(
+            f"--attn_implementation chooses attention for padded rows and --batching {flags.batching} has its own; pass one"
+        )
+
+
+def check_data(flags: DataFlags) -> None:
+    """Lengths, columns, and sources as far as their names tell."""
+    if flags.max_prompt_token_length > flags.max_token_length:
+        raise UserError(
+            f"--max_prompt_token_length {flags.max_prompt_token_length} is above --max_token_length "
+            f"{flags.max_token_length}, and a prompt is part of every side; lower one or raise the other"
+        )
+    if not flags.dataset_mixer_list:
+        raise UserError("--dataset_mixer_list is empty; name training data and an amount: my/data 1.0")
+    make_reading(flags)
+    parse_mixer(flags.dataset_mixer_list, flags.dataset_mixer_list_splits, "dataset_mixer_list")
+    parse_mixer(flags.dataset_mixer_eval_list, flags.dataset_mixer_eval_list_splits, "dataset_mixer_eval_list")
+
+
+def check_memory_layout(args: Args) -> None:
+    """The DeepSpeed file, and what its stage does not go with."""
+    stage = ds_config.read_config(args.deepspeed)["zero_optimization"].get("stage", 0)
+    if args.optim == "adafactor" and (stage > 0 or _computes_in_bfloat16(args.dtype)):
+        raise UserError(
+            "--optim adafactor needs whole matrices, and ZeRO (which bfloat16 needs for its float32 master weights) makes "
+            "vectors of them; pass --dtype float32 without --deepspeed, or --optim adamw_8bit"
+        )
+    if args.load_in_4bit and stage == 3:
+        raise UserError(
+            f"--load_in_4bit and --deepspeed {args.deepspeed}: ZeRO stage 3 cannot divide 4-bit weights; pass "
+            "configs/ds/zero2.json, or leave out --load_in_4bit"
+        )
+
+
+def _computes_in_bfloat16(dtype: str) -> bool:
+    if dtype != "auto":
+        return dtype == "bfloat16"
+    import torch  # imported by nobody else here: it takes seconds, and most mistakes are found without it
+
+    return torch.cuda.is_available()

@@ -1,0 +1,377 @@
+"""Rows to token ids, a block at a time, in this process or several; what happened to each row is counted.
+
+read (rows.py) -> render, encode (encoding.py) -> judge (faults, lengths) -> a record batch of the cache's columns.
+A block holds a thousand rows, so memory does not grow with the data; results come back in the order of the rows, so the
+number of processes changes nothing but the time.
+"""
+
+import gc
+import hashlib
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from open_rm.data import encoding
+from open_rm.data.encoding import PairIds, PairText
+from open_rm.data.pairs import common_prefix
+from open_rm.data.rows import Preference, Reading, Row, make_reading, read_row
+from open_rm.data.tokenizer import reward_id_of, reward_token_of
+from open_rm.errors import UserError
+from open_rm.flags import DataFlags
+
+SCHEMA = pa.schema(
+    {
+        "chosen_input_ids": pa.list_(pa.int32()),
+        "rejected_input_ids": pa.list_(pa.int32()),
+        "chosen_length": pa.int32(),
+        "rejected_length": pa.int32(),
+        "prompt_length": pa.int32(),
+        "shared_length": pa.int32(),
+        "prompt_id": pa.int64(),
+        "chosen_id": pa.int64(),
+        "rejected_id": pa.int64(),
+        "margin": pa.float32(),
+        "source": pa.int32(),
+        "place": pa.string(),
+    }
+)
+# Text of more characters is dropped unread: a tokenizer may need minutes for it, and it is too long in any case.
+LONGEST_TEXT = 1_000_000
+CHARACTERS_PER_TOKEN = 20
+IMPLIED_PROMPT_TOKENS = 8
+Block = list[tuple[str, object, int]]  # (place, row or the UserError that reading it gave, times it is taken)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides how a row becomes token ids.
+
+    overlength: filter or truncate.
+    max_token_length: of a side.  max_prompt_token_length: of a prompt.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    reading: Reading
+    max_token_length: int
+    max_prompt_token_length: int
+    overlength: str
+
+    @classmethod
+    def of(cls, flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> "Policy":
+        lengths = flags.max_token_length, flags.max_prompt_token_length, flags.overlength
+        return cls(tokenizer, make_reading(flags), *lengths)
+
+    @property
+    def most_characters(self) -> int:
+        """Of a text that is encoded at all."""
+        return max(LONGEST_TEXT, CHARACTERS_PER_TOKEN * self.max_token_length)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A pair on its way to token ids. row: the number of its row in the block.
+
+    text: rendered; None where the row holds token ids.  ids: encoded; None before, or where the text is too long for it.
+    """
+
+    row: int
+    pair: Preference
+    text: PairText | None = None
+    ids: PairIds | None = None
+
+
+@dataclass
+class Prepared:
+    """A block's outcome. batch: kept pairs.  dropped: reason -> (pairs, first place).  bad: (place, what is wrong).
+
+    promptless: among the truncated pairs, those whose prompt was cut away."""
+
+    batch: pa.RecordBatch | None = None
+    forms: Counter = field(default_factory=Counter)
+    ties: int = 0
+    truncated: int = 0
+    promptless: int = 0
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def drop(self, reason: str, pairs: int, place: str) -> None:
+        """Count dropped pairs; the first place of a reason is kept."""
+        before, first = self.dropped.get(reason, (0, place))
+        self.dropped[reason] = (before + pairs, first)
+
+
+def pairs_of(row: object) -> int:
+    """At most how many pairs a row gives, before it is read: a ranked list gives one for each two responses."""
+    longest = (
+        max((len(value) for value in row.values() if isinstance(value, list)), default=0) if type(row) is dict else 0
+    )
+    return max(1, longest * (longest - 1) // 2) if longest and "responses" in row else 1
+
+
+def kind_of(block: Block, reading: Reading) -> str | None:
+    """The kind of the first row of a block that can be read; the others must be of it too."""
+    for _, row, _ in block:
+        try:
+            if not isinstance(row, UserError) and (pairs := read_row(row, reading).pairs):
+                return pairs[0].kind
+        except UserError:
+            pass
+    return None
+
+
+def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -> Prepared:
+    """Everything that happens to the rows of one block.
+
+    kind: what the rows must be (rows.Preference.kind), since special tokens are written differently; None: unknown yet.
+    source: the number that its pairs carry.
+    """
+    faults: dict[int, str] = {}  # what is wrong, by number of the row: one bad pair makes its whole row bad
+    rows = _read(block, kind, policy, faults)
+    candidates = _render(rows, policy.tokenizer, faults)
+    _encode(candidates, policy)
+    for one in candidates:
+        if one.ids and one.row not in faults and (fault := _fault(one.ids, policy.tokenizer)):
+            faults[one.row] = fault
+    done = Prepared(bad=[(block[row][0], faults[row]) for row in sorted(faults)])
+    for number, row in rows.items():
+        if number not in faults:
+            done.forms[row.form] += 1
+            done.ties += row.ties * block[number][2]
+    kept = _judge([one for one in candidates if one.row not in faults], block, policy, done)
+    done.batch = _record_batch(kept, source)
+    return done
+
+
+def _read(block: Block, kind: str | None, policy: Policy, faults: dict[int, str]) -> dict[int, Row]:
+    """The rows that can be read, by their number."""
+    rows = {}
+    for number, (_, row, _) in enumerate(block):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            found = read_row(row, policy.reading)
+            _check_kind(found.pairs, kind, policy.tokenizer)
+            rows[number] = found
+        except UserError as error:
+            faults[number] = str(error)
+    return rows
+
+
+def _render(rows: dict[int, Row], tokenizer: PreTrainedTokenizerBase, faults: dict[int, str]) -> list[Candidate]:
+    """Their pairs as text, in one call for the block; rows of token ids as they are."""
+    candidates = [Candidate(number, pair) for number, row in rows.items() for pair in row.pairs]
+    if candidates and candidates[0].pair.kind == "token ids":
+        for one in candidates:
+            one.ids = _as_given(one.pair, tokenizer)
+        return candidates
+    parts = [(one.pair.prompt, one.pair.chosen, one.pair.rejected, one.pair.template) for one in candidates]
+    for one, text in zip(candidates, encoding.render_pairs(tokenizer, parts), strict=True):
+        text = _checked_text(text) if isinstance(text, PairText) else text
+        if isinstance(text, UserError):
+            faults.setdefault(one.row, str(text))
+        else:
+            one.text = text
+    return [one for one in candidates if one.text is not None]
+
+
+def _encode(candidates: list[Candidate], policy: Policy) -> None:
+    """Token ids of every text that is not too long for it, in one call."""
+    limit = policy.most_characters
+    texts = [one for one in candidates if one.text and max(len(one.text.chosen), len(one.text.rejected)) <= limit]
+    for one, ids in zip(texts, encoding.encode_pairs(policy.tokenizer, [one.text for one in texts]), strict=True):
+        one.ids = ids
+
+
+def _judge(
+    candidates: list[Candidate], block: Block, policy: Policy, done: Prepared
+) -> list[tuple[PairIds, int, float | None, str]]:
+    """What is kept, as often as its row is taken: (ids, id of the prompt, margin, place). What is not is counted."""
+    for one in candidates:  # before the others, as their drops are found first
+        if one.ids is None:
+            place, _, times = block[one.row]
+            done.drop(f"a side > {policy.most_characters} characters", times, place)
+    kept = []
+    for one in candidates:
+        if one.ids is None:
+            continue
+        place, _, times = block[one.row]
+        ids, reason = _within_limits(one.ids, policy)
+        if reason:
+            done.drop(reason, times, place)
+            continue
+        if ids is not one.ids:
+            done.truncated += times
+        if _lost_its_prompt(one.pair, one.ids, ids):
+            done.promptless += times
+        kept += [(ids, _prompt_id(one.pair, one.ids), one.pair.margin, place)] * times
+    return kept
+
+
+def prepare_blocks(
+    blocks: Iterable[tuple[Block, str | None]], source: int, policy: Policy, num_proc: int
+) -> Iterator[tuple[Block, Prepared]]:
+    """`prepare_block` over (block, kind) in order, in this process or in `num_proc` others."""
+    if num_proc == 1:
+        # Two threads: while one encodes, for which Rust lets go of Python's lock, the other reads and renders.
+        pool, work, given = ThreadPoolExecutor(2), prepare_block, (source, policy)
+    else:
+        # spawn: a fork would copy the threads' locks of torch and of the tokenizer
+        context = multiprocessing.get_context("spawn")
+        pool, work, given = ProcessPoolExecutor(num_proc, context, _start_worker, (policy, source)), _work, ()
+    waiting, thresholds = deque(), _collect_rarely()
+    try:
+        for block, kind in blocks:
+            waiting.append((block, kind, pool.submit(work, block, kind, *given)))
+            if len(waiting) > 2 * num_proc:  # more would pile up in memory
+                yield _outcome(*waiting.popleft(), source, policy)
+        while waiting:
+            yield _outcome(*waiting.popleft(), source, policy)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenized was ended from outside, most often for want of memory; lower --num_proc"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        gc.set_threshold(*thresholds)
+
+
+def _outcome(block: Block, kind: str | None, result: Future, source: int, policy: Policy) -> tuple[Block, Prepared]:
+    try:
+        return block, result.result()
+    except RecursionError:  # a row is nested too deeply to be sent to another process
+        return block, prepare_block(block, kind, source, policy)
+
+
+def _collect_rarely() -> tuple[int, int, int]:
+    """Collect garbage rarely: rows have no reference cycles, and searching for them took a fifth of the time.
+
+    Returns the thresholds that were set before.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 1000)
+    return before
+
+
+def _start_worker(policy: Policy, source: int) -> None:
+    global _work_with
+    _collect_rarely()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _work_with = (source, policy)
+
+
+def _work(block: Block, kind: str | None) -> Prepared:
+    return prepare_block(block, kind, *_work_with)
+
+
+def _check_kind(pairs: list[Preference], kind: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    for pair in pairs:
+        if kind is not None and pair.kind != kind:
+            raise UserError(f"the rows before are {kind} and this one is {pair.kind}; train on one kind at a time")
+        if pair.kind == "token ids" and (largest := max(max(pair.chosen), max(pair.rejected))) >= len(tokenizer):
+            raise UserError(
+                f"token id {largest} is beyond the tokenizer's {len(tokenizer)}; is it the right tokenizer?"
+            )
+
+
+def _as_given(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> PairIds:
+    """A pair of token ids, with the reward token at the end where there is one."""
+    reward_id = reward_id_of(tokenizer)
+    end = [] if reward_id is None else [reward_id]
+    sides = (side if side[-1:] == end else side + end for side in (pair.chosen, pair.rejected))
+    size = encoding.shared_prefix_length(pair.chosen, pair.rejected)
+    return PairIds(pair.prompt or pair.chosen[:size], *sides)
+
+
+def _checked_text(text: PairText) -> PairText | UserError:
+    try:
+        (text.prompt + text.chosen + text.rejected).encode()
+    except UnicodeEncodeError:
+        return UserError("the text holds half a surrogate pair, which is no character; remove it")
+    return text
+
+
+def _fault(pair: PairIds, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if pair.chosen == pair.rejected:
+        return "chosen and rejected are identical as tokens, so the pair prefers nothing; remove the row"
+    if tokenizer.pad_token_id in pair.chosen or tokenizer.pad_token_id in pair.rejected:
+        pad = tokenizer.pad_token
+        return f"the text contains the pad token {pad!r}, which must never occur in text; remove it from the row"
+    reward_id = reward_id_of(tokenizer)
+    if reward_id is not None and any(side.count(reward_id) != 1 for side in (pair.chosen, pair.rejected)):
+        token = reward_token_of(tokenizer)
+        return f"the text contains the reward token {token!r} itself; remove it from the row, or name another"
+    return None
+
+
+def _within_limits(pair: PairIds, policy: Policy) -> tuple[PairIds, str | None]:
+    """(the pair as it is trained on, why it is dropped or None)"""
+    limits = {
+        "max_token_length": policy.max_token_length,
+        "max_prompt_token_length": policy.max_prompt_token_length,
+    }
+    reason = None
+    if len(pair.prompt) > policy.max_prompt_token_length:
+        reason = f"prompt > {policy.max_prompt_token_length} tokens"
+    elif max(len(pair.chosen), len(pair.rejected)) > policy.max_token_length:
+        reason = f"a side > {policy.max_token_length} tokens"
+    if reason is None or policy.overlength == "filter":
+        return pair, reason
+    cut = encoding.truncate(pair, bos_token_id=policy.tokenizer.bos_token_id, **limits)
+    return cut, "identical after truncation" if cut.chosen == cut.rejected else None
+
+
+def _names_prompt(pair: Preference, ids: PairIds) -> bool:
+    """True if the row names a prompt, or if both texts share their first 8 tokens or more (then that is the prompt).
+
+    Without a prompt `ids.prompt` is what the chat template writes first, or where two texts happen to begin alike.
+    """
+    return bool(pair.prompt) or (pair.kind != "messages" and len(ids.prompt) >= IMPLIED_PROMPT_TOKENS)
+
+
+def _lost_its_prompt(pair: Preference, ids: PairIds, cut: PairIds) -> bool:
+    """Whether truncation left nothing of the prompt but, at most, BOS."""
+    return _names_prompt(pair, ids) and len(cut.prompt) <= 1 < len(ids.prompt)
+
+
+def _prompt_id(pair: Preference, ids: PairIds) -> int:
+    """Of the prompt before it is cut; pairs without one are not of the same prompt."""
+    return _content_id(np.array(ids.prompt if _names_prompt(pair, ids) else ids.chosen + ids.rejected, np.int32))
+
+
+def _record_batch(pairs: list[tuple[PairIds, int, float | None, str]], source: int) -> pa.RecordBatch:
+    chosen = [np.array(ids.chosen, np.int32) for ids, *_ in pairs]
+    rejected = [np.array(ids.rejected, np.int32) for ids, *_ in pairs]
+    columns = {
+        "chosen_input_ids": _id_column(chosen),
+        "rejected_input_ids": _id_column(rejected),
+        "chosen_length": [len(ids) for ids in chosen],
+        "rejected_length": [len(ids) for ids in rejected],
+        "prompt_length": [len(ids.prompt) for ids, *_ in pairs],
+        "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
+        "prompt_id": [prompt_id for _, prompt_id, *_ in pairs],
+        "chosen_id": [_content_id(ids) for ids in chosen],
+        "rejected_id": [_content_id(ids) for ids in rejected],
+        "margin": [float("nan") if margin is None else margin for *_, margin, _ in pairs],
+        "source": [source] * len(pairs),
+        "place": [place for *_, place in pairs],
+    }
+    return pa.record_batch([pa.array(columns[name.name], name.type) for name in SCHEMA], schema=SCHEMA)
+
+
+def _content_id(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def _id_column(sequences: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum([len(ids) for ids in sequences], out=offsets[1:])
+    values = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

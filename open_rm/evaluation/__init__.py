@@ -1,0 +1,4 @@
+"""How good is it.
+
+held_out   held-out pairs, each scored once; a table of samples; rewards to find again after saving
+"""

@@ -1,0 +1,111 @@
+"""Held-out preference pairs: every pair scored exactly once, whatever the number of ranks.
+
+Each rank scores its share; one all-reduce puts every reward into its place, so all ranks hold the same table and the
+numbers do not depend on how it was computed. The model is any callable from a batch's inputs to rewards: the engine while
+it trains, a loaded model, a test's function.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from open_rm.batching import feeding
+from open_rm.batching.dealing import deal_step
+from open_rm.batching.rules import BatchRules
+from open_rm.data.pairs import PreferenceData
+from open_rm.ranks import Ranks, all_reduce_sum
+from open_rm.training.losses import ranking_loss
+from open_rm.training.metrics import pair_means, pair_sums
+
+PROBES = 4  # pairs whose rewards are computed again by the clients of the saved folder
+DEALT_AT_ONCE = 16_384  # pairs; more are dealt in pieces, so that planning a large set takes bounded memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: eval/rm/... overall and eval/rm/<source>/...  rewards: [pairs, 2] float64, chosen and rejected."""
+
+    metrics: dict[str, float]
+    rewards: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the trainer computed for a few texts. sequences: token ids.  rewards: one each."""
+
+    sequences: list[list[int]]
+    rewards: list[float]
+
+
+@torch.no_grad()
+def score_pairs(
+    rewards_of: Callable[..., torch.Tensor], data: PreferenceData, indices: np.ndarray, rules: BatchRules, ranks: Ranks
+) -> torch.Tensor:
+    """Rewards of the pairs `indices`, [n, 2] float64 on every rank. A collective call.
+
+    rewards_of: batch inputs (layouts.Batch.inputs) to rewards [2 B], in evaluation mode.
+    """
+    rewards = torch.zeros(len(data), 2, dtype=torch.float64, device=ranks.device)
+    for start in range(0, len(indices), DEALT_AT_ONCE):
+        deal = deal_step(indices[start : start + DEALT_AT_ONCE], data.table, rules, ranks.world_size)
+        for micro in feeding.micro_batches(deal.ranks[ranks.rank], data, rules):
+            sides = micro.sides(rewards_of(**micro.batch.inputs(ranks.device)).double())
+            rewards[torch.from_numpy(micro.pairs).to(ranks.device)] = torch.stack(sides, 1)
+    return all_reduce_sum(rewards)[torch.from_numpy(indices).to(ranks.device)].cpu()
+
+
+def evaluate(
+    rewards_of: Callable[..., torch.Tensor], data: PreferenceData, rules: BatchRules, ranks: Ranks
+) -> Evaluation:
+    """Score the whole set and average over its pairs. A collective call; see `score_pairs`."""
+    started = time.perf_counter()
+    rewards = score_pairs(rewards_of, data, np.arange(len(data)), rules, ranks)
+    seconds = time.perf_counter() - started
+    metrics = {f"eval/rm/{name}": value for name, value in _means(rewards).items()}
+    if len(data.labels) > 1:
+        sources = torch.tensor(data.source_ids())
+        for number, label in enumerate(data.labels):
+            if (sources == number).any():
+                means = _means(rewards[sources == number])
+                metrics.update({f"eval/rm/{label}/{name}": value for name, value in means.items()})
+    metrics["eval/samples_per_second"] = len(data) / seconds
+    return Evaluation(metrics, rewards)
+
+
+def probe(rewards_of: Callable[..., torch.Tensor], data: PreferenceData, rules: BatchRules, ranks: Ranks) -> Probe:
+    """Rewards of a few pairs, spread evenly over the set. A collective call; see `score_pairs`."""
+    indices = np.unique(np.linspace(0, len(data) - 1, PROBES).astype(int))
+    rewards = score_pairs(rewards_of, data, indices, rules, ranks)
+    sequences = [side.tolist() for pair in data.pairs(indices) for side in pair]
+    return Probe(sequences, rewards.flatten().tolist())
+
+
+def _means(rewards: torch.Tensor) -> dict[str, float]:
+    chosen, rejected = rewards.unbind(1)
+    return pair_means(pair_sums(chosen, rejected, ranking_loss(chosen, rejected)), len(rewards))
+
+
+def sample_table(evaluation: Evaluation, data: PreferenceData, tokenizer, *, count: int, seed: int) -> list[dict]:
+    """A few pairs as a person reads them: prompt, both responses, both rewards, right or wrong.
+
+    The same pairs at every evaluation of a run, so that one can watch a reward move.
+    """
+    chosen_ids = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
+    rows = []
+    for index, (chosen, rejected) in zip(chosen_ids, data.pairs(chosen_ids), strict=True):
+        prompt_length = min(data.dataset[int(index)]["prompt_length"], len(chosen), len(rejected))
+        reward_chosen, reward_rejected = evaluation.rewards[index].tolist()
+        rows.append(
+            {
+                "prompt": tokenizer.decode(chosen[:prompt_length]),
+                "chosen": tokenizer.decode(chosen[prompt_length:]),
+                "rejected": tokenizer.decode(rejected[prompt_length:]),
+                "chosen_reward": round(reward_chosen, 4),
+                "rejected_reward": round(reward_rejected, 4),
+                "right": reward_chosen > reward_rejected,
+            }
+        )
+    return rows

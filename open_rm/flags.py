@@ -1,0 +1,262 @@
+"""Every flag of the recipe, in groups: one group is one concern and what one room reads.
+
+Names are those of open-instruct's reward_modeling.py where it has the flag. The sentence under a field is what `--help`
+prints; the bound that its values must keep stands in its type. A room takes its own group, or plain values; all of them
+together, `Args`, are taken by the recipe, the checks and the inspection alone. Imports nothing of ours, nor torch, so that
+`--help` and a wrong command line are answered at once.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Must:
+    """What a value has to be: as the user reads it, and as it is tested. NaN passes none of the tests."""
+
+    be: str
+    test: Callable[[float], bool]
+
+
+BARRIER_EDGE = 1e-3  # how near to its bound the log barrier itself goes; see training/losses.py
+Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
+Number = Annotated[int, Must("at least 0", lambda n: n >= 0)]
+Amount = Annotated[float, Must("at least 0, and finite", lambda x: 0 <= x < math.inf)]
+Positive = Annotated[float, Must("above 0, and finite", lambda x: 0 < x < math.inf)]
+Share = Annotated[float, Must("from 0 to below 1", lambda x: 0 <= x < 1)]
+SmallShare = Annotated[float, Must("from 0 to below 0.5", lambda x: 0 <= x < 0.5)]
+Norm = Annotated[float, Must("at least 0", lambda x: x >= 0)]
+Bound = Annotated[float, Must(f"above {BARRIER_EDGE}, and finite", lambda x: BARRIER_EDGE < x < math.inf)]
+Seed = Annotated[int, Must("from 0 to below 2**32", lambda n: 0 <= n < 2**32)]
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Backbone, tokenizer and score head, and how they compute."""
+
+    model_name_or_path: str = "EleutherAI/pythia-14m"
+    """Checkpoint to start from: a Hub name or a local folder. A reward model keeps its head."""
+    model_revision: str | None = None
+    """Branch, tag or commit of the model on the Hub. None: the default branch."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's or tokenizer's folder brings. Read that code first."""
+    tokenizer_name: str | None = None
+    """Tokenizer: a Hub name or a local folder. None: the model's."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of the tokenizer. None: model_revision if the tokenizer is the model's."""
+    use_slow_tokenizer: bool = False
+    """Accepted for old command lines; transformers 5 has no slow tokenizers, and the log says so."""
+    chat_template_name: str | None = None
+    """How messages become text: a name (see open_rm/data/chat_templates), a Jinja file, or None for the tokenizer's own."""
+    reward_token: str | None = None
+    """Token appended to every response and scored (XTuner), of the tokenizer or new; it must not occur in the data."""
+    score_init: Literal["default", "zeros"] = "default"
+    """A new score head: N(0, 1 / (h + 1)), or zeros, so that every reward begins at 0. A reward model keeps its head."""
+    freeze_backbone: bool = False
+    """Train the score head alone."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; bfloat16 keeps float32 master weights. auto: bfloat16 on a GPU, float32 on the CPU."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ... None: the best that transformers finds."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """LoRA and QLoRA."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter and the score head, the backbone frozen."""
+    lora_r: Count = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: Positive = 32.0
+    """The adapter is scaled by lora_alpha / lora_r."""
+    lora_dropout: Share = 0.0
+    """Dropout on the adapter's input; any makes rewards in training differ from those in evaluation."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Linear layers to adapt, by the last part of their names, e.g. q_proj v_proj. Empty: every linear layer of the
+    backbone. Experts of a mixture are not linear layers."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits (QLoRA). With use_peft."""
+    merge_adapter: bool = False
+    """Save the sum of weights and adapter, a plain model, instead of the adapter and the head."""
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Which preference pairs, and how they are read."""
+
+    dataset_mixer_list: list[str] = field(default_factory=lambda: ["trl-internal-testing/sentiment-trl-style", "400"])
+    """Training data: alternating name (Hub name[:config][@revision], file, folder, glob) and amount (400 rows, or 0.5 of
+    them)."""
+    dataset_mixer_list_splits: list[str] = field(default_factory=lambda: ["train"])
+    """Split of each training source, or one for all. A single file is itself the split."""
+    dataset_mixer_eval_list: list[str] = field(default_factory=list)
+    """Held-out data, like dataset_mixer_list. Empty: no evaluation."""
+    dataset_mixer_eval_list_splits: list[str] = field(default_factory=lambda: ["test"])
+    """Split of each held-out source, or one for all."""
+    column_map: list[str] = field(default_factory=list)
+    """Columns of other names: ours=theirs, e.g. chosen=better rejected=worse."""
+    margin_from: list[str] = field(default_factory=list)
+    """Two columns, e.g. score_chosen score_rejected: a pair's margin is the first minus the second. Empty: column margin."""
+    parse_hh: bool = False
+    """Turn text of the form "Human: ... Assistant: ..." into messages for the chat template, not training on it as text."""
+    skip_bad_rows: Number = 0
+    """Skip, list and count so many malformed rows; the next one stops the run."""
+    max_token_length: Count = 512
+    """Most tokens of a side (prompt and response)."""
+    max_prompt_token_length: Count = 256
+    """Most tokens of a prompt."""
+    overlength: Literal["filter", "truncate"] = "filter"
+    """Pairs beyond these: left out, or cut (the prompt's start, then a response's end but for the scored token). Counted."""
+    num_proc: Count = 1
+    """Processes that tokenize; each of them encodes on one core, a single one on all."""
+    strict: bool = False
+    """Stop before training where the look at the data (python -m open_rm.inspection) has findings."""
+    dataset_local_cache_dir: str = "local_dataset_cache"
+    """Folder for tokenized data; found again while data, tokenizer and lengths are the same."""
+    cache_dataset_only: bool = False
+    """Tokenize into the cache and stop."""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What the run is called, and where its model lands: a folder, and a repository on the Hub."""
+
+    exp_name: str = "reward_modeling"
+    """First part of the run's name."""
+    run_name: str | None = None
+    """Name of this run. None: <exp_name>__<seed>__<unix time>."""
+    seed: Seed = 1
+    """Decides the order of the pairs, random subsets and the initial score head."""
+    output_dir: str | None = None
+    """Where the final model lands, exactly. None: output/<run_name>."""
+    push_to_hub: bool = False
+    """Push the final model to the Hugging Face Hub; needs HF_TOKEN in the environment."""
+    hf_entity: str | None = None
+    """User or organisation on the Hub. None: the token's user."""
+    hf_repo_id: str | None = None
+    """Repository, name or entity/name. None: open_rm_dev."""
+    hf_repo_revision: str | None = None
+    """Branch to push to. None: the run's name."""
+    hf_repo_private: bool = True
+    """Whether a repository that has to be created is private."""
+
+
+@dataclass(frozen=True)
+class ObjectiveFlags:
+    """What is minimised."""
+
+    loss_type: Literal["ranking", "focal"] = "ranking"
+    """Bradley-Terry, or with less weight on pairs that are already right (InternLM2)."""
+    focal_gamma: Amount = 2.0
+    """Exponent of the focal weight; 0 is ranking."""
+    label_smoothing: SmallShare = 0.0
+    """Share of labels taken to be swapped, from 0 to below 0.5. With loss_type ranking."""
+    penalty_type: Literal["none", "log_barrier", "L2"] = "none"
+    """Keep rewards small: a wall at +-penalty_bound, or their squares (XTuner)."""
+    penalty_weight: Amount = 0.01
+    """Factor of the penalty."""
+    penalty_bound: Bound = 5.0
+    """Where log_barrier's wall stands, in units of reward."""
+    center_rewards_coefficient: Amount = 0.0
+    """Factor of (chosen + rejected reward)^2, which centres rewards at 0; 0.01 is common. 0: off."""
+    margin_loss: bool = False
+    """Chosen must lead by the pair's margin (Llama 2). Every training pair needs one."""
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """How a gradient becomes a step."""
+
+    optim: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """AdamW, fused; with 8-bit moments (bitsandbytes), a quarter of their memory; or Adafactor (torch), with almost none and
+    steps of learning_rate times the size of each weight, so that it wants a larger one."""
+    learning_rate: Positive = 3e-6
+    """Peak learning rate."""
+    eps: Positive = 1e-5
+    """AdamW's epsilon."""
+    weight_decay: Amount = 0.0
+    """AdamW's decoupled weight decay; not applied to biases and norms."""
+    max_grad_norm: Norm = 1.0
+    """Clip the global gradient norm to this. 0: never."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "linear"
+    """Course of the learning rate over optimizer steps, as transformers names them."""
+
+
+@dataclass(frozen=True)
+class ScheduleFlags:
+    """How long to train, and when to evaluate."""
+
+    warm_up_steps: Number = 0
+    """Optimizer steps of linear warm-up."""
+    warmup_ratio: Share = 0.0
+    """The same as a share of all steps. Not together with warm_up_steps."""
+    num_train_epochs: Positive = 1.0
+    """Passes over the training pairs."""
+    total_episodes: Count | None = None
+    """Stop after this many pairs instead. None: num_train_epochs decides."""
+    num_evals: Number = 1
+    """Evaluations during training, evenly spaced, besides those before the first and after the last step."""
+    eval_steps: Count | None = None
+    """Evaluate every so many optimizer steps instead. None: num_evals decides."""
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """How many pairs are computed at once, and how they lie in memory."""
+
+    per_device_train_batch_size: Count = 1
+    """Pairs that a device computes at once. A step has this x gradient_accumulation_steps x devices pairs."""
+    per_device_eval_batch_size: Count = 8
+    """The same in evaluation: it bounds memory and does not change results."""
+    gradient_accumulation_steps: Count = 8
+    """Forwards of that size that make a step on a device; fewer are needed where pairs are short."""
+    batching: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
+    """How pairs lie in memory: padded rows, packed into one row, or packed with every shared prompt computed once; all
+    give the same rewards and gradients. auto: shared_prefix wherever it is exact, else padded and the log says why."""
+    group_by_prompt: bool = False
+    """Keep all pairs of a prompt in one step, so that shared_prefix computes prompt and repeated responses once."""
+    max_tokens_per_micro_batch: Count | None = None
+    """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length, on a CPU at most
+    1536, which its caches hold well."""
+    deepspeed: str | None = None
+    """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
+
+
+@dataclass(frozen=True)
+class TrackingFlags:
+    """What is shown and recorded of a run."""
+
+    num_sample_pairs: Number = 4
+    """Pairs in the table of samples: on the console at the first and the last evaluation, in samples.jsonl and wandb at each."""
+    with_tracking: bool = False
+    """Track with wandb; offline where there is no key or no server."""
+    wandb_project_name: str = "open_rm"
+    """wandb project."""
+    wandb_entity: str | None = None
+    """wandb user or team. None: the key's default."""
+
+
+# The bases stand from last to first: a dataclass lists the fields of its last base first, and so does --help.
+@dataclass(frozen=True)
+class Args(
+    TrackingFlags,
+    RunFlags,
+    BatchFlags,
+    ScheduleFlags,
+    OptimizerFlags,
+    ObjectiveFlags,
+    DataFlags,
+    AdapterFlags,
+    ModelFlags,
+):
+    """Train a reward model (Bradley-Terry) from preference pairs.
+
+    --config FILE.yaml sets flags from a file (one `name: value` a line); those on the command line override it.
+    """

@@ -1,0 +1,7 @@
+"""A look at the data before training: `python -m open_rm.inspection`, and the short form before every run.
+
+report     numbers per source, overlap
+findings   what is wrong, in sentences
+look       short lines, tables, files
+views      length histograms, pairs token by token
+"""

@@ -1,0 +1,132 @@
+"""What an inspection found, in sentences: one per problem, with the source and the first place.
+
+Made from the report alone (see report.inspect_data), so that a report that was kept can be judged again. The
+thresholds are here; what they mean for a training run is the reader's to decide, or --strict's.
+"""
+
+from open_rm.data.tokenizer import DATE
+from open_rm.errors import UserError
+
+LENGTH_ACCURACY = 0.6  # a finding above this, where so many pairs make it more than chance (two standard errors)
+DROPPED_SHARE = 0.1
+
+
+def find(report: dict) -> list[str]:
+    """What a person should know before training, a sentence each, with the source and the first place."""
+    findings = []
+    for split, found in report["splits"].items():
+        for source in found["sources"]:
+            findings += [f"{split} {source['label']}: {sentence}" for sentence in _source_findings(source)]
+        findings += [f"{split}: {sentence}" for sentence in _between_sources(found)]
+    for source in report["overlap"].get("sources", []):
+        if source["first"]:
+            findings.append(
+                f"eval {source['label']}: {source['prompts']} of {source['of_prompts']} held-out prompts, and a side "
+                f"of {source['pairs_with_a_side']} pairs, occur in the training data, first {source['first']['eval']} "
+                f"(in training: {source['first']['train']}); evaluation will flatter the model"
+            )
+    if report["date_in_template"]:
+        findings.append(
+            "the chat template prints today's date, so rewards would change from day to day; here and in the saved "
+            f"tokenizer it is {DATE}"
+        )
+    return findings
+
+
+def _source_findings(source: dict) -> list[str]:
+    findings = []
+    if source["skipped"]:
+        first = source["skipped"][0]
+        findings.append(f"{plural(source['skipped'], 'row')} skipped, first {first['place']}: {first['what']}")
+    if len(source["forms"]) > 1:
+        forms = ", ".join(f"{form} ({count} rows)" for form, count in source["forms"].items())
+        findings.append(f"rows of several forms: {forms}; the model sees them written differently")
+    dropped = drop_counts(source["dropped"])
+    share = sum(dropped.values()) / max(1, sum(dropped.values()) + source["pairs"])
+    if share > DROPPED_SHARE:
+        reason = max(dropped, key=dropped.get)
+        findings.append(
+            f"{share:.1%} of the pairs are dropped, most of them ({dropped[reason]}) for: {reason}, "
+            f"first {source['dropped'][reason]['first']}"
+        )
+    if not source["pairs"]:
+        return findings
+    if source["promptless"]:
+        findings.append(
+            f"{plural(source['promptless'], 'pair')} lost the whole prompt to --overlength truncate, since an answer "
+            "fills --max_token_length; raise it, or leave such pairs out with --overlength filter"
+        )
+    duplicates, contradictory = source["duplicates"], source["contradictory"]
+    if duplicates["count"]:
+        findings.append(
+            f"{plural(duplicates['count'], 'duplicate pair')}, first {duplicates['first']['place']} "
+            f"(repeats {duplicates['first']['other']})"
+        )
+    if contradictory["count"]:
+        findings.append(
+            f"{plural(contradictory['count'], 'contradictory pair')} (A over B, and B over A), first "
+            f"{contradictory['first']['place']} against {contradictory['first']['other']}"
+        )
+    baseline = source["length_baseline"]
+    if baseline["accuracy"] > max(LENGTH_ACCURACY, 0.5 + source["pairs"] ** -0.5):
+        findings.append(
+            f'"{baseline["rule"]}" alone is right in {baseline["accuracy"]:.1%} of the pairs; a model can score that '
+            "without reading, so compare its accuracy with it"
+        )
+    return findings + _scored_findings(source["scored"])
+
+
+def _scored_findings(scored: dict) -> list[str]:
+    findings = []
+    if scored["distinct"] > 1:
+        named = ", ".join(f"{token_name(token)} in {plural(token['sides'], 'side')}" for token in scored["tokens"][:3])
+        named += ", ..." if scored["distinct"] > 3 else ""
+        findings.append(
+            f"the reward is read at {scored['distinct']} different tokens ({named}), "
+            f"the first other than the most frequent at {scored['first_other']}"
+        )
+    blank = [token for token in scored["tokens"] if not token["text"].strip()]
+    if blank:
+        findings.append(
+            f"the reward is read at {token_name(blank[0])}, which is only whitespace, in "
+            f"{plural(blank[0]['sides'], 'side')}, first {blank[0]['first']}; end the chat template with a token "
+            "that says the response is over"
+        )
+    return findings
+
+
+def _between_sources(found: dict) -> list[str]:
+    findings = []
+    for name, what in (("duplicates", "duplicate pair"), ("contradictory", "contradictory pair")):
+        overall = found["overall"].get(name, {"count": 0})
+        between = overall["count"] - sum(source.get(name, {"count": 0})["count"] for source in found["sources"])
+        if len(found["sources"]) > 1 and between > 0:
+            findings.append(
+                f"{plural(between, what)} between its sources; over all sources the first is "
+                f"{overall['first']['place']} (and {overall['first']['other']})"
+            )
+    return findings
+
+
+def check_strict(report: dict) -> None:
+    """--strict: findings are a mistake of the user's."""
+    if report["findings"]:
+        raise UserError(
+            f"--strict: {plural(report['findings'], 'finding')} in the data, the first: {report['findings'][0]}"
+        )
+
+
+def plural(things, name: str) -> str:
+    """`3 pairs` or `1 pair`, of a number or of a list."""
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def token_name(token: dict) -> str:
+    """A scored token of the report as a person reads it."""
+    return f"{token['text']!r} (id {token['id']})"
+
+
+def drop_counts(dropped: dict) -> dict[str, int]:
+    """Reason -> pairs dropped for it."""
+    return {reason: fault["count"] for reason, fault in dropped.items()}

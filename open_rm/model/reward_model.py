@@ -1,0 +1,119 @@
+"""The reward model: a transformers backbone and a score head, called for rewards.
+
+It stays a plain `...ForSequenceClassification` inside, so that what is saved is what every client loads; only the place
+where the reward is read differs: here by length (batching/layouts.py), there by looking for the last non-pad token. Encoders
+(BERT and its like) read it where their own pooling says, most often at the first token, in both.
+Shapes: S sequences, T positions, D hidden width, N rewards.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from open_rm.model import families, last_layer
+
+
+class ScoreHead(nn.Linear):
+    """The linear score head, computed in float32 whatever the weights' dtype: bfloat16 would round a reward of 5 by
+    up to 0.016, more than many margins."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class RewardModel(nn.Module):
+    """Batch in, rewards out.
+
+    The whole computation is this module's forward, so that wrappers (DeepSpeed, autocast) see every call.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, adapted=None):
+        """adapted: peft's wrapper of the classifier (adapters.adapt), None where all of it is trained."""
+        super().__init__()
+        self.classifier = classifier
+        object.__setattr__(self, "adapted", adapted)  # no submodule: it holds the same modules under other names
+        self.backbone_name = classifier.base_model_prefix
+        self.is_encoder = classifier.config.model_type in families.ENCODERS
+        # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
+        self.head.__class__ = ScoreHead
+        # A family that is not known to pass keywords down to its layers computes its last layer in full.
+        self.read_only_parameters = 0
+        if classifier.config.get_text_config().model_type in families.SEGMENTS:
+            backbone = getattr(classifier, self.backbone_name)
+            layers = getattr(getattr(backbone, "language_model", backbone), "layers", None)
+            if layers is not None:
+                self.read_only_parameters = sum(map(size_of, last_layer.compute_where_read(layers[-1])))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer [1, D] that gives the reward."""
+        return head_of(self.classifier)
+
+    @property
+    def width(self) -> int:
+        """Hidden width D."""
+        return self.classifier.config.get_text_config().hidden_size
+
+    def forward(self, input_ids, reward_index, read_index, **layout) -> torch.Tensor:
+        """[N] float32 rewards.
+
+        Args:
+            input_ids: [S, T].
+            reward_index: [N] into the flattened S * T positions, where each reward is read.  read_index: the distinct
+                ones among them.
+            layout: attention_mask for right-padded rows; position_ids and segments for a packed row (layouts.Batch).
+        """
+        if self.is_encoder:
+            logits = self.classifier(input_ids=input_ids, **layout).logits.squeeze(-1)  # [S]
+            return logits[reward_index // input_ids.shape[1]]
+        backbone = getattr(self.classifier, self.backbone_name)
+        if self.read_only_parameters:
+            layout["read_index"] = read_index
+        hidden = backbone(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
+        return self.head(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension.
+
+    passes: 3, forward and backward for activations and for weights; 2 where the weights are frozen beside an adapter,
+        1 where nothing but the head is trained.
+    body_parameters: applied at every token.  read_parameters: applied only where a reward is read (see last_layer.py).
+    """
+
+    body_parameters: int
+    read_parameters: int
+    layers: int
+    attention_width: int
+    passes: int
+
+
+def model_shape(model: RewardModel) -> Shape:
+    """Sizes for counting FLOPs."""
+    config = model.classifier.config.get_text_config()
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    body = sum(size_of(p) for p in model.parameters() if id(p) not in embeddings)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    read = model.read_only_parameters + model.width
+    frozen = not any(p.requires_grad for p in getattr(model.classifier, model.backbone_name).parameters())
+    passes = 1 if frozen else 2 if model.adapted is not None else 3
+    return Shape(body - read, read, config.num_hidden_layers, config.num_attention_heads * head, passes)
+
+
+def head_of(classifier: PreTrainedModel) -> nn.Module | None:
+    """Its score head; None where it has none that is known here."""
+    head = getattr(classifier, "classifier" if classifier.config.model_type in families.ENCODERS else "score", None)
+    if hasattr(head, "modules_to_save"):  # peft trains a copy of it
+        return head.modules_to_save["default"]
+    return head
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """Number of weights, also of those that ZeRO-3 has partitioned or bitsandbytes has packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())

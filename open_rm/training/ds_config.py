@@ -1,0 +1,114 @@
+"""DeepSpeed's own settings: a JSON file that decides memory layout only, and what the flags decide, in one dict.
+
+DeepSpeed is imported only to have a named file checked, since that takes seconds.
+"""
+
+import json
+from pathlib import Path
+
+from open_rm.errors import UserError
+from open_rm.flags import BatchFlags
+
+# Keys that a file may not decide, because a flag does.
+OWNED_BY_FLAGS = {
+    "optimizer": "--learning_rate, --eps and --weight_decay",
+    "scheduler": "--lr_scheduler_type",
+    "train_batch_size": "--per_device_train_batch_size and --gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+    "torch_autocast": "--dtype",
+    "data_types": "--dtype",
+}
+
+
+def read_config(path: str | None) -> dict:
+    """The file's settings; None is ZeRO stage 0.
+
+    Raises:
+        UserError: the file cannot be read, decides what a flag decides, or is refused by DeepSpeed.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 0}}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--deepspeed {path}: cannot be read ({error.strerror}); see configs/ds/ for examples"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(
+            f"--deepspeed {path}: must hold a JSON object with zero_optimization; see configs/ds/ for examples"
+        )
+    for key, flags in OWNED_BY_FLAGS.items():
+        if not _is_auto(config.pop(key, "auto")):
+            raise UserError(
+                f'--deepspeed {path}: "{key}" is decided by {flags}; remove it from the file or write "auto"'
+            )
+    _check_with_deepspeed(path, config.get("zero_optimization", {}))
+    return config | {"zero_optimization": {"stage": 0} | config.get("zero_optimization", {})}
+
+
+def _is_auto(value: object) -> bool:
+    """Whether a value is left to us: "auto", a block that is switched off, or a block in which all but its type is."""
+    if not isinstance(value, dict):
+        return value == "auto"
+    if "enabled" in value:
+        return value["enabled"] in ("auto", False)
+    parts = [part for name, part in value.items() if name != "type"]
+    return bool(parts) and all(map(_is_auto, parts))
+
+
+def _check_with_deepspeed(path: str, zero: dict) -> None:
+    from open_rm import ranks  # noqa: F401 - says which device DeepSpeed is for, before it is imported
+
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # isort: skip
+
+    try:
+        DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
+    except (ValueError, TypeError) as error:
+        what = " ".join(str(error).split())[:160]
+        raise UserError(f"--deepspeed {path}: DeepSpeed refuses zero_optimization ({what})") from error
+
+
+def fill_config(flags: BatchFlags, *, width: int, bf16: bool, max_grad_norm: float) -> dict:
+    """All of DeepSpeed's settings: those of the file `flags.deepspeed`, and what flags decide.
+
+    Args:
+        width: the model's hidden size, which "auto" bucket sizes follow.
+        bf16: bfloat16 weights and compute with float32 master weights; else everything in float32.
+        max_grad_norm: clip the global gradient norm to this, 0 for never.
+    """
+    config = read_config(flags.deepspeed)
+    zero = dict(config["zero_optimization"])
+    automatic = {  # the sizes that transformers' own DeepSpeed integration derives
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    zero.update({key: value for key, value in automatic.items() if zero.get(key) == "auto"})
+    if bf16 and zero["stage"] == 0:
+        # DeepSpeed's stage 0 would sum gradients and their norm in bfloat16; stage 1 on one rank holds the same bytes.
+        zero["stage"] = 1
+    return config | {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": flags.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,  # the loop accumulates itself: see Engine.backward
+        "gradient_clipping": max_grad_norm,  # DeepSpeed clips to 1.0 where this is absent
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        # with offload too: torch's fused AdamW is as fast on the CPU as DeepSpeed's own, which has to be compiled first
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def describe(config: dict, device_type: str, world_size: int) -> str:
+    """One line on where and how the run computes; `config` is from `fill_config`."""
+    dtype = "bfloat16 with float32 master weights" if config["bf16"]["enabled"] else "float32"
+    return f"{world_size} x {device_type}, {dtype}, ZeRO stage {config['zero_optimization']['stage']}"

@@ -1,0 +1,133 @@
+"""DeepSpeed behind a few verbs, on one process or many.
+
+What it adds to DeepSpeed is exactness: gradients are summed, not averaged, over ranks and micro-batches, so the loss
+that the recipe divides by the pairs of the whole step is the loss that is stepped on.
+What is not covered here: saving and resuming the engine's own state.
+"""
+
+import contextlib
+
+import torch
+import transformers
+
+from open_rm.flags import OptimizerFlags
+from open_rm.ranks import Ranks  # before deepspeed: it says which device DeepSpeed is for
+
+import deepspeed  # isort: skip
+
+
+class Engine:
+    """A model being trained. Call it for rewards; `backward` each micro-batch, then `step`."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        flags: OptimizerFlags,
+        config: dict,
+        ranks: Ranks,
+        *,
+        total_steps: int = 1,
+        warmup_steps: int = 0,
+    ):
+        """Wrap `model`; `config` is from ds_config.fill_config. The learning rate follows its schedule over total_steps."""
+        self.ranks = ranks
+        self.stage = config["zero_optimization"].get("stage", 0)
+        self.optimizer = _optimizer(model, flags)
+        self._clip_to = config["gradient_clipping"] if self.stage == 0 else 0.0
+        own = {"gradient_clipping": 0.0} if self.stage == 0 else {}
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config | own)
+        if self.stage == 0 and ranks.world_size == 1:
+            # One rank has nothing to sum, and DeepSpeed would copy all gradients into a buffer and back for it.
+            self._engine.enable_backward_allreduce = False
+        self._schedule = transformers.get_scheduler(
+            flags.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=total_steps,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model computes in."""
+        return torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self._schedule.get_last_lr()[0]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model inside."""
+        return self._engine.module
+
+    def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss` to the step's. `last`: this is the step's last micro-batch.
+
+        DeepSpeed averages gradients over ranks; multiplying by their number makes it the sum.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update the weights, clear the gradients, move the learning rate on.
+
+        Returns the global gradient norm before clipping.
+        """
+        norm = self._clip() if self.stage == 0 else None
+        self._engine.step()
+        self._schedule.step()
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _clip(self) -> float:
+        # ZeRO's optimizers clip and report the norm; plain data-parallel training reports none, every rank has all
+        # gradients, and the norm that is wanted anyway serves for clipping.
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if 0 < self._clip_to < norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_to, norm)
+        return norm.item()
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        """Evaluation mode without gradients; back to training mode afterwards."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def gathered_state(self) -> dict[str, torch.Tensor] | None:
+        """The complete weights on the main rank's CPU, None elsewhere. A collective call."""
+        if self.stage == 3:
+            state = self._engine._zero3_consolidated_16bit_state_dict()
+        else:
+            state = self.module.state_dict()
+        if not self.ranks.is_main:
+            return None
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def _optimizer(model: torch.nn.Module, flags: OptimizerFlags) -> torch.optim.Optimizer:
+    """Biases and norms are not decayed (the field's convention, as in transformers).
+
+    optim: adamw; adamw_8bit, bitsandbytes' with moments in blocks of 8 bits (https://arxiv.org/abs/2110.02861); adafactor,
+        torch's with moments by rows and columns (https://arxiv.org/abs/1804.04235).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # ds_shape: under ZeRO-3 p itself is an empty stand-in
+    decayed = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": decayed, "weight_decay": flags.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if flags.optim == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, lr=flags.learning_rate, eps=flags.eps)
+    if flags.optim == "adafactor":
+        return torch.optim.Adafactor(groups, lr=flags.learning_rate)
+    return torch.optim.AdamW(groups, lr=flags.learning_rate, eps=flags.eps, fused=True)

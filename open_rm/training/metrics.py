@@ -1,0 +1,157 @@
+"""Metrics of a step as sums and counts on tensors, reduced over the ranks once, when they are read.
+
+A mean of per-device means is wrong as soon as shares differ; a sum divided by a count is not.
+Shapes: B pairs.
+"""
+
+import resource
+import time
+
+import torch
+
+from open_rm.batching.feeding import Step
+from open_rm.ranks import Ranks, all_reduce_sum
+
+PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
+COUNTS = (
+    "tokens",  # tokens of all sequences
+    "computed",  # tokens that were computed; fewer where a prefix is shared
+    "positions",  # positions that were computed, padding included
+    "flops",  # FLOPs that the model needs for the tokens computed
+)
+# The matrix-product rate is measured on products of this many rows, doubled until one takes long enough to be timed.
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 256, 8192
+PRODUCT_SECONDS = 0.1  # most that the largest product should take
+
+
+def pair_sums(chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """Sums over pairs of the five metrics in the order of PAIR_METRICS.
+
+    Args:
+        chosen, rejected, losses: [B] rewards and losses.
+
+    Returns:
+        [5] float64. A tie is not a correct prediction, so accuracy counts chosen > rejected strictly.
+    """
+    columns = ((chosen > rejected), losses, chosen, rejected, chosen - rejected)
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def pair_means(sums: torch.Tensor, pairs: int) -> dict[str, float]:
+    """Means per pair from `pair_sums` totals; `pairs` is the number of pairs summed over."""
+    return dict(zip(PAIR_METRICS, (sums / pairs).tolist(), strict=True))
+
+
+class Meter:
+    """Sums over the pairs of one optimizer step on this rank; `reduce` makes one all-reduce for everything."""
+
+    def __init__(self, ranks: Ranks, shape, dtype: torch.dtype):
+        """shape: the model's sizes, for counting FLOPs (reward_model.Shape).  dtype: that it computes in."""
+        self._ranks, self._shape = ranks, shape
+        self._peak_flops = matmul_flops(ranks, dtype)
+        self._totals: dict[str, float] = {}
+        self._start()
+
+    def _start(self) -> None:
+        zeros = {"dtype": torch.float64, "device": self._ranks.device}
+        self._pairs, self._counts = torch.zeros(len(PAIR_METRICS), **zeros), torch.zeros(len(COUNTS), **zeros)
+        self._terms: dict[str, torch.Tensor] = {}
+
+    def add(self, chosen: torch.Tensor, rejected: torch.Tensor, terms: dict[str, torch.Tensor], batch) -> None:
+        """Add one micro-batch: [B] rewards and losses.loss_terms of its counted pairs, and the layouts.Batch of them."""
+        losses = sum(terms.values())
+        # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
+        counted = (batch.tokens, batch.computed, batch.area, len(batch.read_index)) if len(losses) else (0, 0, 0, 0)
+        tokens, computed, area, read = counted
+        counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape, read=read))
+        self._pairs += pair_sums(chosen, rejected, losses)
+        self._counts += torch.tensor(counts, dtype=torch.float64, device=self._counts.device)
+        for name, term in terms.items():  # the same names in the same order on every rank: the flags decide them
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach().double().sum()
+
+    def reduce(self, pairs: int) -> dict[str, float]:
+        """The step's means per pair over all ranks, those of the loss's terms as loss_<name> among them.
+
+        pairs: of the step on all ranks. The next `add` begins another step.
+        """
+        parts = (self._pairs, self._counts, torch.stack(list(self._terms.values())))
+        sums, counts, terms = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
+        self._totals = dict(zip(COUNTS, counts.tolist(), strict=True))
+        means = dict(zip((f"loss_{name}" for name in self._terms), (terms / pairs).tolist(), strict=True))
+        self._start()
+        return pair_means(sums, pairs) | means
+
+    def performance(self, step: Step, flops_before: float) -> dict[str, float]:
+        """perf/...: what the step that was reduced last took, over all ranks.
+
+        mfu = FLOPs of the model that the step needed (training_flops: nothing for padding, for what a shared prefix saves,
+        or for recomputation) / (step_seconds * the matrix-product rate of all devices together).  data_seconds: this rank's
+        wait for batches.  memory_gib: this rank's peak.  flops_before: of the run's earlier steps.
+        """
+        counts, seconds = self._totals, time.perf_counter() - step.asked
+        return {
+            "perf/pairs_per_second": step.pairs / seconds,
+            "perf/tokens_per_second": counts["tokens"] / seconds,
+            "perf/step_seconds": seconds,
+            "perf/data_seconds": step.waited,
+            "perf/memory_gib": peak_memory_gib(self._ranks),
+            "perf/padding_fraction": 1 - counts["computed"] / counts["positions"],
+            "perf/distinct_token_fraction": counts["computed"] / counts["tokens"],
+            "perf/rank_imbalance": step.imbalance,
+            "perf/mfu": counts["flops"] / (seconds * self._peak_flops),
+            "perf/total_flops": flops_before + counts["flops"],
+        }
+
+
+def peak_memory_gib(ranks: Ranks) -> float:
+    """Most memory this rank has held, in GiB: allocated on the GPU, resident on the CPU."""
+    if ranks.on_gpu:
+        return torch.cuda.max_memory_allocated(ranks.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def matmul_flops(ranks: Ranks, dtype: torch.dtype) -> float:
+    """FLOPs a second of plain matrix products on all devices together: the peak that mfu is a share of.
+
+    Measured, not looked up, in at most 0.3 s on any device: a CPU may be a million times slower than a GPU, and without
+    AVX-512 it computes bfloat16 at a thirtieth of float32's rate. So sizes double from a small one, and the fastest product
+    of the largest size that stays within PRODUCT_SECONDS counts.
+    """
+
+    def seconds_of(matrix: torch.Tensor) -> float:
+        if ranks.on_gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        matrix @ matrix
+        if ranks.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    # Numbers of its own: how many are drawn depends on the clock, and LoRA's dropout must not.
+    generator = torch.Generator(ranks.device).manual_seed(0)
+    n = SMALLEST_PRODUCT // 2
+    seconds_of(torch.rand(n, n, device=ranks.device, generator=generator).to(dtype))  # the first product sets things up
+    fastest = 0.0
+    while n < LARGEST_PRODUCT and 8 * fastest < PRODUCT_SECONDS:  # twice the rows are eight times the work
+        n *= 2
+        matrix = torch.rand(n, n, device=ranks.device, generator=generator).to(dtype)
+        fastest = min(seconds_of(matrix), seconds_of(matrix))
+    rate = torch.tensor([2 * n**3 / fastest], dtype=torch.float64, device=ranks.device)
+    return all_reduce_sum(rate).item()
+
+
+def training_flops(tokens: int, area: int, shape, *, read: int) -> float:
+    """Model FLOPs of forward + backward, without recomputation.
+
+    2 p (body_parameters * tokens + read_parameters * read + 2 * layers * attention_width * area) with p = 3 passes (PaLM,
+    https://arxiv.org/abs/2204.02311, appendix B, with the query-key products that causal attention needs instead of all
+    length^2, and the last layer's parameters that only the read tokens need counted for those).
+
+    Args:
+        tokens: tokens computed.  area: query-key products, summed over sequences: length * (length + 1) / 2 for each.
+        shape: body_parameters (those that multiply every token: the embedding table is a look-up and left out),
+            read_parameters, layers, attention_width (heads * head dimension), passes.
+        read: tokens at which a reward is read.
+    """
+    products = shape.body_parameters * tokens + shape.read_parameters * read
+    return 2.0 * shape.passes * (products + 2.0 * shape.layers * shape.attention_width * area)

@@ -1,0 +1,219 @@
+"""Dealing many units at once is dealing them one by one, and takes time that grows with their number."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dealing import preferences, real_batch, table_of
+
+from open_rm.batching import dealing
+from open_rm.batching.rules import LAYOUTS, BatchRules
+from open_rm.data.pairs import PairTable
+
+repeatable = settings(max_examples=100, deadline=None, derandomize=True)
+amounts = st.integers(1, 30).map(float) | st.floats(0.01, 30)
+
+
+def rules(layout: str, max_tokens: int, area_cost: float = 0.0) -> BatchRules:
+    return BatchRules(layout, pad_token_id=0, max_tokens=max_tokens, evaluation_tokens=max_tokens, area_cost=area_cost)
+
+
+def check_deal(deal, indices):
+    """What holds of every deal: all pairs once over all ranks, and ranks that call the model equally often."""
+    counted = [i for rank in deal.ranks for part in rank for i in part.indices[: part.counted].tolist()]
+    assert sorted(counted) == sorted(indices.tolist())
+    assert len({len(rank) for rank in deal.ranks}) == 1
+    for part in itertools.chain(*deal.ranks):
+        assert part.counted == len(part.indices) or (part.counted, len(part.indices)) == (0, 1)
+
+
+def units_one_by_one(table: PairTable, layout: str, most: int) -> list[list[int]]:
+    """All pairs of the table; those of one prompt, `most` at most, together where the layout shares it."""
+    if layout != "shared_prefix" or most == 1:
+        return [[i] for i in range(len(table))]
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(table.cut_prompt_ids(np.arange(len(table))).tolist()):
+        groups.setdefault(prompt, []).append(i)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
+
+
+def work_of_unit(unit: list[int], table: PairTable, layout: str) -> tuple[int, int]:
+    """Tokens and area of one unit in plain numbers."""
+    sides = [(int(table.chosen_length[i]), int(table.rejected_length[i])) for i in unit]
+    if layout == "padded":
+        return 2 * len(unit) * max(map(max, sides)), len(unit) * max(map(max, sides)) ** 2
+    if layout == "packed":
+        return sum(map(sum, sides)), sum(x**2 + y**2 for x, y in sides) // 2
+
+    def tree(prefix: int, lengths) -> tuple[int, int]:
+        own = [length - prefix for length in lengths]
+        return prefix + sum(own), prefix**2 // 2 + sum(n * prefix + n**2 // 2 for n in own)
+
+    alone = [tree(int(table.shared_length[i]), pair) for i, pair in zip(unit, sides, strict=True)]
+    apart = sum(tokens for tokens, _ in alone), sum(area for _, area in alone)
+    distinct = {}
+    for ids, side in ((table.chosen_id, 0), (table.rejected_id, 1)):
+        distinct |= {int(ids[i]): pair[side] for i, pair in zip(unit, sides, strict=True)}
+    together = tree(int(min(table.prompt_length[unit].min(), table.shared_length[unit].min())), distinct.values())
+    return together if len(unit) > 1 and together[0] <= apart[0] else apart
+
+
+@repeatable
+@given(
+    data=preferences() | preferences(own_beginnings=False),
+    layout=st.sampled_from(LAYOUTS),
+    most=st.sampled_from([1, 2, 4, 1000]),
+)
+def test_the_work_of_all_units_at_once_is_that_of_each(data, layout, most):
+    _, table = data
+    units = dealing._units(np.arange(len(table)), table, layout, most)
+    expected = units_one_by_one(table, layout, most)
+    assert [units.take([u]).members().tolist() for u in range(len(units.size))] == expected
+    assert units.members().tolist() == sum(expected, [])
+    work = dealing._work(units, table, layout)
+    assert list(zip(work.tokens.tolist(), work.area.tolist(), strict=True)) == [
+        work_of_unit(unit, table, layout) for unit in expected
+    ]
+    costs = [tokens + 0.01 * area for tokens, area in ([work_of_unit([i], table, layout) for i in range(len(table))])]
+    assert dealing.pair_costs(np.arange(len(table)), table, layout, 0.01).tolist() == costs
+
+
+def test_pairs_that_take_as_many_tokens_together_as_apart_are_computed_together():
+    pairs = [([1, 1, 2, 9], [1, 1, 3]), ([1, 1, 4, 4, 5], [1, 1, 4, 4, 6, 6])]
+    table = table_of(pairs, [2, 2])
+    apart = [work_of_unit([i], table, "shared_prefix") for i in (0, 1)]
+    work = dealing._work(dealing._units(np.arange(2), table, "shared_prefix", 2), table, "shared_prefix")
+    batch = real_batch("shared_prefix", pairs, table, [0, 1])
+    assert work.tokens.tolist() == [batch.positions] == [sum(tokens for tokens, _ in apart)]
+    assert work.area.tolist() == [work_of_unit([0, 1], table, "shared_prefix")[1]] != [sum(area for _, area in apart)]
+
+
+@repeatable
+@given(data=preferences(), max_tokens=st.integers(1, 400))
+def test_units_are_halved_until_they_fit(data, max_tokens):
+    _, table = data
+
+    def halved(unit: list[int]) -> list[list[int]]:
+        if len(unit) == 1 or work_of_unit(unit, table, "shared_prefix")[0] <= max_tokens:
+            return [unit]
+        return halved(unit[: len(unit) // 2]) + halved(unit[len(unit) // 2 :])
+
+    units = dealing._units(np.arange(len(table)), table, "shared_prefix", len(table))
+    pieces, tokens = dealing._pieces(units, table, "shared_prefix", max_tokens)
+    expected = sum(map(halved, units_one_by_one(table, "shared_prefix", len(table))), [])[::-1]
+    assert [pieces.take([u]).members().tolist() for u in range(len(pieces.size))] == expected
+    assert tokens.tolist() == [work_of_unit(unit, table, "shared_prefix")[0] for unit in expected]
+
+
+@repeatable
+@given(sizes=st.lists(st.integers(1, 60), max_size=120), capacity=st.integers(1, 70))
+def test_every_size_goes_to_the_first_bin_with_enough_room(sizes, capacity):
+    sizes = sorted(sizes, reverse=True)
+    room, expected = [], []
+    for size in sizes:
+        place = next((number for number, left in enumerate(room) if left >= size), len(room))
+        if place == len(room):
+            room.append(capacity)
+        room[place] -= size
+        expected.append(place)
+    assert dealing._first_fit(sizes, capacity).tolist() == expected
+
+
+@repeatable
+@given(mine=st.lists(amounts, min_size=1, max_size=30), theirs=st.lists(amounts, max_size=30), behind=amounts)
+def test_the_best_exchange_is_that_of_a_search_through_all(mine, theirs, behind):
+    """The first of the best, whether the search looks at all exchanges or only at those that matter."""
+    high = sum(mine) + sum(theirs)
+    loads = np.array([high, max(0.0, high - behind)])
+    back = np.array([*theirs, 0.0])  # the last: nothing comes back
+    moved = np.array(mine)[:, None] - back
+    larger = np.maximum(loads[0] - moved, loads[1] + moved)
+    given_unit, taken = np.unravel_index(larger.argmin(), larger.shape)
+    for looked_at in (0, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dealing, "EXCHANGES", looked_at)
+            exchange = dealing._best_exchange(np.array(mine), np.array(theirs), loads, high=0, low=1)
+        assert (exchange.given, exchange.taken) == (given_unit, taken)
+        assert (exchange.moved, exchange.larger) == (moved[given_unit, taken], larger[given_unit, taken])
+
+
+@repeatable
+@given(data=preferences(), world_size=st.integers(2, 7), area_cost=st.sampled_from([0.0, 0.01]))
+def test_a_candidate_that_is_not_dealt_would_not_have_been_chosen(data, world_size, area_cost):
+    _, table = data
+    indices, how = np.arange(len(table)), rules("shared_prefix", 100, area_cost)
+    best = None
+    for most in (len(table), 4, 2, 1):
+        units = dealing._units(indices, table, "shared_prefix", most)
+        costs = dealing._work(units, table, "shared_prefix").cost(area_cost)
+        candidate = dealing._candidate(units, costs, world_size)
+        if best is None or candidate.loads.max() < 0.99 * best.loads.max():
+            best = candidate
+    found = dealing._best_candidate(indices, table, how, world_size)
+    assert found.loads.tolist() == best.loads.tolist()
+    assert [share.members().tolist() for share in found.shares] == [share.members().tolist() for share in best.shares]
+
+
+def random_table(pairs: int, most_of_a_prompt: int) -> PairTable:
+    """Lengths and ids as real data has them, without tokens; the responses of a prompt come back in several pairs."""
+    rng = np.random.default_rng(0)
+    prompt = np.repeat(np.arange(pairs), rng.integers(1, most_of_a_prompt + 1, pairs))[:pairs]
+    lengths = np.clip(rng.lognormal(5, 0.9, (pairs, 5)).astype(np.int64), 1, 2000)[
+        prompt
+    ]  # the prompt's, four responses'
+    first = rng.integers(0, 4, pairs)
+    second = (first + rng.integers(1, 4, pairs)) % 4
+    every = np.arange(pairs)
+    return PairTable(
+        chosen_length=lengths[:, 4] + lengths[every, first],
+        rejected_length=lengths[:, 4] + lengths[every, second],
+        shared_length=lengths[:, 4] - 1,
+        prompt_length=lengths[:, 4],
+        prompt_id=prompt,
+        chosen_id=4 * prompt + first,
+        rejected_id=4 * prompt + second,
+    )
+
+
+def lines_run(pairs: int, layout: str, world_size: int, max_tokens: int, most_of_a_prompt: int) -> int:
+    """Lines of dealing.py that dealing so many pairs runs."""
+    table, how = random_table(pairs, most_of_a_prompt), rules(layout, max_tokens, 6e-5)
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename != dealing.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        dealing.deal_step(np.arange(pairs), table, how, world_size)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("max_tokens", [1536, 16384])
+@pytest.mark.parametrize("most_of_a_prompt", [1, 6])
+def test_the_lines_run_grow_about_as_the_number_of_pairs(layout, world_size, max_tokens, most_of_a_prompt):
+    """Four times the pairs: four times the lines, and a fourth of that for trees that have two levels more."""
+    few, many = (lines_run(pairs, layout, world_size, max_tokens, most_of_a_prompt) for pairs in (1000, 4000))
+    assert many < 5 * few
+    assert many < 100 * 4000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_held_out_set_of_many_pairs_is_dealt_in_one_call(layout):
+    """50,000 pairs: less than a second, where looking through all bins took seven."""
+    table = random_table(50_000, 6)
+    deal = dealing.deal_step(np.arange(50_000), table, rules(layout, 1536), 8)
+    check_deal(deal, np.arange(50_000))
+    assert deal.imbalance < 1.01
