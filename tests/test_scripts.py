@@ -11,8 +11,9 @@ import pytest
 import transformers
 from conftest import REPOSITORY
 
-from open_rm.arguments import Args, check_args
+from open_rm.checks import check_args
 from open_rm.command_line import parse
+from open_rm.flags import Args
 
 
 def dry(script: str, *flags: str, **variables: str) -> list[str]:
@@ -37,24 +38,36 @@ def test_debug_recipe_takes_model_data_and_flags_from_the_user(toy):
     assert (args.dataset_mixer_list, args.dataset_mixer_eval_list) == ([str(toy / "data"), "1.0"], ["x/y", "1.0"])
 
 
+def option(command: list[str], name: str, default: str) -> str:
+    return command[command.index(name) + 1] if name in command else default
+
+
+def launcher(command: list[str]) -> list[str]:
+    """The part of the command before the program and its flags."""
+    return command[: command.index("open_rm.reward_modeling")]
+
+
 @pytest.mark.parametrize(
-    ("variables", "accumulation", "nodes"),
+    ("variables", "accumulation", "nodes", "gpus"),
     [
-        ({"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "gpu:8"}, 32, "1"),
-        ({}, 4, "8"),
-        ({"NNODES": "2"}, 16, "2"),
-        ({"NNODES": "1", "GPUS_PER_NODE": "2", "PER_DEVICE": "4"}, 32, "1"),
-        ({"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_GPUS_ON_NODE": "8", "MASTER_ADDR": "10.0.0.1"}, 8, "4"),
+        ({"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "gpu:8"}, 32, "1", "8"),
+        ({}, 4, "8", "8"),
+        ({"NNODES": "2"}, 16, "2", "8"),
+        ({"NNODES": "1", "GPUS_PER_NODE": "2", "PER_DEVICE": "4"}, 32, "1", "2"),
+        ({"NNODES": "2", "GPUS": "4"}, 32, "2", "4"),
+        ({"NNODES": "1", "SLURM_GPUS_ON_NODE": "8", "GPUS_PER_NODE": "1"}, 256, "1", "1"),
+        ({"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_GPUS_ON_NODE": "8", "MASTER_ADDR": "10.0.0.1"}, 8, "4", "8"),
     ],
 )
-def test_tulu_recipe_makes_steps_of_256_pairs_on_any_number_of_devices(variables, accumulation, nodes):
+def test_tulu_recipe_makes_steps_of_256_pairs_on_any_number_of_devices(variables, accumulation, nodes, gpus):
     command = dry("tulu3/reward_modeling_8b.sh", **variables)
     args = recipe_args(command)
-    devices = int(command[command.index("--nproc_per_node") + 1]) * int(nodes)
     assert args.gradient_accumulation_steps == accumulation
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * devices == 256
-    assert command[command.index("--nnodes") + 1] == nodes
-    assert command[command.index("--node_rank") + 1] == variables.get("SLURM_NODEID", "0")
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * int(nodes) * int(gpus) == 256
+    assert option(command, "--nnodes", "1") == nodes
+    assert option(command, "--nproc_per_node", "1") == gpus
+    assert option(command, "--node_rank", "0") == variables.get("SLURM_NODEID", "0")
+    assert ("--standalone" in command) == (nodes == "1" and gpus != "1")
 
 
 def test_tulu_recipe_is_the_published_run():
@@ -80,6 +93,47 @@ def test_devices_that_do_not_divide_256_are_refused():
     assert "not a multiple" in caught.value.stderr
 
 
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({"NNODES": "2", "NODE_RANK": "2"}, "2"),
+        ({"NNODES": "2", "NODE_RANK": "-1"}, "-1"),
+        ({"NNODES": "2", "NODE_RANK": "first"}, "first"),
+        ({"NNODES": "1", "SLURM_NNODES": "4", "SLURM_NODEID": "3"}, "3"),  # every node would run the same alone
+    ],
+)
+def test_a_node_that_is_none_of_the_nodes_is_refused(variables, rank):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        dry("tulu3/reward_modeling_8b.sh", **variables)
+    last = int(variables["NNODES"]) - 1
+    assert caught.value.stderr == f"error: NODE_RANK is a number from 0 to NNODES-1 = {last}, not '{rank}'\n"
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_NODELIST": "gpu[07-08]"}], ids=["no Slurm", "no scontrol"])
+@pytest.mark.parametrize("script", ["tulu3/reward_modeling_8b.sh", "pythia/reward_modeling_1b_sentiment.sh"])
+def test_several_nodes_without_an_address_are_refused(script, variables, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        dry(script, DRY="0", NNODES="2", PER_DEVICE="1", PATH=path, **variables)
+    assert (caught.value.returncode, caught.value.stdout) == (1, "")
+    sentence = "error: MASTER_ADDR is not set; export the address of the first of the 2 nodes on every node\n"
+    assert caught.value.stderr == sentence
+
+
+@pytest.mark.parametrize("script", ["tulu3/reward_modeling_8b.sh", "pythia/reward_modeling_1b_sentiment.sh"])
+def test_slurms_variables_say_who_is_who(script, tmp_path):
+    # more names than a pipe holds: taking the first must not break the others' way out
+    answer = '[[ "$*" == "show hostnames gpu[00007-19999]" ]] && seq -f gpu%05g 7 19999'
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{answer}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_NNODES": "4", "SLURM_NODEID": "3", "SLURM_JOB_NODELIST": "gpu[00007-19999]"}
+    command = dry(script, PATH=f"{tmp_path}:{os.environ['PATH']}", PER_DEVICE="1", **slurm)
+    expected = {"--nnodes": "4", "--node_rank": "3", "--master_addr": "gpu00007", "--master_port": "29500"}
+    assert {name: option(command, name, "") for name in expected} == expected
+
+
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "scripts").rglob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -101,6 +155,32 @@ def test_a_step_is_the_same_pairs_on_any_number_of_devices(script, gpus):
     args = parse(Args, command[command.index("open_rm.reward_modeling") + 1 :])
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * int(gpus) == SINGLE_MACHINE[script]
     assert ("torch.distributed.run" in command) == (gpus != "1")
+
+
+@pytest.mark.parametrize("script", SINGLE_MACHINE)
+@pytest.mark.parametrize("name", ["GPUS", "GPUS_PER_NODE"])
+def test_a_step_is_the_same_pairs_on_two_nodes(script, name):
+    where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
+    command = dry(script, "--seed", "7", PER_DEVICE="2", **{name: "4"}, **where)
+    args = parse(Args, command[command.index("open_rm.reward_modeling") + 1 :])
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 2 * 4 == SINGLE_MACHINE[script]
+    assert args.seed == 7
+    assert launcher(command) == shlex.split(
+        "python -m torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 4"
+        " --master_addr 10.0.0.1 --master_port 29501 -m"
+    )
+
+
+def test_a_recipe_for_one_device_stays_on_one_in_an_allocation_of_several():
+    slurm = {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "gpu07"}
+    command = dry("pythia/reward_modeling_1b_sentiment.sh", **slurm)
+    assert launcher(command) == ["python", "-m"]
+    assert recipe_args(command).gradient_accumulation_steps == 1
+
+
+def test_the_users_flags_override_those_of_the_launch():
+    command = dry("pythia/reward_modeling_1b_sentiment.sh", "--per_device_train_batch_size", "3")
+    assert recipe_args(command).per_device_train_batch_size == 3
 
 
 @pytest.mark.parametrize("qlora", ["0", "1"])
@@ -157,11 +237,12 @@ def test_the_minilm_recipe_trains_the_encoder_or_a_decoder_of_its_sizes(variant,
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     data = {"DATASET": str(toy / "data/train.jsonl"), "EVAL_DATASET": str(toy / "data/test.jsonl")}
     folders = {"MODEL": str(tmp_path / "bert"), "DECODER": str(tmp_path / "decoder"), "PYTHON": sys.executable}
+    alone = {"NNODES": "1", "NODE_RANK": "0", "GPUS": "1"}  # also where the tests run in an allocation
     script = str(REPOSITORY / "scripts/train/minilm/reward_modeling.sh")
     flags = ["--output_dir", tmp_path / "out", "--total_episodes", "16", "--num_evals", "0"]
     done = subprocess.run(
         ["bash", script, *map(str, flags), "--dataset_local_cache_dir", str(tmp_path / "cache")],
-        env={**os.environ, **data, **folders, "VARIANT": variant},
+        env={**os.environ, **data, **folders, **alone, "VARIANT": variant},
         capture_output=True,
         text=True,
         timeout=120,

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 source scripts/launch.sh
 
-if [[ ${QLORA:-0} == 1 ]]; then GPUS=${GPUS:-1}; else GPUS=${GPUS:-8}; fi
+if [[ ${QLORA:-0} != 1 ]]; then GPUS_PER_NODE=${GPUS_PER_NODE:-8}; fi
 PER_DEVICE=${PER_DEVICE:-1}               # pairs per forward: 2 x 2048 tokens
 GLOBAL_BATCH=${GLOBAL_BATCH:-128}         # pairs per step; XTuner counts 1 x 16 rows of 4096 tokens on 8 devices
 flags=(
