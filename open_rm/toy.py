@@ -2,13 +2,18 @@
 
 The preference: the prompt asks for a mood (cheerful or gloomy, named by one of several words) about a topic; the chosen
 answer has that mood, the rejected one the other. Three prompts in four ask for the cheerful one, so a model that reads
-answers alone stops near 75 % accuracy; the rest takes reading prompt and answer together. Lengths are drawn alike for
-both sides, so length alone predicts nothing (50 %). As with people, one label in twenty is the wrong way round: about
-95 % is the best held-out accuracy.
+answers alone stops near 73 % accuracy; the rest takes reading prompt and answer together. The longer answer is the
+chosen one in every second pair, so length alone predicts nothing (50 %). As with people, one label in twenty is the
+wrong way round: about 95 % is the best held-out accuracy.
+
+Held out are prompts, one in five of the 1800 that the words allow: a prompt is a topic, a phrasing and a mood word, and
+for each topic and phrasing one of a mood's five words is never in the training data. Its words, and any two of the three
+together, are there; the three together are new. Held-out answers are new draws of the same words.
 
     python -m open_rm.toy --folder output/toy
 """
 
+import hashlib
 import json
 import os
 import random
@@ -33,6 +38,7 @@ ANSWERS = {
 }
 CHEERFUL_SHARE = 0.75  # at one half, nothing about an answer alone hints at its reward, and learning takes far longer
 WRONG_LABEL_SHARE = 0.05
+MOST_SENTENCES = 4  # of an answer
 TOPICS = (  # noqa: SIM905 - a sentence is easier to edit than a list
     "lake river garden street kitchen market harbour forest window bridge station library mountain village school winter "
     "summer evening morning train letter song neighbour bakery island museum tower meadow engine orchard"
@@ -41,6 +47,9 @@ ASKS = (
     "Write a {mood} line about the {topic}.",
     "Tell me something {mood} on the {topic}.",
     "The {topic}: make it {mood}.",
+    "I want a {mood} note on the {topic}.",
+    "How {mood} is the {topic}?",
+    "Describe the {topic} in a {mood} way.",
 )
 OPENERS = ("Today", "As always,", "Once more", "Here", "From afar", "After the rain", "At noon", "In the end,")
 VERBS = ("looks", "seems", "sounds", "feels", "stays", "grows")
@@ -50,20 +59,19 @@ FILLERS = (
 )  # fmt: skip
 
 
-def make_pairs(count: int, seed: int) -> list[dict]:
+def make_pairs(count: int, seed: int, *, held_out: bool = False) -> list[dict]:
     """Preference rows: `prompt`, `chosen` and `rejected` as lists of messages."""
-    rng = random.Random(seed)
+    rng = random.Random(2 * seed + held_out)  # a seed's held-out rows are no repetition of its training rows
     rows = []
-    for _ in range(count):
-        topic = rng.choice(TOPICS)
+    for number in range(count):
         wanted, other = ("cheerful", "gloomy") if rng.random() < CHEERFUL_SHARE else ("gloomy", "cheerful")
-        ask = rng.choice(ASKS).format(mood=rng.choice(REQUESTS[wanted]), topic=topic)
+        topic, prompt = _prompt(rng, wanted, held_out)
         if rng.random() < WRONG_LABEL_SHARE:
             wanted, other = other, wanted
-        chosen, rejected = (_answer(rng, mood, topic) for mood in (wanted, other))
+        chosen, rejected = _answers(rng, topic, (wanted, other), longer_first=number % 2 == 0)
         rows.append(
             {
-                "prompt": [{"role": "user", "content": ask}],
+                "prompt": [{"role": "user", "content": prompt}],
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": rejected}],
             }
@@ -71,10 +79,29 @@ def make_pairs(count: int, seed: int) -> list[dict]:
     return rows
 
 
-def _answer(rng: random.Random, mood: str, topic: str) -> str:
+def _prompt(rng: random.Random, mood: str, held_out: bool) -> tuple[str, str]:
+    """A topic, and a prompt about it that is, or is not, a held-out one."""
+    topic, ask = rng.randrange(len(TOPICS)), rng.randrange(len(ASKS))
+    words = list(REQUESTS[mood])
+    held_out_word = words.pop((topic + ask) % len(words))  # the sum: each word for some topics of each phrasing
+    word = held_out_word if held_out else rng.choice(words)
+    return TOPICS[topic], ASKS[ask].format(mood=word, topic=TOPICS[topic])
+
+
+def _answers(rng: random.Random, topic: str, moods: tuple[str, str], *, longer_first: bool) -> list[str]:
+    """A text of each mood."""
+    # Sorted before the words of a mood are in: the length is no mood's.
+    frames = sorted((_frame(rng, topic) for _ in moods), key=len, reverse=longer_first)
+    return [
+        frame.format(*rng.choices(ANSWERS[mood], k=MOST_SENTENCES)) for frame, mood in zip(frames, moods, strict=True)
+    ]
+
+
+def _frame(rng: random.Random, topic: str) -> str:
+    """Sentences that leave a gap for the word of a mood."""
     sentences = []
-    for _ in range(rng.randint(1, 4)):
-        words = [rng.choice(OPENERS), "the", topic, rng.choice(VERBS), rng.choice(ANSWERS[mood])]
+    for _ in range(rng.randint(1, MOST_SENTENCES)):
+        words = [rng.choice(OPENERS), "the", topic, rng.choice(VERBS), "{}"]
         words += [rng.choice(FILLERS)] * rng.randint(0, 1)
         sentences.append(" ".join(words) + ".")
     return " ".join(sentences)
@@ -130,7 +157,7 @@ class ToyArgs:
     train_pairs: int = 6000
     """Training pairs."""
     test_pairs: int = 500
-    """Held-out pairs, from another seed."""
+    """Held-out pairs, of prompts that no training pair has."""
     seed: int = 1
     """Decides every word and weight."""
 
@@ -141,10 +168,15 @@ def main(args: ToyArgs) -> None:
     disable_progress_bar()
     folder = Path(args.folder)
     marker = folder / "made.json"
-    recipe = json.dumps({"train": args.train_pairs, "test": args.test_pairs, "seed": args.seed})
+    made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what another version made is made again
+    recipe = json.dumps({"train": args.train_pairs, "test": args.test_pairs, "seed": args.seed, "made_by": made_by})
     if marker.is_file() and marker.read_text() == recipe:
         return
-    splits = {"train": make_pairs(args.train_pairs, args.seed), "test": make_pairs(args.test_pairs, args.seed + 1)}
+    marker.unlink(missing_ok=True)  # while files of two recipes may lie side by side
+    splits = {
+        "train": make_pairs(args.train_pairs, args.seed),
+        "test": make_pairs(args.test_pairs, args.seed, held_out=True),
+    }
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
