@@ -24,7 +24,7 @@ class BatchRules:
     area_cost: float = 0.0
 
     def for_evaluation(self) -> "BatchRules":
-        return dataclasses.replace(self, max_tokens=self.evaluation_tokens, area_cost=0.0)
+        return dataclasses.replace(self, max_tokens=self.evaluation_tokens)
 
     def describe(self, why_not_shared: str | None) -> str:
         """One line for the log. why_not_shared: why auto fell back to padded (families.Layout)."""

@@ -66,7 +66,7 @@ def label_of(name: str, split: str, paths: tuple[Path, ...]) -> str:
     my/pairs.jsonl                                my_pairs
     my (a folder that holds train.jsonl)          my_train
     sets/my, split train, in several shards       sets_my_train
-    "my/*.jsonl"                                  my
+    "my/*.jsonl" (several files)                   my
     org/name:config, on the Hub                   nameconfig
     """
     if len(paths) == 1:

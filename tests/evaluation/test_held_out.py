@@ -1,0 +1,84 @@
+"""Held-out pairs: each is scored once, in its place, by whatever gives rewards, dealt by what it costs."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import alone
+from pairs_of_ids import as_data
+
+from open_rm.batching import feeding
+from open_rm.batching.dealing import deal_step
+from open_rm.batching.rules import LAYOUTS, BatchRules
+from open_rm.evaluation import held_out
+from open_rm.model.reward_model import Shape
+
+
+@pytest.fixture
+def data():
+    """23 pairs over a few prompts, lengths from 3 to 60, each side ending in a number of its own."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i in range(23):
+        prompt = [5, 6 + i % 4, *[7] * (i % 4)]
+        sides = [[*prompt, *rng.integers(10, 20, rng.integers(1, 55)).tolist(), 100 + 2 * i + side] for side in (0, 1)]
+        pairs.append((np.array(sides[0]), np.array(sides[1])))
+    return as_data(pairs, [2 + i % 4 for i in range(23)])
+
+
+def last_token(input_ids, reward_index, **_) -> torch.Tensor:
+    """A model whose reward is the token that it is read at."""
+    return input_ids.flatten()[reward_index].float()
+
+
+def rules(layout: str, max_tokens: int = 150) -> BatchRules:
+    return BatchRules(layout, pad_token_id=0, max_tokens=1, evaluation_tokens=max_tokens).for_evaluation()
+
+
+EXPECTED = torch.arange(100, 146, dtype=torch.float64).view(23, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("at_once", [4, 10**6])
+def test_every_reward_lands_in_its_place_in_one_deal_or_in_pieces(data, layout, at_once, monkeypatch):
+    monkeypatch.setattr(held_out, "DEALT_AT_ONCE", at_once)
+    assert torch.equal(held_out.score_pairs(last_token, data, np.arange(23), rules(layout), alone()), EXPECTED)
+    some = np.array([20, 3, 11])
+    assert torch.equal(held_out.score_pairs(last_token, data, some, rules(layout), alone()), EXPECTED[some])
+
+
+def test_no_gradient_is_kept(data):
+    weight = torch.ones(1, requires_grad=True)
+    rewards = held_out.score_pairs(
+        lambda **inputs: weight * last_token(**inputs), data, np.arange(5), rules("packed"), alone()
+    )
+    assert not rewards.requires_grad
+
+
+def test_metrics_are_means_over_the_pairs(data):
+    found = held_out.evaluate(last_token, data, rules("shared_prefix"), alone())
+    assert torch.equal(found.rewards, EXPECTED)
+    assert found.metrics["eval/rm/accuracy"] == 0.0  # a rejected side's token is the larger by one
+    assert found.metrics["eval/rm/reward_margin"] == -1.0
+    assert found.metrics["eval/rm/chosen_rewards"] == pytest.approx(122.0)
+
+
+def test_probes_are_spread_over_the_set_and_hold_whole_sequences(data):
+    probe = held_out.probe(last_token, data, rules("padded"), alone())
+    assert probe.rewards == [100.0, 101.0, 114.0, 115.0, 128.0, 129.0, 144.0, 145.0]
+    assert [sequence[-1] for sequence in probe.sequences] == probe.rewards
+
+
+def test_evaluation_deals_to_ranks_with_the_cost_of_attention_as_training_does():
+    """A long pair and twelve short ones, two ranks: by tokens the long one gets three others beside it, by cost none."""
+    lengths = [300] + [50] * 12
+    data = as_data([(np.arange(1, n + 1), np.arange(n + 1, 2 * n + 1)) for n in lengths], [1] * 13)
+    by_tokens = BatchRules("packed", pad_token_id=0, max_tokens=1000, evaluation_tokens=10_000)
+    shape = Shape(body_parameters=1000, read_parameters=0, layers=4, attention_width=100, passes=3)
+    by_cost = feeding.with_attention_cost(by_tokens, shape)
+    beside = {}
+    for name, how in (("tokens", by_tokens), ("cost", by_cost)):
+        deal = deal_step(np.arange(13), data.table, how.for_evaluation(), world_size=2)
+        shares = [[i for part in rank for i in part.indices[: part.counted].tolist()] for rank in deal.ranks]
+        beside[name] = next(len(share) - 1 for share in shares if 0 in share)
+    assert beside == {"tokens": 3, "cost": 0}
+    assert by_cost.for_evaluation().max_tokens == 10_000
