@@ -98,7 +98,11 @@ def lay_out_sequences(
     arrays = [np.asarray(sequence, np.int64) for sequence in sequences]
     if layout == "padded":
         return _padded(arrays, pad_token_id)
-    return _packed(arrays) if layout == "packed" else _shared_prefix(arrays, prompt_of, unit_of or prompt_of)
+    return (
+        _packed(arrays)
+        if layout == "packed"
+        else _shared_prefix(arrays, prompt_of, prompt_of if unit_of is None else unit_of)
+    )
 
 
 def _padded(sequences: list[np.ndarray], pad_token_id: int) -> Batch:
