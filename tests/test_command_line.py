@@ -294,4 +294,4 @@ def test_the_look_at_the_data_refuses_a_wrong_command_line_as_the_recipe_does():
 
 def test_what_tells_slow_from_quick_would_notice_a_slow_one():
     answer = in_a_process(AT_ONCE, "open_rm.ranks")
-    assert answer["slow"] == ["torch"]
+    assert "torch" in answer["slow"]

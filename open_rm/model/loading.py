@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import accelerate
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -187,7 +188,7 @@ def _freeze(classifier: PreTrainedModel, new: _New) -> str:
 def _from_pretrained(name: str, **how) -> tuple[PreTrainedModel, dict]:
     try:
         return AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **how)
-    except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
         ) from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from open_rm.data.encoding import encode, render_pair
@@ -96,7 +97,7 @@ def _in_a_fresh_process(folder: str, probe: Probe) -> ClientRewards:
 def _in_this_process(folder: str, probe: Probe) -> ClientRewards:
     try:
         return client_rewards(folder, probe.sequences)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise UserError(f"{folder}: a client cannot load it ({quote_error(error)}); do not use this model") from error
 
 
