@@ -45,19 +45,19 @@ def with_attention_cost(rules: BatchRules, shape) -> BatchRules:
 class MicroBatch:
     """Pairs that are computed together.
 
-    pairs: [counted] indices into the data of those that enter loss and metrics; none where this rank only keeps in step.
-    margins: [counted] float32, or None where the loss takes none.  last: of its step on this rank.
+    indices: [B] into the data, of those pairs that enter loss and metrics; none where this rank only keeps in step.
+    margins: [B] float32, or None where the loss takes none.  last: of its step on this rank.
     """
 
-    pairs: np.ndarray
+    indices: np.ndarray
     batch: Batch
     margins: torch.Tensor | None
     last: bool
 
     def sides(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards as the model gives them, [2 B], to those of chosen and of rejected, [counted] each."""
+        """Rewards as the model gives them, of all pairs that were computed, to those of chosen and of rejected, [B] each."""
         chosen, rejected = rewards.chunk(2)
-        return chosen[: len(self.pairs)], rejected[: len(self.pairs)]
+        return chosen[: len(self.indices)], rejected[: len(self.indices)]
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """A rank's parts of a deal as they lie in memory, one after another."""
     for number, part in enumerate(parts, start=1):
-        pairs, prompt_ids = part.indices[: part.counted], data.table.cut_prompt_ids(part.indices)
+        counted, prompt_ids = part.indices[: part.counted], data.table.cut_prompt_ids(part.indices)
         batch = lay_out(rules.layout, data.pairs(part.indices), pad_token_id=rules.pad_token_id, prompt_ids=prompt_ids)
-        own = None if margins is None else torch.from_numpy(margins[pairs])
+        own = None if margins is None else torch.from_numpy(margins[counted])
         # by number: filler parts of a rank are one object, so `part is parts[-1]` would be true of several
-        yield MicroBatch(pairs, batch, own, last=number == len(parts))
+        yield MicroBatch(counted, batch, own, last=number == len(parts))

@@ -53,7 +53,7 @@ def score_pairs(
         deal = deal_step(indices[start : start + DEALT_AT_ONCE], data.table, rules, ranks.world_size)
         for micro in feeding.micro_batches(deal.ranks[ranks.rank], data, rules):
             sides = micro.sides(rewards_of(**micro.batch.inputs(ranks.device)).double())
-            rewards[torch.from_numpy(micro.pairs).to(ranks.device)] = torch.stack(sides, 1)
+            rewards[torch.from_numpy(micro.indices).to(ranks.device)] = torch.stack(sides, 1)
     return all_reduce_sum(rewards)[torch.from_numpy(indices).to(ranks.device)].cpu()
 
 

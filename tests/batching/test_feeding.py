@@ -71,7 +71,7 @@ def test_every_pair_is_fed_once_an_epoch_over_all_ranks_and_in_its_own_step(data
     assert [[step.number for step in steps] for steps in everyone] == [[*range(1, len(drawn) + 1)]] * world_size
     epoch: list[int] = []
     for indices, of_ranks in zip(drawn, zip(*everyone, strict=True), strict=True):
-        found = [pair for step in of_ranks for micro in step.micro_batches for pair in micro.pairs.tolist()]
+        found = [pair for step in of_ranks for micro in step.micro_batches for pair in micro.indices.tolist()]
         assert sorted(found) == sorted(indices.tolist())
         assert {step.pairs for step in of_ranks} == {len(indices)}
         assert len({len(step.micro_batches) for step in of_ranks}) == 1
@@ -89,8 +89,8 @@ def test_a_batch_holds_the_pairs_that_it_names_chosen_first(data, layout, world_
     for steps in fed(data, rules(layout), world_size):
         for micro in (micro for step in steps for micro in step.micro_batches):
             chosen, rejected = micro.sides(last_tokens(micro))
-            assert chosen.tolist() == (1000 + micro.pairs).tolist()
-            assert rejected.tolist() == (2000 + micro.pairs).tolist()
+            assert chosen.tolist() == (1000 + micro.indices).tolist()
+            assert rejected.tolist() == (2000 + micro.indices).tolist()
             assert micro.batch.positions <= 150 or len(last_tokens(micro)) == 2
 
 
@@ -101,7 +101,7 @@ def test_margins_arrive_with_their_pairs(data, layout, world_size):
     for steps in fed(data, rules(layout), world_size, margins=margins):
         for micro in (micro for step in steps for micro in step.micro_batches):
             assert micro.margins.dtype == torch.float32
-            assert micro.margins.tolist() == margins[micro.pairs].tolist()
+            assert micro.margins.tolist() == margins[micro.indices].tolist()
 
 
 def test_without_margins_there_are_none(data):
@@ -117,7 +117,7 @@ def test_last_is_said_once_where_filler_parts_are_one_object(data):
     parts = [Part(np.array([7, 8]), counted=2), filler, filler, filler]
     made = list(feeding.micro_batches(parts, data, rules()))
     assert [micro.last for micro in made] == [False, False, False, True]
-    assert [micro.pairs.tolist() for micro in made] == [[7, 8], [], [], []]
+    assert [micro.indices.tolist() for micro in made] == [[7, 8], [], [], []]
     assert [micro.last for micro in feeding.micro_batches([filler], data, rules())] == [True]
 
 
@@ -173,7 +173,7 @@ def test_margins_of_pairs_that_do_not_count_are_left_out(data):
 
 def described(step: feeding.Step):
     parts = [
-        (micro.pairs.tolist(), micro.batch.input_ids.tolist(), micro.margins.tolist(), micro.last)
+        (micro.indices.tolist(), micro.batch.input_ids.tolist(), micro.margins.tolist(), micro.last)
         for micro in step.micro_batches
     ]
     return step.number, step.pairs, step.imbalance, parts
