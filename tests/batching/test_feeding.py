@@ -205,12 +205,12 @@ def test_the_budget_of_training_is_what_the_flag_says_else_what_the_batch_sizes_
     assert (named.max_tokens, named.evaluation_tokens) == (77, found.evaluation_tokens)
 
 
-def test_attention_weighs_in_training_alone():
-    """What a query-key product costs is known with the model; held-out pairs are dealt by their tokens."""
+def test_attention_weighs_in_training_and_in_evaluation():
+    """What a query-key product costs is known with the model."""
     shape = SimpleNamespace(body_parameters=1000, layers=2, attention_width=16)
     how = feeding.with_attention_cost(BatchRules("packed", 5, max_tokens=400, evaluation_tokens=800), shape)
     assert how == BatchRules("packed", 5, 400, 800, area_cost=attention_cost(1000, 2, 16))
-    assert how.for_evaluation() == BatchRules("packed", 5, 800, 800, area_cost=0)
+    assert how.for_evaluation() == BatchRules("packed", 5, 800, 800, area_cost=how.area_cost)
 
 
 # ---------------------------------------------------------------- made ahead
