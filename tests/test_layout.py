@@ -116,6 +116,11 @@ def test_the_recipe_is_short_and_so_is_its_loop():
         assert verb in ast.unparse(loop), f"{verb} is not in sight"
 
 
+def test_checks_are_by_concern_and_short():
+    for function in functions(PACKAGE / "checks.py"):
+        assert function.end_lineno - function.lineno < 35, function.name
+
+
 def test_a_folder_lists_its_rooms():
     for path in ROOMS:
         if path.name == "__init__.py" and path.parent != PACKAGE:
