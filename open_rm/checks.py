@@ -15,6 +15,7 @@ from open_rm.flags import (
     Args,
     BatchFlags,
     DataFlags,
+    Must,
     ObjectiveFlags,
     OptimizerFlags,
     RunFlags,
@@ -43,14 +44,20 @@ def check_values(args: object) -> None:
     """Every flag keeps the bound in its type (flags.Must), whether it comes from the command line or from Python."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
-        if value is None and type(None) in get_args(kind):
-            continue
-        for part in (kind, *get_args(kind)):  # `Count | None` holds its Count inside
-            if get_origin(part) is Literal and value not in get_args(part):
-                raise UserError(f"--{name} {value}: must be one of {', '.join(get_args(part))}")
-            for rule in getattr(part, "__metadata__", ()):
-                if value is None or not rule.test(value):
-                    raise UserError(f"--{name} {value}: must be {rule.be}")
+        if kind is bool and not isinstance(value, bool):  # from Python, the text "False" would be true
+            raise UserError(f"--{name} {value!r}: must be True or False")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UserError(f"--{name} {value}: must be one of {', '.join(get_args(kind))}")
+        for rule in getattr(kind, "__metadata__", ()):
+            if not _passes(rule, value):
+                raise UserError(f"--{name} {value}: must be {rule.be}")
+
+
+def _passes(rule: Must, value: object) -> bool:
+    try:
+        return rule.test(value)
+    except TypeError:  # from Python: None, or text, where a number has to be
+        return False
 
 
 def check_schedule(flags: ScheduleFlags, *, evaluates: bool, lr_scheduler_type: str) -> None:

@@ -118,6 +118,8 @@ def _explicit_booleans(flags: list[str], fields: dict) -> list[str]:
             name, _, value = token[2:].partition("=")
             if not value and following in ("true", "false"):
                 value, i = following, i + 1
+            if value.lower() not in ("", "true", "false") or token.endswith("="):
+                raise UserError(f"--{name} {value!r}: write --{name} or --no_{name}, or True or False after it")
             result.append(f"--no_{name}" if value.lower() == "false" else f"--{name}")
         else:
             result.append(token)

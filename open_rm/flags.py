@@ -22,6 +22,7 @@ class Must:
 
 BARRIER_EDGE = 1e-3  # how near to its bound the log barrier itself goes; see training/losses.py
 Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
+CountOrNone = Annotated[int | None, Must("at least 1", lambda n: n is None or n >= 1)]
 Number = Annotated[int, Must("at least 0", lambda n: n >= 0)]
 Amount = Annotated[float, Must("at least 0, and finite", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Must("above 0, and finite", lambda x: 0 < x < math.inf)]
@@ -199,11 +200,11 @@ class ScheduleFlags:
     """The same as a share of all steps. Not together with warm_up_steps."""
     num_train_epochs: Positive = 1.0
     """Passes over the training pairs."""
-    total_episodes: Count | None = None
+    total_episodes: CountOrNone = None
     """Stop after this many pairs instead. None: num_train_epochs decides."""
     num_evals: Number = 1
     """Evaluations during training, evenly spaced, besides those before the first and after the last step."""
-    eval_steps: Count | None = None
+    eval_steps: CountOrNone = None
     """Evaluate every so many optimizer steps instead. None: num_evals decides."""
 
 
@@ -222,7 +223,7 @@ class BatchFlags:
     give the same rewards and gradients. auto: shared_prefix wherever it is exact, else padded and the log says why."""
     group_by_prompt: bool = False
     """Keep all pairs of a prompt in one step, so that shared_prefix computes prompt and repeated responses once."""
-    max_tokens_per_micro_batch: Count | None = None
+    max_tokens_per_micro_batch: CountOrNone = None
     """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length, on a CPU at most
     1536, which its caches hold well."""
     deepspeed: str | None = None

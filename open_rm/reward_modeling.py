@@ -179,10 +179,12 @@ def train(run: Run, tracker: Tracker) -> Progress:
         # A loss that is no number is stopped before the weights; a norm shows only with the step, and ends the run too.
         grad_norm = engine.step() if math.isfinite(means["loss"]) else math.nan
         if not math.isfinite(grad_norm):
+            advice = "lower --learning_rate or add warm-up"
+            if progress.episode == 0:  # no weight has moved yet
+                advice = "check the model's weights, and the factors of the objective; else " + advice
             ranks.fail(
                 f"training diverged at step {step.number}, after episode {progress.episode}: loss {means['loss']}, "
-                f"gradient norm {grad_norm}; lower --learning_rate or add warm-up, and see the last lines of "
-                f"{tracker.record}"
+                f"gradient norm {grad_norm}; {advice}, and see the last lines of {tracker.record}"
             )
         performance = meter.performance(step, flops_before=progress.flops)
         progress.advance(step, means | {"lr": lr, "grad_norm": grad_norm}, performance)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import shlex
 
 import pytest
@@ -295,3 +296,25 @@ def test_the_look_at_the_data_refuses_a_wrong_command_line_as_the_recipe_does():
 def test_what_tells_slow_from_quick_would_notice_a_slow_one():
     answer = in_a_process(AT_ONCE, "open_rm.ranks")
     assert "torch" in answer["slow"]
+
+
+@pytest.mark.parametrize("written", ["no", "0", "off", ""])
+def test_a_boolean_with_another_value_than_true_or_false_is_refused_and_not_taken_as_true(written):
+    with pytest.raises(UserError, match="--trust_remote_code .*: write --trust_remote_code or --no_trust_remote_code"):
+        parse(Args, [f"--trust_remote_code={written}"])
+    assert parse(Args, ["--trust_remote_code=True"]).trust_remote_code
+    assert not parse(Args, ["--trust_remote_code=false"]).trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_peft": "False"}, "--use_peft 'False': must be True or False"),
+        ({"learning_rate": None}, "--learning_rate None: must be above 0, and finite"),
+        ({"learning_rate": "1e-3"}, "--learning_rate 1e-3: must be above 0, and finite"),
+        ({"total_episodes": 0}, "--total_episodes 0: must be at least 1"),
+    ],
+)
+def test_a_value_of_another_type_from_python_is_one_sentence(changes, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_args(Args(**changes))

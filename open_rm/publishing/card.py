@@ -31,7 +31,7 @@ CARD = """---
 
 # {title}
 
-A reward model: it reads a conversation and returns one number, higher for the answer that people would prefer.
+A reward model: it reads {what} and returns one number, higher for the answer that people would prefer.
 Trained with open_rm from `{base_model}` on {data}.
 
 ## Get the raw reward
@@ -85,6 +85,7 @@ def write_card(
     card = CARD.format(
         header=header,
         title=place.name,
+        what="a conversation" if contract.chat else "a text",
         load=load,
         base_model=base_model,
         data=", ".join(data),

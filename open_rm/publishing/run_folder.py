@@ -60,5 +60,5 @@ def claim_folder(folder: str) -> None:
 def write_facts(folder: str, facts: dict) -> None:
     """run.json: the run's flags, derived numbers, log lines and versions, to repeat it or to find out why not."""
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
-    text = json.dumps(facts | {"versions": versions | {"python": platform.python_version()}}, indent=2)
+    text = json.dumps(facts | {"versions": versions | {"python": platform.python_version()}}, indent=2, default=str)
     (Path(folder) / "run.json").write_text(text + "\n", encoding="utf-8")

@@ -65,6 +65,8 @@ def make_plan(flags: ScheduleFlags, table: PairTable, pairs_per_step: int, *, se
         )
     if flags.eval_steps is not None:
         during = range(flags.eval_steps, steps, flags.eval_steps)
+    elif flags.num_evals >= steps:
+        during = range(steps)
     else:
         during = (round(steps * i / (flags.num_evals + 1)) for i in range(1, flags.num_evals + 1))
     evaluation_steps = tuple(sorted({0, *during, steps}))

@@ -45,7 +45,7 @@ def test_the_contract_in_the_folder_says_what_the_run_was_and_is_read_back(toy, 
     source = str(text_rows) if flags.pop("text", False) else str(toy / "data")
     main(
         Args(
-            model_name_or_path=str(toy / "model"),
+            model_name_or_path=toy / "model",  # a Path, as Python users have them
             dataset_mixer_list=[source, "8"],
             dataset_local_cache_dir=str(tmp_path / "cache"),
             output_dir=str(tmp_path / "out"),
@@ -61,3 +61,6 @@ def test_the_contract_in_the_folder_says_what_the_run_was_and_is_read_back(toy, 
     assert dataclasses.asdict(contract) == expected
     assert contract.holds_adapter is (tmp_path / "out" / "adapter_config.json").is_file()
     assert contract.holds_adapter is not (tmp_path / "out" / "model.safetensors").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"it reads {'a conversation' if contract.chat else 'a text'} and returns one number" in card
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model_name_or_path"] == str(toy / "model")

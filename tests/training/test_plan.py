@@ -69,3 +69,7 @@ def test_the_loop_draws_the_steps_that_the_plan_counted(grouped):
     drawn = list(made.draw(table(prompts)))
     assert (len(drawn), sum(map(len, drawn))) == (made.total_steps, made.total_episodes)
     assert all(len(set(prompts[step])) == 1 for step in drawn) is grouped  # five pairs of one prompt fit, ten do not
+
+
+def test_more_evaluations_than_steps_are_one_after_every_step():
+    assert plan(num_evals=10**9).evaluation_steps == tuple(range(14))
