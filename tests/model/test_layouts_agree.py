@@ -55,7 +55,7 @@ def computed(reward_model, pairs: PreferenceData, layout: str, *, world_size=1, 
     for micro in micro_batches:
         chosen, rejected = micro.sides(reward_model(**micro.batch.inputs(CPU)))
         (ranking_loss(chosen, rejected).sum() / len(pairs)).backward()
-        rewards[micro.pairs] = torch.stack((chosen, rejected), 1).detach()
+        rewards[micro.indices] = torch.stack((chosen, rejected), 1).detach()
         positions += micro.batch.positions
     gradients = {name: parameter.grad.clone() for name, parameter in reward_model.named_parameters()}
     return Result(rewards, gradients, len(micro_batches), positions)
