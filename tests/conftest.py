@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+# What tells a process its group; processes that a test starts are not of the test's own.
+OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 # Before anything imports deepspeed or tokenizers: no GPU probing, no fork warnings, no look at the network.
@@ -118,7 +120,7 @@ def launch(*what, processes: int = 1, env: dict | None = None, timeout: float = 
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of a group in this process
+    for name in OF_A_GROUP:
         environment.pop(name, None)
     environment.update(env or {})
     return subprocess.run(
@@ -163,7 +165,7 @@ def read_metrics(output_dir: Path) -> list[dict]:
 def in_a_process(script: str, *arguments):
     """Run a script that prints JSON in its last line, in a process that knows of no ranks; returns what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in OF_A_GROUP:
         environment.pop(name, None)
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)

@@ -181,48 +181,6 @@ def test_the_groups_have_75_flags_together_and_share_none():
     assert set(own_names(Args)) == set(names)
 
 
-# Under a name that is put together: data/building.py.
-READ_BY_A_MADE_NAME = {"dataset_mixer_list", "dataset_mixer_list_splits", "dataset_mixer_eval_list_splits"}
-
-
-def read_in(function: ast.FunctionDef) -> dict[str, set[str]]:
-    """By group (or Args): the fields that a function reads of an argument of that type, or of a local `args`."""
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    kinds = {a.arg: ast.unparse(a.annotation).rpartition(".")[2] for a in arguments if a.annotation is not None}
-    kinds = {name: kind for name, kind in kinds.items() if kind in GROUPS or kind == "Args"}
-    kinds.setdefault("args", "Args")
-    found: dict[str, set[str]] = {}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in kinds:
-            found.setdefault(kinds[node.value.id], set()).add(node.attr)
-    return found
-
-
-def readers() -> dict[str, dict[str, set[str]]]:
-    """`read_in` of every function that takes flags, the checks aside, which only compare them: by file and function."""
-    found = {}
-    for path in sorted((REPOSITORY / "open_rm").rglob("*.py")):
-        if path.name in ("checks.py", "toy.py", "hub.py"):  # the last two have arguments of their own
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                found[f"{path.relative_to(REPOSITORY)}:{node.name}"] = read_in(node)
-    return found
-
-
-def test_every_flag_is_read_by_the_recipe():
-    """By a reader other than the checks."""
-    read = {name for by_group in readers().values() for names in by_group.values() for name in names}
-    assert {field.name for field in dataclasses.fields(Args)} - read - READ_BY_A_MADE_NAME == set()
-
-
-def test_a_function_that_is_given_a_group_reads_that_group_alone():
-    for place, by_group in readers().items():
-        for group, names in by_group.items():
-            if group in GROUPS:
-                assert names <= set(own_names(GROUPS[group])), place
-
-
 def test_arguments_are_read_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Args().seed = 3

@@ -1,13 +1,12 @@
 """Dealing many units at once is dealing them one by one, and takes time that grows with their number."""
 
-import itertools
 import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dealing import preferences, real_batch, table_of
+from test_dealing import check_plan, preferences, real_batch, table_of
 
 from open_rm.batching import dealing
 from open_rm.batching.rules import LAYOUTS, BatchRules
@@ -19,15 +18,6 @@ amounts = st.integers(1, 30).map(float) | st.floats(0.01, 30)
 
 def rules(layout: str, max_tokens: int, area_cost: float = 0.0) -> BatchRules:
     return BatchRules(layout, pad_token_id=0, max_tokens=max_tokens, evaluation_tokens=max_tokens, area_cost=area_cost)
-
-
-def check_deal(deal, indices):
-    """What holds of every deal: all pairs once over all ranks, and ranks that call the model equally often."""
-    counted = [i for rank in deal.ranks for part in rank for i in part.indices[: part.counted].tolist()]
-    assert sorted(counted) == sorted(indices.tolist())
-    assert len({len(rank) for rank in deal.ranks}) == 1
-    for part in itertools.chain(*deal.ranks):
-        assert part.counted == len(part.indices) or (part.counted, len(part.indices)) == (0, 1)
 
 
 def units_one_by_one(table: PairTable, layout: str, most: int) -> list[list[int]]:
@@ -215,5 +205,5 @@ def test_a_held_out_set_of_many_pairs_is_dealt_in_one_call(layout):
     """50,000 pairs: less than a second, where looking through all bins took seven."""
     table = random_table(50_000, 6)
     deal = dealing.deal_step(np.arange(50_000), table, rules(layout, 1536), 8)
-    check_deal(deal, np.arange(50_000))
+    check_plan(deal, np.arange(50_000))
     assert deal.imbalance < 1.01
