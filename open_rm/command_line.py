@@ -16,6 +16,7 @@ import tyro
 import yaml
 
 from open_rm.errors import UserError
+from open_rm.flags import Switch
 
 T = TypeVar("T")
 PROG = "python -m open_rm.reward_modeling"
@@ -121,10 +122,20 @@ def _explicit_booleans(flags: list[str], fields: dict) -> list[str]:
             if value.lower() not in ("", "true", "false") or token.endswith("="):
                 raise UserError(f"--{name} {value!r}: write --{name} or --no_{name}, or True or False after it")
             result.append(f"--no_{name}" if value.lower() == "false" else f"--{name}")
+        elif token.startswith("--") and (name := _switch_of(token, fields)):
+            result.append(f"--{name}")
+            if token != f"--{name}" or not following or following.startswith("--"):  # bare, or --no_name
+                result.append(str(token == f"--{name}"))
         else:
             result.append(token)
         i += 1
     return result
+
+
+def _switch_of(token: str, fields: dict) -> str | None:
+    """The flag of a switch for sources that a token names alone: --name or --no_name."""
+    name = token[2:].removeprefix("no_")
+    return name if name in fields and fields[name].type == Switch else None
 
 
 def _check_known(name: str, fields: dict, where: str) -> None:

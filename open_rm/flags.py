@@ -20,6 +20,12 @@ class Must:
     test: Callable[[float], bool]
 
 
+def _is_switch(given: object) -> bool:
+    """True or False, for all sources or for some (data/reading.py)."""
+    values = [given] if isinstance(given, bool) else given
+    return all(str(value).rpartition("::")[2].lower() in ("true", "false") for value in values)
+
+
 BARRIER_EDGE = 1e-3  # how near to its bound the log barrier itself goes; see training/losses.py
 Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
 CountOrNone = Annotated[int | None, Must("at least 1", lambda n: n is None or n >= 1)]
@@ -30,6 +36,7 @@ Share = Annotated[float, Must("from 0 to below 1", lambda x: 0 <= x < 1)]
 SmallShare = Annotated[float, Must("from 0 to below 0.5", lambda x: 0 <= x < 0.5)]
 Norm = Annotated[float, Must("at least 0", lambda x: x >= 0)]
 Bound = Annotated[float, Must(f"above {BARRIER_EDGE}, and finite", lambda x: BARRIER_EDGE < x < math.inf)]
+Switch = Annotated[list[str], Must("True or False, or NAME::True for one source", lambda given: _is_switch(given))]
 Seed = Annotated[int, Must("from 0 to below 2**32", lambda n: 0 <= n < 2**32)]
 
 
@@ -91,20 +98,35 @@ class DataFlags:
     """Which preference pairs, and how they are read."""
 
     dataset_mixer_list: list[str] = field(default_factory=lambda: ["trl-internal-testing/sentiment-trl-style", "400"])
-    """Training data: alternating name (Hub name[:config][@revision], file, folder, glob) and amount (400 rows, or 0.5 of
-    them)."""
+    """Training data: alternating name (Hub name[/folder][:config][@revision], file, folder, glob) and amount (400 rows, or
+    0.5 of them)."""
     dataset_mixer_list_splits: list[str] = field(default_factory=lambda: ["train"])
     """Split of each training source, or one for all. A single file is itself the split."""
     dataset_mixer_eval_list: list[str] = field(default_factory=list)
     """Held-out data, like dataset_mixer_list. Empty: no evaluation."""
     dataset_mixer_eval_list_splits: list[str] = field(default_factory=lambda: ["test"])
     """Split of each held-out source, or one for all."""
+    dataset_format: list[str] = field(default_factory=list)
+    """What the rows are: auto (told by their columns), or a form of docs/data.md; one for all, or one a training source. This
+    flag and the next seven may be written for one source: NAME::value, or for all of training or held out: train::value,
+    eval::value."""
     column_map: list[str] = field(default_factory=list)
-    """Columns of other names: ours=theirs, e.g. chosen=better rejected=worse."""
+    """Where our columns stand: ours=theirs, e.g. chosen=better rejected=worse, or prompt=question.full_text
+    responses=completions[].response strength=-preference_strength (docs/data.md)."""
+    label_values: list[str] = field(default_factory=list)
+    """What the values of the column winner mean, e.g. a=1 b=0 tie=2."""
+    lower_is_better: Switch = field(default_factory=list)
+    """Scores are ranks, 1 the best."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns, and keys of messages (reasoning_content), to take as absent."""
     margin_from: list[str] = field(default_factory=list)
-    """Two columns, e.g. score_chosen score_rejected: a pair's margin is the first minus the second. Empty: column margin."""
-    parse_hh: bool = False
+    """Two columns, e.g. score_chosen score_rejected: a pair's margin is the first minus the second; equal ones are ties. Or the
+    word scores: the difference of the scores that decided. Empty: column margin."""
+    parse_hh: Switch = field(default_factory=list)
     """Turn text of the form "Human: ... Assistant: ..." into messages for the chat template, not training on it as text."""
+    as_messages: Switch = field(default_factory=list)
+    """Turn a prompt and answers of text into messages of user and assistant for the chat template. False: keep text where a
+    form would make messages."""
     skip_bad_rows: Number = 0
     """Skip, list and count so many malformed rows; the next one stops the run."""
     max_token_length: Count = 512

@@ -14,4 +14,4 @@ def as_data(pairs, prompt_lengths) -> PreferenceData:
     ids = [PairIds(pair[0][:length], *pair) for pair, length in zip(pairs, prompt_lengths, strict=True)]
     kept = [(pair, preparation._content_id(np.array(pair.prompt, np.int32)), None, "") for pair in ids]
     columns = pa.Table.from_batches([preparation._record_batch(kept, 0)]).to_pydict()
-    return PreferenceData(datasets.Dataset.from_dict(columns), ["pairs"], [], chat=False, facts=[])
+    return PreferenceData(datasets.Dataset.from_dict(columns), ["pairs"], [], kind="token ids", facts=[])

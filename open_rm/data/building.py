@@ -9,8 +9,8 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +19,46 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from open_rm.data import cache, preparation
-from open_rm.data.mixer import Source, parse_mixer
+from open_rm.data import cache, grouping, preparation
+from open_rm.data.counts import Counts, columns_line, source_line
+from open_rm.data.mixer import MOST_PASSES, Source, parse_mixer
 from open_rm.data.pairs import PreferenceData
-from open_rm.data.preparation import SCHEMA, Policy, Prepared
+from open_rm.data.preparation import SCHEMA, Policy
 from open_rm.data.readers import BLOCK_ROWS, Opened, open_source
-from open_rm.data.rows import make_reading
+from open_rm.data.reading import Reading, make_reading
+from open_rm.data.rows import most_pairs
 from open_rm.data.tokenizer import fingerprint
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
-CACHE_VERSION = "7"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "8"  # raise when the meaning of a cached column changes
+COUNT_BAD_ROWS_SECONDS = 10.0
 
 
 def read_both(
     flags: DataFlags, tokenizer: PreTrainedTokenizerBase, *, seed: int, show_progress: bool = False
 ) -> tuple[PreferenceData, PreferenceData | None]:
-    """Training and held-out data (None where no source is named); see `load_preference_data`."""
+    """Training and held-out data (None where no source is named); see `load_preference_data`.
+
+    Raises:
+        UserError: one is text and the other messages.
+    """
     train = load_preference_data(flags, tokenizer, seed=seed, show_progress=show_progress)
     if not flags.dataset_mixer_eval_list:
         return train, None
-    return train, load_preference_data(flags, tokenizer, held_out=True, seed=seed, show_progress=show_progress)
+    held_out = load_preference_data(flags, tokenizer, held_out=True, seed=seed, show_progress=show_progress)
+    kinds = {train.kind, held_out.kind}
+    if kinds == {"text", "messages"}:
+        text = "train" if train.kind == "text" else "eval"
+        raise UserError(
+            f"the training data is {train.kind} and the held-out data is {held_out.kind}, so evaluation would judge another "
+            f"way of writing than was trained; pass --as_messages {text}::True, or name data of one kind"
+        )
+    if len(kinds) > 1:
+        held_out.lines.append(
+            f"eval: it is {held_out.kind} and the training data {train.kind}; that both are written alike is yours to see to"
+        )
+    return train, held_out
 
 
 def load_preference_data(
@@ -63,28 +82,36 @@ def load_preference_data(
     flag = "dataset_mixer_eval_list" if held_out else "dataset_mixer_list"
     sources = parse_mixer(getattr(flags, flag), getattr(flags, f"{flag}_splits"), flag)
     opened = [open_source(source) for source in sources]
-    policy = Policy.of(flags, tokenizer)
+    split = "eval" if held_out else "train"
+    readings = [make_reading(flags, split, source.name, i) for i, source in enumerate(sources)]
 
     def build(folder: Path) -> None:
-        writing = _Writing(policy, flags, show_progress)
+        writing = _Writing(flags, tokenizer, show_progress)
         with pa.OSFile(str(folder / "pairs.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
             facts = [
-                writing.source(i, *entry, seed, writer) for i, entry in enumerate(zip(sources, opened, strict=True))
+                writing.source(i, *entry, seed, writer)
+                for i, entry in enumerate(zip(sources, opened, readings, strict=True))
             ]
-        (folder / "facts.json").write_text(json.dumps({"chat": writing.kind == "messages", "facts": facts}))
+        (folder / "facts.json").write_text(json.dumps({"kind": writing.kind, "facts": facts}))
 
-    key = _key(flags, tokenizer, sources, opened, seed)
+    key = _key(flags, tokenizer, sources, opened, readings, seed)
     folder = cache.find_or_build(flags.dataset_local_cache_dir, key, build, flag="dataset_local_cache_dir")
     dataset = Dataset.from_file(str(folder / "pairs.arrow"))
     found = json.loads((folder / "facts.json").read_text())
     facts = [fact | {"label": s.label, "name": _name(s)} for fact, s in zip(found["facts"], sources, strict=True)]
     _check_some_are_left(len(dataset), facts, flag)
-    split = "eval" if held_out else "train"
-    lines = [f"{split}: {line}" for fact in facts for line in (_line(fact), *_skipped_lines(fact))]
-    return PreferenceData(dataset, [source.label for source in sources], lines, found["chat"], facts)
+    lines = [f"{split}: {line}" for fact in facts for line in _lines(fact)]
+    return PreferenceData(dataset, [source.label for source in sources], lines, found["kind"], facts)
 
 
-def _key(flags: DataFlags, tokenizer, sources: list[Source], opened: list[Opened], seed: int) -> str:
+def _key(
+    flags: DataFlags,
+    tokenizer,
+    sources: list[Source],
+    opened: list[Opened],
+    readings: list[Reading],
+    seed: int,
+) -> str:
     """Names a cache by all that decides its content."""
     entries = zip(sources, opened, strict=True)
     identity = {
@@ -93,7 +120,7 @@ def _key(flags: DataFlags, tokenizer, sources: list[Source], opened: list[Opened
         "sources": [(one.fingerprint, source.amount, source.label, _name(source)) for source, one in entries],
         "tokenizer": fingerprint(tokenizer),
         "lengths": (flags.max_token_length, flags.max_prompt_token_length, flags.overlength),
-        "reading": dataclasses.asdict(make_reading(flags)),
+        "reading": [reading.identity() for reading in readings],
         "skip_bad_rows": flags.skip_bad_rows,
         "seed": None if all(str(source.amount) == "1.0" for source in sources) else seed,
     }
@@ -101,87 +128,111 @@ def _key(flags: DataFlags, tokenizer, sources: list[Source], opened: list[Opened
 
 
 def _check_some_are_left(pairs: int, facts: list[dict], flag: str) -> None:
-    lines = "; ".join(map(_line, facts))
+    lines = "; ".join(map(source_line, facts))
     if not any(fact["taken"] for fact in facts):
         raise UserError(f"--{flag}: no rows at all ({lines}); name a file with rows, or a larger amount")
     if pairs == 0:
-        advice = "the rows are ties or were skipped; name others"
+        advice = "the rows are ties, give no pair or were skipped; name others"
         if any(fact["dropped"] for fact in facts):
             advice = "raise --max_token_length or --max_prompt_token_length, or pass --overlength truncate"
         raise UserError(f"--{flag}: no pairs are left ({lines}); {advice}")
 
 
-@dataclass
-class _SourceFacts:
-    """What happened to the rows of one source, counted while it is written."""
-
-    rows: int
-    taken: int
-    kept: int = 0
-    ties: int = 0
-    truncated: int = 0
-    promptless: int = 0
-    forms: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, dict] = field(default_factory=dict)  # reason -> count and first place
-    skipped: list[dict] = field(default_factory=list)  # place, and what is wrong
-
-    def add(self, done: Prepared) -> None:
-        for reason, (count, first) in done.dropped.items():
-            before = self.dropped.setdefault(reason, {"count": 0, "first": first})
-            before["count"] += count
-        for form, count in done.forms.items():
-            self.forms[form] = self.forms.get(form, 0) + count
-        self.ties += done.ties
-        self.truncated += done.truncated
-        self.promptless += done.promptless
-        self.kept += done.batch.num_rows
-
-
 class _Writing:
     """What goes on from source to source: the kind of the rows, and how many more bad ones may be skipped."""
 
-    def __init__(self, policy: Policy, flags: DataFlags, show_progress: bool):
-        self.policy, self.num_proc, self.show_progress = policy, flags.num_proc, show_progress
-        self.skip_bad_rows = self.left = flags.skip_bad_rows
+    def __init__(self, flags: DataFlags, tokenizer: PreTrainedTokenizerBase, show_progress: bool):
+        self.flags, self.tokenizer, self.show_progress = flags, tokenizer, show_progress
+        self.left = flags.skip_bad_rows
         self.kind: str | None = None
 
-    def source(self, index: int, source: Source, opened: Opened, seed: int, writer) -> dict:
-        """Write one source's pairs; returns its facts."""
-        copies = _copies(opened.size, source.amount, seed)
-        facts = _SourceFacts(rows=opened.size, taken=int(copies.sum()))
+    def source(self, index: int, source: Source, opened: Opened, reading: Reading, seed: int, writer) -> dict:
+        """Write one source's pairs; returns its facts (see PreferenceData)."""
+        rows_in_file = opened.size
+        is_joined = grouping.is_answer_a_row(opened, reading)
+        opened = grouping.joined(opened, reading) if is_joined else opened
+        copies = _copies(opened.size, source, seed)
+        counts, skipped, kept = Counts(), [], 0
         hidden = None if self.show_progress else True  # tqdm's None: hidden where stderr is no terminal
-        bar = tqdm(total=facts.taken, unit=" rows", desc=f"tokenize {source.label}", disable=hidden)
-        blocks = self._with_kind(_blocks(opened.rows(), copies))
-        for block, done in preparation.prepare_blocks(blocks, index, self.policy, self.num_proc):
-            for place, what in done.bad:
-                self._skip(place, what)
-                facts.skipped.append({"place": place, "what": what})
-            facts.add(done)
-            writer.write_batch(done.batch)
+        bar = tqdm(total=int(copies.sum()), unit=" rows", desc=f"tokenize {source.label}", disable=hidden)
+        policy = Policy.of(self.flags, self.tokenizer, reading)
+        blocks = self._with_kind(_blocks(opened.rows(), copies, reading), reading)
+        bad = _BadRows(self.left, self.flags.skip_bad_rows)
+        for block, done in preparation.prepare_blocks(blocks, index, policy, self.flags.num_proc):
+            skipped += bad.add(done.bad, len(block))
+            if not bad.first_too_many:
+                counts.add(done.counts)
+                writer.write_batch(done.batch)
+                kept += done.batch.num_rows
+            elif bad.is_patience_over():
+                break
             bar.update(sum(times for *_, times in block))
         bar.close()
-        return dataclasses.asdict(facts)
+        bad.check(opened.size)
+        self.left -= len(skipped)
+        facts = {
+            "rows": opened.size,
+            "joined": rows_in_file if is_joined else 0,
+            "taken": int(copies.sum()),
+            "kept": kept,
+        }
+        return facts | dataclasses.asdict(counts) | {"skipped": skipped}
 
-    def _with_kind(self, blocks):
+    def _with_kind(self, blocks, reading: Reading):
         for block in blocks:
-            self.kind = self.kind or preparation.kind_of(block, self.policy.reading)
+            self.kind = self.kind or preparation.kind_of(block, reading)
             yield block, self.kind
 
-    def _skip(self, place: str, what: str) -> None:
-        if self.left == 0:
-            allowed = f" (--skip_bad_rows {self.skip_bad_rows} were skipped before it)" if self.skip_bad_rows else ""
-            raise UserError(f"{place}: {what}{allowed}")
-        self.left -= 1
+
+class _BadRows:
+    """The bad rows of a source: those that may be skipped, and how many there are where one is too many."""
+
+    def __init__(self, left: int, allowed: int):
+        self.left, self.allowed = left, allowed
+        self.count = self.seen = 0
+        self.first_too_many: tuple[str, str] | None = None
+        self.found_at = 0.0
+
+    def add(self, bad: list[tuple[str, str]], rows: int) -> list[dict]:
+        """Take those of a block; returns what is skipped."""
+        self.seen += rows
+        skipped = []
+        for place, what in bad:
+            self.count += 1
+            if self.count <= self.left:
+                skipped.append({"place": place, "what": what})
+            elif self.first_too_many is None:
+                self.first_too_many, self.found_at = (place, what), time.monotonic()
+        return skipped
+
+    def is_patience_over(self) -> bool:
+        """Whether so much was read behind the first bad row that a person should not wait for the exact number."""
+        return time.monotonic() - self.found_at > COUNT_BAD_ROWS_SECONDS
+
+    def check(self, size: int) -> None:
+        """Refuse the first row that was one too many."""
+        if self.first_too_many is None:
+            return
+        place, what = self.first_too_many
+        every = self.seen >= size
+        number = (
+            f"{'' if every else 'at least '}{self.count} of {f'all {size}' if every else f'the first {self.seen}'} rows"
+        )
+        needed = self.allowed - self.left + self.count
+        before = f"; --skip_bad_rows {self.allowed} are used up" if self.allowed else ""
+        raise UserError(
+            f"{place}: {what} ({number} of this source cannot be used{before}; --skip_bad_rows {needed} would leave them out)"
+        )
 
 
-def _blocks(rows, copies: np.ndarray) -> Iterator[preparation.Block]:
+def _blocks(rows, copies: np.ndarray, reading: Reading) -> Iterator[preparation.Block]:
     """Blocks of about BLOCK_ROWS pairs, so that memory is bounded by pairs and not by rows."""
     block, pairs = [], 0
     for (place, row), times in zip(rows, copies, strict=True):
         for start in range(0, int(times), BLOCK_ROWS):
             taken = min(BLOCK_ROWS, int(times) - start)
             block.append((place, row, taken))
-            pairs += taken * preparation.pairs_of(row)
+            pairs += taken * most_pairs(row, reading)
             if pairs >= BLOCK_ROWS:
                 yield block
                 block, pairs = [], 0
@@ -189,11 +240,16 @@ def _blocks(rows, copies: np.ndarray) -> Iterator[preparation.Block]:
         yield block
 
 
-def _copies(size: int, amount: int | float, seed: int) -> np.ndarray:
+def _copies(size: int, source: Source, seed: int) -> np.ndarray:
     """[size] how often each row is taken: whole passes, then a seeded random subset for the remainder."""
-    wanted = round(size * amount) if isinstance(amount, float) else amount
+    wanted = round(size * source.amount) if isinstance(source.amount, float) else source.amount
     if size == 0:
         return np.zeros(0, np.int64)
+    if wanted > MOST_PASSES * size:
+        raise UserError(
+            f"the amount {source.amount} of {source.name} is {wanted / size:.0f} passes over its {size} rows; write a count "
+            f"of rows, or 1.0 for all of them once"
+        )
     passes, rest = divmod(wanted, size)
     copies = np.full(size, passes, np.int64)
     copies[np.random.default_rng(seed).permutation(size)[:rest]] += 1
@@ -204,20 +260,8 @@ def _name(source: Source) -> str:
     return source.name if source.paths else f"{source.name}[{source.split}]"
 
 
-def _skipped_lines(fact: dict) -> list[str]:
-    """All bad rows; the first stands in the source's own line."""
-    return [f"  skipped {row['place']}: {row['what']}" for row in fact["skipped"][1:]]
-
-
-def _line(fact: dict) -> str:
-    forms = "; ".join(form if len(fact["forms"]) == 1 else f"{n} {form}" for form, n in fact["forms"].items())
-    parts = [f"{fact['name']}: {fact['rows']} rows" + (f" ({forms})" if forms else ""), f"{fact['taken']} taken"]
-    parts += [f"{fact['ties']} ties"] if fact["ties"] else []
-    for reason, drop in fact["dropped"].items():
-        parts.append(f"{drop['count']} filtered ({reason}; first {drop['first']})")
-    if fact["skipped"]:
-        first = fact["skipped"][0]
-        parts.append(f"{len(fact['skipped'])} bad rows skipped (first {first['place']}: {first['what']})")
-    promptless = f" ({fact['promptless']} lost their whole prompt)" if fact["promptless"] else ""
-    parts += [f"{fact['truncated']} truncated{promptless}"] if fact["truncated"] else []
-    return ", ".join([*parts, f"{fact['kept']} pairs kept"])
+def _lines(fact: dict) -> list[str]:
+    """What became of a source: its rows, its columns, and all bad rows but the first, which stands in the first line."""
+    columns = columns_line(fact)
+    skipped = [f"  skipped {row['place']}: {row['what']}" for row in fact["skipped"][1:]]
+    return [source_line(fact), *([columns] if columns else []), *skipped]

@@ -1,7 +1,8 @@
 """What a mixer list names: sources, each with its files, its split and the amount to take.
 
     org/name   org/name:config   org/name@revision      on the Hub
-    a.jsonl   a.jsonl.gz   a.json   a.csv   a.parquet   a.arrow
+    org/name/folder                                     a sub-folder of it (load_dataset's data_dir)
+    a.jsonl (.ndjson, .jsonl.gz, .jsonl.zst)   a.json   a.csv   a.tsv   a.parquet   a.arrow   a file without an ending
     folder/                 <split>.<extension>, <split>-*.<extension> (also in folder/data), or saved by datasets
     "folder/*.jsonl"        all files that match, sorted, as one source
 
@@ -16,8 +17,9 @@ from pathlib import Path
 
 from open_rm.errors import UserError
 
-FILE_EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".csv", ".parquet", ".arrow")
+FILE_EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 MOST_ROWS = 10**9  # of an amount: a larger one is a slip of the hand
+MOST_PASSES = 100  # over a source: more is one too (400.0 for 400)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def label_of(name: str, split: str, paths: tuple[Path, ...]) -> str:
     org/name:config, on the Hub                   nameconfig
     """
     if len(paths) == 1:
-        return "_".join(filter(None, (paths[0].parent.name, paths[0].name.removesuffix(extension_of(paths[0])))))
+        return "_".join(filter(None, (paths[0].parent.name, stem_of(paths[0]))))
     if not paths:
         parts = [Path(name).name]
     elif _is_glob(name):
@@ -78,7 +80,7 @@ def label_of(name: str, split: str, paths: tuple[Path, ...]) -> str:
     else:
         parts = [*Path(name).parts[-2:], split]
     # What was written may hold signs that file names and metric names cannot have.
-    parts = [re.sub(r"[^\w.-]+", "", part.removesuffix(extension_of(Path(part)))) for part in parts]
+    parts = [re.sub(r"[^\w.-]+", "", stem_of(Path(part))) for part in parts]
     return "_".join(filter(None, parts))
 
 
@@ -97,13 +99,25 @@ def _parse_amount(text: str, name: str, flag: str) -> int | float:
         raise UserError(
             f"--{flag}: the amount after {name} is {text!r}; write a count (400) or a fraction with a point (0.5, 1.0)"
         )
+    if text == "1":
+        raise UserError(f"--{flag}: the amount after {name} is 1, a single row; write 1.0 for all its rows")
+    if isinstance(amount, float) and amount > MOST_PASSES:
+        raise UserError(
+            f"--{flag}: the amount after {name} is {text}, which is {amount:g} passes over its rows; write "
+            f"{round(amount)} for a count of rows, or 1.0 for all of them once"
+        )
     return amount
 
 
 def extension_of(path: Path) -> str:
-    """The known extension of a file name, or the empty string."""
-    found = [extension for extension in FILE_EXTENSIONS if path.name.endswith(extension)]
+    """The known extension of a file name, in small letters, or the empty string."""
+    found = [extension for extension in FILE_EXTENSIONS if path.name.lower().endswith(extension)]
     return max(found, key=len, default="")
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its known extension."""
+    return path.name[: len(path.name) - len(extension_of(path))]
 
 
 def _is_glob(name: str) -> bool:
@@ -112,7 +126,10 @@ def _is_glob(name: str) -> bool:
 
 def _local_paths(name: str, split: str, flag: str) -> tuple[Path, ...]:
     """The files behind a local source; none when the name is one of the Hub."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"--{flag}: {name} names the home of a user that this machine does not know") from None
     if _is_glob(name):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         found = [match for match in found if match.is_file() and extension_of(match)]
@@ -121,13 +138,22 @@ def _local_paths(name: str, split: str, flag: str) -> tuple[Path, ...]:
         return tuple(found)
     if path.is_dir():
         return _in_folder(path, name, split, flag)
-    if extension_of(path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        if not path.is_file():
-            raise UserError(f"--{flag}: there is no file or folder {name}")
-        if not extension_of(path):
+    if path.is_file():
+        if path.suffix and not extension_of(path):
             raise UserError(f"--{flag}: {name} is not a {', '.join(FILE_EXTENSIONS)} file")
         return (path,)
+    if path.exists():
+        raise UserError(f"--{flag}: {name} is neither a file nor a folder; name one that holds rows")
+    if _is_local(name, path):
+        raise UserError(f"--{flag}: there is no file or folder {name}")
     return ()
+
+
+def _is_local(name: str, path: Path) -> bool:
+    """Whether a name that does not exist can only have meant something on this machine."""
+    if extension_of(path) or path.is_absolute() or name.startswith((".", "~")):
+        return True
+    return name.count("/") > 1 and Path(path.parts[0]).is_dir()  # on the Hub it would be a sub-folder of org/name
 
 
 def _in_folder(path: Path, name: str, split: str, flag: str) -> tuple[Path, ...]:
@@ -138,9 +164,12 @@ def _in_folder(path: Path, name: str, split: str, flag: str) -> tuple[Path, ...]
             has = ", ".join(sorted(part.parent.name for part in path.glob("*/state.json")))
             raise UserError(f"--{flag}: {name} has no split {split!r}; it has {has or 'none'}")
         return (path / split,)
-    files = [file for folder in (path, path / "data") if folder.is_dir() for file in sorted(folder.iterdir())]
+    try:
+        files = [file for folder in (path, path / "data") if folder.is_dir() for file in sorted(folder.iterdir())]
+    except OSError as error:
+        raise UserError(f"--{flag}: the folder {name} cannot be read ({error.strerror})") from error
     files = [file for file in files if extension_of(file) and file.is_file()]
-    stems = {file: file.name.removesuffix(extension_of(file)) for file in files}
+    stems = {file: stem_of(file) for file in files}
     shard = re.compile(re.escape(split) + r"-\d+(-of-\d+)?")
     of_split = [file for file, stem in stems.items() if stem == split or shard.fullmatch(stem)]
     kinds = {(file.parent, extension_of(file), stems[file] == split) for file in of_split}
@@ -150,8 +179,18 @@ def _in_folder(path: Path, name: str, split: str, flag: str) -> tuple[Path, ...]
     if of_split:
         _all_shards(of_split, stems, f"--{flag}: {name}, split {split!r}")
         return tuple(of_split)
+    if not files and (inner := _folders_with_data(path)):
+        raise UserError(
+            f"--{flag}: {name} holds folders and no data file of its own; name one of them, e.g. {name.rstrip('/')}/{inner[0]} "
+            f"(it has {', '.join(inner[:8])})"
+        )
     has = ", ".join(sorted({re.sub(r"-\d+(-of-\d+)?$", "", stem) for stem in stems.values()}))
     raise UserError(f"--{flag}: {name} has no split {split!r}; it has {has or 'no data file at all'}")
+
+
+def _folders_with_data(path: Path) -> list[str]:
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name != "data"]
+    return [folder.name for folder in inner if any(extension_of(file) for file in folder.rglob("*"))]
 
 
 def _all_shards(files: list[Path], stems: dict[Path, str], what: str) -> None:

@@ -44,16 +44,21 @@ class PreferenceData:
     dataset: columns chosen_input_ids, rejected_input_ids, those of PairTable, margin (NaN where there is none), source
         (index into labels) and place (file and row).
     labels: one per source.  lines: one or more per source on what was read, dropped and kept, for the log.
-    chat: whether rows were messages (rendered by the chat template) rather than plain text or token ids.
-    facts: one dict per source, what its lines say: label, name, rows, taken, forms, ties, kept, dropped (reason -> count
-        and first place), skipped (place and what is wrong), truncated, promptless (pairs whose whole prompt was cut away).
+    kind: what the rows were: text, messages (rendered by the chat template) or token ids.
+    facts: one dict per source, what its lines say: label, name, rows, joined (rows of one answer each that became them),
+        taken, kept, skipped (place and what is wrong), and the fields of counts.Counts.
     """
 
     dataset: Dataset
     labels: list[str]
     lines: list[str]
-    chat: bool
+    kind: str | None
     facts: list[dict]
+
+    @property
+    def chat(self) -> bool:
+        """Whether the chat template wrote them."""
+        return self.kind == "messages"
 
     def __len__(self) -> int:
         return len(self.dataset)

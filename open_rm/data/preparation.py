@@ -9,7 +9,7 @@ import gc
 import hashlib
 import multiprocessing
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,9 +20,11 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from open_rm.data import encoding
+from open_rm.data.counts import Counts
 from open_rm.data.encoding import PairIds, PairText
 from open_rm.data.pairs import common_prefix
-from open_rm.data.rows import Preference, Reading, Row, make_reading, read_row
+from open_rm.data.printed import check_printed
+from open_rm.data.rows import Preference, Reading, Row, read_row
 from open_rm.data.tokenizer import reward_id_of, reward_token_of
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
@@ -65,9 +67,8 @@ class Policy:
     overlength: str
 
     @classmethod
-    def of(cls, flags: DataFlags, tokenizer: PreTrainedTokenizerBase) -> "Policy":
-        lengths = flags.max_token_length, flags.max_prompt_token_length, flags.overlength
-        return cls(tokenizer, make_reading(flags), *lengths)
+    def of(cls, flags: DataFlags, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> "Policy":
+        return cls(tokenizer, reading, flags.max_token_length, flags.max_prompt_token_length, flags.overlength)
 
     @property
     def most_characters(self) -> int:
@@ -90,30 +91,11 @@ class Candidate:
 
 @dataclass
 class Prepared:
-    """A block's outcome. batch: kept pairs.  dropped: reason -> (pairs, first place).  bad: (place, what is wrong).
-
-    promptless: among the truncated pairs, those whose prompt was cut away."""
+    """A block's outcome. batch: kept pairs.  counts: what happened to its rows.  bad: (place, what is wrong)."""
 
     batch: pa.RecordBatch | None = None
-    forms: Counter = field(default_factory=Counter)
-    ties: int = 0
-    truncated: int = 0
-    promptless: int = 0
-    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
     bad: list[tuple[str, str]] = field(default_factory=list)
-
-    def drop(self, reason: str, pairs: int, place: str) -> None:
-        """Count dropped pairs; the first place of a reason is kept."""
-        before, first = self.dropped.get(reason, (0, place))
-        self.dropped[reason] = (before + pairs, first)
-
-
-def pairs_of(row: object) -> int:
-    """At most how many pairs a row gives, before it is read: a ranked list gives one for each two responses."""
-    longest = (
-        max((len(value) for value in row.values() if isinstance(value, list)), default=0) if type(row) is dict else 0
-    )
-    return max(1, longest * (longest - 1) // 2) if longest and "responses" in row else 1
 
 
 def kind_of(block: Block, reading: Reading) -> str | None:
@@ -137,17 +119,25 @@ def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -
     rows = _read(block, kind, policy, faults)
     candidates = _render(rows, policy.tokenizer, faults)
     _encode(candidates, policy)
+    candidates, alike = _without_ties(candidates, rows)
     for one in candidates:
         if one.ids and one.row not in faults and (fault := _fault(one.ids, policy.tokenizer)):
             faults[one.row] = fault
     done = Prepared(bad=[(block[row][0], faults[row]) for row in sorted(faults)])
-    for number, row in rows.items():
-        if number not in faults:
-            done.forms[row.form] += 1
-            done.ties += row.ties * block[number][2]
-    kept = _judge([one for one in candidates if one.row not in faults], block, policy, done)
+    good = [(block[number], row) for number, row in rows.items() if number not in faults]
+    done.counts.add_rows([(place, raw, row, times) for (place, raw, times), row in good])
+    done.counts.ties += sum(block[one.row][2] for one in alike if one.row not in faults)
+    kept = _judge([one for one in candidates if one.row not in faults], block, policy, done.counts)
     done.batch = _record_batch(kept, source)
     return done
+
+
+def _without_ties(candidates: list[Candidate], rows: dict[int, Row]) -> tuple[list[Candidate], list[Candidate]]:
+    """(the others, those of a row of several pairs whose two sides are the same tokens)"""
+    several = {number for number, row in rows.items() if len(row.pairs) + row.ties > 1}
+    alike = [one for one in candidates if one.row in several and one.ids and one.ids.chosen == one.ids.rejected]
+    gone = set(map(id, alike))
+    return [one for one in candidates if id(one) not in gone], alike
 
 
 def _read(block: Block, kind: str | None, policy: Policy, faults: dict[int, str]) -> dict[int, Row]:
@@ -175,11 +165,22 @@ def _render(rows: dict[int, Row], tokenizer: PreTrainedTokenizerBase, faults: di
     parts = [(one.pair.prompt, one.pair.chosen, one.pair.rejected, one.pair.template) for one in candidates]
     for one, text in zip(candidates, encoding.render_pairs(tokenizer, parts), strict=True):
         text = _checked_text(text) if isinstance(text, PairText) else text
+        if isinstance(text, PairText) and text.chat:
+            text = _checked_print(one.pair, text, tokenizer)
         if isinstance(text, UserError):
             faults.setdefault(one.row, str(text))
         else:
             one.text = text
     return [one for one in candidates if one.text is not None]
+
+
+def _checked_print(pair: Preference, text: PairText, tokenizer: PreTrainedTokenizerBase) -> PairText | UserError:
+    try:
+        check_printed(tokenizer, pair.prompt, pair.chosen, text.chosen, pair.template)
+        check_printed(tokenizer, pair.prompt, pair.rejected, text.rejected, pair.template)
+    except UserError as error:
+        return error
+    return text
 
 
 def _encode(candidates: list[Candidate], policy: Policy) -> None:
@@ -191,13 +192,13 @@ def _encode(candidates: list[Candidate], policy: Policy) -> None:
 
 
 def _judge(
-    candidates: list[Candidate], block: Block, policy: Policy, done: Prepared
+    candidates: list[Candidate], block: Block, policy: Policy, counts: Counts
 ) -> list[tuple[PairIds, int, float | None, str]]:
     """What is kept, as often as its row is taken: (ids, id of the prompt, margin, place). What is not is counted."""
     for one in candidates:  # before the others, as their drops are found first
         if one.ids is None:
             place, _, times = block[one.row]
-            done.drop(f"a side > {policy.most_characters} characters", times, place)
+            counts.drop(f"a side > {policy.most_characters} characters", times, place)
     kept = []
     for one in candidates:
         if one.ids is None:
@@ -205,12 +206,12 @@ def _judge(
         place, _, times = block[one.row]
         ids, reason = _within_limits(one.ids, policy)
         if reason:
-            done.drop(reason, times, place)
+            counts.drop(reason, times, place)
             continue
         if ids is not one.ids:
-            done.truncated += times
+            counts.truncated += times
         if _lost_its_prompt(one.pair, one.ids, ids):
-            done.promptless += times
+            counts.promptless += times
         kept += [(ids, _prompt_id(one.pair, one.ids), one.pair.margin, place)] * times
     return kept
 
@@ -274,7 +275,10 @@ def _work(block: Block, kind: str | None) -> Prepared:
 def _check_kind(pairs: list[Preference], kind: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     for pair in pairs:
         if kind is not None and pair.kind != kind:
-            raise UserError(f"the rows before are {kind} and this one is {pair.kind}; train on one kind at a time")
+            texts = " (--as_messages makes messages of text)" if "text" in (kind, pair.kind) else ""
+            raise UserError(
+                f"the rows before are {kind} and this one is {pair.kind}; train on one kind at a time{texts}"
+            )
         if pair.kind == "token ids" and (largest := max(max(pair.chosen), max(pair.rejected))) >= len(tokenizer):
             raise UserError(
                 f"token id {largest} is beyond the tokenizer's {len(tokenizer)}; is it the right tokenizer?"

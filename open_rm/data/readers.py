@@ -7,6 +7,7 @@ as a whole raises. A new file format is one opener here, and its extension in mi
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import zlib
@@ -24,6 +25,17 @@ from open_rm.errors import UserError, quote, quote_error
 from open_rm.manifest import content_hash
 
 BLOCK_ROWS = 1000
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# What a file without an ending is, by its first bytes (an Arrow stream begins with the mark of a message).
+BEGINNINGS = {
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+    b"\xff\xff\xff\xff": ".arrow",
+    GZIP: ".jsonl.gz",
+    ZSTD: ".jsonl.zst",
+}
+BEGINNINGS |= {b"[": ".json", b"{": ".jsonl"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before the first character
 Rows = Iterator[tuple[str, object]]
 csv.field_size_limit(2**31 - 1)  # Python's own limit, 128 KiB, is less than a long response
@@ -53,27 +65,63 @@ def open_source(source: Source) -> Opened:
 def _open_path(path: Path) -> Opened:
     if path.is_dir():
         return _open_saved(path)
-    openers = {".parquet": _open_parquet, ".arrow": _open_arrow, ".csv": _open_csv, ".json": _open_json}
+    openers = {
+        ".parquet": _open_parquet,
+        ".arrow": _open_arrow,
+        ".csv": _open_csv,
+        ".tsv": _open_csv,
+        ".json": _open_json,
+    }
     fingerprint = content_hash([path])  # first, since it names a file that cannot be read
-    size, rows = openers.get(extension_of(path), _open_json_lines)(path)
+    kind = _kind_of(path)
+    size, rows = openers[kind](path) if kind in openers else _open_json_lines(path, kind)
     return Opened(fingerprint, size, rows)
 
 
-def _open_json_lines(path: Path):
+def _kind_of(path: Path) -> str:
+    """A file's extension; of a file without one, by its content.
+
+    Raises:
+        UserError: the content is a pointer, or packed where the name does not say so.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(LFS_POINTER):
+        raise UserError(f"{path}: a Git LFS pointer and not the data itself; fetch it (git lfs pull)")
+    extension = extension_of(path)
+    if not extension:
+        start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+        extension = next((kind for beginning, kind in BEGINNINGS.items() if start.startswith(beginning)), "")
+        if not extension:
+            raise UserError(
+                f"{path}: neither its name nor its content says what it is; give it an ending such as .jsonl"
+            )
+    packed = {GZIP: ".gz", ZSTD: ".zst"}.items()
+    if not extension.endswith((".gz", ".zst")) and (
+        ending := next((e for mark, e in packed if head.startswith(mark)), "")
+    ):
+        raise UserError(f"{path}: packed, and its name does not say so; rename it to {path.name}{ending}, or unpack it")
+    return extension
+
+
+def _open_json_lines(path: Path, kind: str = ".jsonl"):
     try:
-        with _lines(path) as file:
+        with _lines(path, kind) as file:
             size = sum(1 for line in file if line.removeprefix(BYTE_ORDER_MARK).strip())
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a complete gzip file ({quote_error(error)}); compress it again") from error
-    return size, lambda: _json_lines(path)
+        packer = "zstd" if kind.endswith(".zst") else "gzip"
+        raise UserError(f"{path}: not a complete {packer} file ({quote_error(error)}); compress it again") from error
+    return size, lambda: _json_lines(path, kind)
 
 
-def _lines(path: Path):
-    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+def _lines(path: Path, kind: str):
+    if kind.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), 2**20)
+    return gzip.open(path) if kind.endswith(".gz") else path.open("rb")
 
 
-def _json_lines(path: Path) -> Rows:
-    with _lines(path) as file:
+def _json_lines(path: Path, kind: str) -> Rows:
+    with _lines(path, kind) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
@@ -120,7 +168,8 @@ def _csv_rows(path: Path) -> Rows:
     line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            tabs = {"delimiter": "\t"} if extension_of(path) == ".tsv" else {}
+            reader = csv.reader(file, strict=True, **tabs)
             header = next(reader, [])
             if len(set(header)) != len(header):
                 raise UserError(f"{path}:1: a column name stands twice in the header; rename one")
@@ -208,15 +257,27 @@ def _open_saved(path: Path) -> Opened:
 def _open_hub(source: Source) -> Opened:
     name, _, revision = source.name.partition("@")
     name, _, config = name.partition(":")
+    owner, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    name = f"{owner}/{repository}" if repository else owner
+    how = {"split": source.split, "revision": revision or None, "data_dir": folder or None}
     try:
-        dataset = datasets.load_dataset(name, config or None, split=source.split, revision=revision or None)
+        dataset = datasets.load_dataset(name, config or None, **how)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        what = quote_error(error)
-        advice = "check the name, the split and the network (a private dataset needs HF_TOKEN in the environment)"
         raise UserError(
-            f"dataset {source.name}, split {source.split!r}: cannot be loaded ({what}); {advice}"
+            f"dataset {source.name}, split {source.split!r}: cannot be loaded ({_hub_error(error)}); it is no file or folder "
+            "here, so check the name (org/name, org/name:config, org/name/folder, @revision), the split and the network (a "
+            "private dataset needs HF_TOKEN in the environment)"
         ) from error
     return Opened(dataset._fingerprint, *_dataset_rows(dataset, f"{source.name}[{source.split}]"))
+
+
+def _hub_error(error: Exception) -> str:
+    """What datasets says, on one line, with the list of configs or splits that it may hold, and what caused it."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    cause = " ".join(str(error.__cause__ or "").split())
+    said = said if not cause or cause in said else f"{said}; cause: {cause}"
+    return said.rstrip(". ")[:600].encode(errors="backslashreplace").decode()
 
 
 def _dataset_rows(dataset: datasets.Dataset, name: str):

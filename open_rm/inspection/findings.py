@@ -4,11 +4,22 @@ Made from the report alone (see report.inspect_data), so that a report that was 
 thresholds are here; what they mean for a training run is the reader's to decide, or --strict's.
 """
 
+from open_rm.data.counts import oddity_sentence
 from open_rm.data.tokenizer import DATE
 from open_rm.errors import UserError
 
 LENGTH_ACCURACY = 0.6  # a finding above this, where so many pairs make it more than chance (two standard errors)
 DROPPED_SHARE = 0.1
+# What to do about a column that is not read, by what its name or content says it is.
+UNREAD = {
+    "prompt": "if it is part of what the model was asked, map it (--column_map prompt={0})",
+    "system": "map it (--column_map system={0})",
+    "label": "if it says which answer is better, map it (--column_map winner={0}, with response_a and response_b)",
+    "score": "if it says by how much chosen is better, take it with --margin_from or --column_map margin={0}",
+    "tool": "map it (--column_map tools={0})",
+    "image": "the reward model reads text alone",
+}
+ODD = ("equal scores", "contrary scores", "ranks", "JSON")  # of rows.ODDITIES; the others are in the log
 
 
 def find(report: dict) -> list[str]:
@@ -16,7 +27,13 @@ def find(report: dict) -> list[str]:
     findings = []
     for split, found in report["splits"].items():
         for source in found["sources"]:
-            findings += [f"{split} {source['label']}: {sentence}" for sentence in _source_findings(source)]
+            sentences = _source_findings(source) + _column_findings(source)
+            if source["held_out_form"] and split == "train":
+                sentences.append(
+                    "a benchmark's rows are trained on, and its score will say nothing any more; it belongs in "
+                    "--dataset_mixer_eval_list"
+                )
+            findings += [f"{split} {source['label']}: {sentence}" for sentence in sentences]
         findings += [f"{split}: {sentence}" for sentence in _between_sources(found)]
     for source in report["overlap"].get("sources", []):
         if source["first"]:
@@ -25,6 +42,11 @@ def find(report: dict) -> list[str]:
                 f"of {source['pairs_with_a_side']} pairs, occur in the training data, first {source['first']['eval']} "
                 f"(in training: {source['first']['train']}); evaluation will flatter the model"
             )
+    if report["text_beside_template"] and _prompts_of_text(report["splits"]["train"]):
+        findings.append(
+            "prompt and answer are joined as plain text, and the tokenizer has a chat template; --as_messages writes them as "
+            "turns of user and assistant, as clients of a chat model do"
+        )
     if report["date_in_template"]:
         findings.append(
             "the chat template prints today's date, so rewards would change from day to day; here and in the saved "
@@ -74,6 +96,29 @@ def _source_findings(source: dict) -> list[str]:
             "without reading, so compare its accuracy with it"
         )
     return findings + _scored_findings(source["scored"])
+
+
+def _prompts_of_text(found: dict) -> bool:
+    return any("text, prompt given" in source["forms"] for source in found["sources"])
+
+
+def _column_findings(source: dict) -> list[str]:
+    """Columns that nobody read and that look as if somebody should, and rows that are odd."""
+    findings = []
+    for says, advice in UNREAD.items():
+        columns = [name for name, entry in source["unread"].items() if entry["says"] == says]
+        if columns:
+            named = " and ".join(columns) if len(columns) < 3 else f"{', '.join(columns[:-1])} and {columns[-1]}"
+            findings.append(
+                f"{named} {'is' if len(columns) == 1 else 'are'} not read, and by name or content {says} (first "
+                f"{source['unread'][columns[0]]['first']}); {advice.format(columns[0])}, or leave it out "
+                f"(--ignore_columns {' '.join(columns)})"
+            )
+    rows = sum(source["forms"].values())
+    for key, entry in source["oddities"].items():
+        if key.partition(":")[0] in ODD or (key == "repeated" and entry["count"] < rows):
+            findings.append(f"{entry['count']} of {rows} rows {oddity_sentence(key)}, first {entry['first']}")
+    return findings
 
 
 def _scored_findings(scored: dict) -> list[str]:

@@ -29,6 +29,7 @@ def inspect_data(train: PreferenceData, held_out: PreferenceData | None, tokeniz
         "splits": splits,
         "overlap": {} if held_out is None else {"sources": _overlap(train, held_out)},
         "date_in_template": train.chat and prints_date(tokenizer),
+        "text_beside_template": train.kind == "text" and tokenizer.chat_template is not None,
     }
     return report | {"findings": find(report)}
 
@@ -50,7 +51,20 @@ def _inspect_split(data: PreferenceData, tokenizer) -> dict:
 
 
 def _facts(facts: dict) -> dict:
-    names = ("label", "name", "rows", "taken", "forms", "ties", "dropped", "skipped", "truncated", "promptless")
+    names = (
+        "label",
+        "name",
+        "rows",
+        "joined",
+        "taken",
+        "forms",
+        "ties",
+        "dropped",
+        "skipped",
+        "truncated",
+        "promptless",
+    )
+    names += ("read", "unread", "oddities", "held_out_form")
     found = {name: facts[name] for name in names} | {"pairs": facts["kept"]}
     same = [fault for reason, fault in facts["dropped"].items() if reason.startswith("identical")]
     skipped = [row["place"] for row in facts["skipped"] if row["what"].startswith("chosen and rejected are identical")]

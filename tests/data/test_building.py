@@ -17,7 +17,8 @@ from open_rm.batching.rules import BatchRules
 from open_rm.data.building import read_both
 from open_rm.data.mixer import label_of, parse_mixer
 from open_rm.data.readers import open_source
-from open_rm.data.rows import Reading, read_row
+from open_rm.data.reading import Reading
+from open_rm.data.rows import read_row
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
@@ -106,13 +107,9 @@ def test_text_prompt_is_counted_once(row):
         ({"prompt": PROMPT, "chosen": GOOD, "rejected": [user("x")]}, "rejected must end with an assistant message"),
         ({"chosen": [user("a")], "rejected": [user("b")]}, "must end with an assistant message"),
         ({"chosen": GOOD, "rejected": [{"role": "assistant", "content": None}]}, "not a message with role and content"),
-        ({"chosen": GOOD, "rejected": ["x"]}, "not a message with role and content"),
+        ({"chosen": GOOD, "rejected": ["x", 3]}, "not a message with role and content"),
         (
             {"prompt": PROMPT, "chosen": PROMPT + GOOD, "rejected": BAD},
-            "chosen begins with the prompt and rejected does not",
-        ),
-        (
-            {"prompt": "Q: ", "chosen": "Q: yes", "rejected": "no"},
             "chosen begins with the prompt and rejected does not",
         ),
         ({"prompt": PROMPT, "chosen": SYSTEM + PROMPT + GOOD, "rejected": SYSTEM + PROMPT + BAD}, "same prompt"),
@@ -184,7 +181,7 @@ def test_overlength_pairs_are_filtered_and_counted(load, write_rows, tokenizer):
     data = load([write_rows(content), "1.0"], max_token_length=70, max_prompt_token_length=40)
     assert len(data) == 3
     assert max(data.table.chosen_length.max(), data.table.rejected_length.max()) <= 70
-    [line] = data.lines
+    line = data.lines[0]
     assert (
         "5 rows (4 text, prompt given; 1 text, prompt implied), 5 taken, 1 filtered (prompt > 40 tokens; first " in line
     )
@@ -389,8 +386,9 @@ def test_lines_for_the_log_say_of_which_split_they_are(write_rows, tokenizer, tm
     )
     pairs, held_out = read_both(flags, tokenizer, seed=1)
     assert (len(pairs), len(held_out)) == (3, 2)
-    assert [line.partition(":")[0] for line in pairs.lines + held_out.lines] == ["train", "train", "eval"]
-    assert pairs.lines[0].startswith(f"train: {train}: 5 rows") and f"skipped {train}:5: " in pairs.lines[1]
+    assert [line.partition(":")[0] for line in pairs.lines + held_out.lines] == ["train"] * 3 + ["eval"] * 2
+    assert pairs.lines[0].startswith(f"train: {train}: 5 rows") and f"skipped {train}:5: " in pairs.lines[2]
+    assert pairs.lines[1] == "train:   columns read: prompt, chosen, rejected; not read: none"
     assert held_out.lines[0].startswith(f"eval: {test}: 2 rows")
     alone = dataclasses.replace(flags, dataset_mixer_eval_list=[])
     assert read_both(alone, tokenizer, seed=1)[1] is None
@@ -473,9 +471,9 @@ READ = [
     ),
     (
         "a wins",
-        {"response_a": "x", "response_b": "y", "winner": "a", "sa": 1, "sb": 5},
+        {"response_a": "x", "response_b": "y", "winner": "a", "sa": 5, "sb": 1},
         {"margin_from": ("sa", "sb")},
-        -4.0,
+        4.0,
     ),
 ]
 
@@ -496,7 +494,7 @@ def test_hh_text_with_a_prompt_column_is_parsed_and_other_text_is_refused_with_p
 
 def test_a_row_of_two_forms_is_refused_unless_the_columns_are_mapped():
     both = {"prompt": "p", "chosen": "a", "rejected": "b", "responses": ["c", "d"]}
-    with pytest.raises(UserError, match="responses and also chosen and rejected; say which are meant"):
+    with pytest.raises(UserError, match="chosen and rejected and also responses; say which are meant"):
         read_row(both)
     mapped = read_row(both, Reading(column_map={"chosen": "chosen", "rejected": "rejected"}))
     assert (mapped.pairs[0].chosen, mapped.pairs[0].rejected) == ("a", "b")
@@ -504,15 +502,12 @@ def test_a_row_of_two_forms_is_refused_unless_the_columns_are_mapped():
 
 
 def test_columns_of_the_form_that_is_mapped_are_read_although_another_form_is_there_too():
-    row = {"better": "a", "worse": "b", "messages": PROMPT + GOOD, "rejected_messages": PROMPT + BAD}
-    [pair] = read_row(row, Reading({"chosen": "better", "rejected": "worse"})).pairs
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("", "a", "b")
+    row = {"asked": "q", "better": "a", "worse": "b", "messages": PROMPT + GOOD, "rejected_messages": PROMPT + BAD}
+    [pair] = read_row(row, Reading({"prompt": "asked", "chosen": "better", "rejected": "worse"})).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
     assert normalise_row(row) == NORMAL
-
-
-def test_text_that_only_repeats_its_prompt_is_empty():
-    with pytest.raises(UserError, match="chosen is empty after the prompt"):
-        read_row({"prompt": "Hi", "chosen": "Hi", "rejected": "Hi there"})
+    with pytest.raises(UserError, match="no prompt, and its column messages looks like one"):
+        read_row(row, Reading({"chosen": "better", "rejected": "worse"}))
 
 
 def test_files_that_could_all_be_a_split_are_refused_and_shards_are_one(load, tmp_path):

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from open_rm.batching.layouts import lay_out
-from open_rm.data.rows import make_reading, read_row
+from open_rm.data.reading import make_reading
+from open_rm.data.rows import read_row
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
@@ -184,7 +185,7 @@ CHAT_FORMS = {
         "messages + rejected_response",
         lambda _, c, a, b: {"messages": c + a, "rejected_response": b[0]["content"]},
     ),
-    "UltraFeedback": Form("messages, prompt given", ultra_feedback),
+    "UltraFeedback": Form("ultrafeedback_binarized", ultra_feedback),
     "ranked with scores": Form(
         "ranked responses", lambda i, c, a, b: {"prompt": c, "responses": [b, a], "scores": [-1.5, i]}
     ),
@@ -586,9 +587,9 @@ def margins(data) -> list[float | None]:
 
 def test_margins_of_a_column(write_rows, tmp_path):
     row = {"prompt": "hi ", "chosen": "yes", "rejected": "no"}
-    rows = [row | {"margin": 1.5}, row, row | {"margin": None}, row | {"margin": -2}, row | {"margin": 0}]
+    rows = [row | {"margin": 1.5}, row, row | {"margin": None}, row | {"margin": 2}, row | {"margin": 0}]
     data = load(write_rows(rows), words_tokenizer(False), tmp_path / "cache")
-    assert margins(data) == [1.5, None, None, -2.0, 0.0]
+    assert margins(data) == [1.5, None, None, 2.0, 0.0]
     mapped = [{"better_by": 0.25, **row}] * 2
     data = load(write_rows(mapped), words_tokenizer(False), tmp_path / "cache", column_map=["margin=better_by"])
     assert margins(data) == [0.25] * 2

@@ -25,14 +25,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from open_rm.data.rows import Row, make_reading, read_row
+from open_rm.data.public_sets import PUBLIC_FORMS
+from open_rm.data.reading import make_reading
+from open_rm.data.rows import Row, read_row
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
 HANG_SECONDS = 60.0  # no speed limit: a file that is slow by its size stays far below, a quadratic one does not
 LONGEST_SENTENCE = 1200  # with a long path in it
+PUBLIC = {form.says or form.name for form in PUBLIC_FORMS}
 FORMS = {
+    "messages + chosen_response + rejected_response",
     "text, prompt given",
     "text, prompt implied",
     "HH text",
@@ -137,11 +141,10 @@ TEXT_ROWS = {
     "rejected only spaces": (TEXT | {"rejected": " \n\t"}, "rejected is empty"),
     "identical sides": (TEXT | {"chosen": "no"}, "identical"),
     "sides that become identical": ({"chosen": "Q: a<|eos|>", "rejected": "Q: a"}, "identical as tokens"),
-    "prompt repeated in chosen": (TEXT | {"chosen": "Q: yes"}, "chosen begins with the prompt and rejected does not"),
-    "prompt repeated in rejected": (TEXT | {"rejected": "Q: no"}, "rejected begins with the prompt and chosen does"),
     "half a surrogate pair": (TEXT | {"rejected": "\ud83d"}, "half a surrogate pair"),
     "half a surrogate pair in the prompt": (TEXT | {"prompt": "\udc00"}, "half a surrogate pair"),
     "the pad token": (TEXT | {"chosen": "x<|pad|>"}, "pad token"),
+    "margin negative": (TEXT | {"margin": -2}, "the margin is -2, which says that rejected is the better one"),
     "margin of letters": (TEXT | {"margin": "abc"}, "margin.*not a finite number"),
     "margin NaN": (TEXT | {"margin": math.nan}, "margin.*not a finite number"),
     "margin the text nan": (TEXT | {"margin": "NaN"}, "margin.*not a finite number"),
@@ -161,7 +164,6 @@ TEXT_ROWS = {
     "a response null": (RANKED | {"responses": ["a", None]}, "must be text or a list of messages"),
     "a response a number": (RANKED | {"responses": ["a", 3]}, "must be text or a list of messages"),
     "a response empty": (RANKED | {"responses": ["a", "", "b"]}, "is empty"),
-    "two responses alike": (RANKED | {"responses": ["a", "b", "a"]}, "identical"),
     "text and messages together": (RANKED | {"responses": ["a", "b", [assistant("c")]]}, "text|messages"),
     "scores too few": (RANKED | {"scores": [1, 2]}, "a number for each of the 3 responses, not 2"),
     "scores too many": (RANKED | {"scores": [1, 2, 3, 4]}, "a number for each of the 3 responses, not 4"),
@@ -194,21 +196,36 @@ CHAT_ROWS = {
         "not a message with role and content",
     ),
     "content a number": (CHAT | {"chosen": [{"role": "assistant", "content": 3}]}, "not a message with role and"),
-    "content in parts": (
-        CHAT | {"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
-        "not a message with role and content",
+    "an image in parts": (
+        CHAT | {"chosen": [{"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]},
+        "a part of type image",
+    ),
+    "an audio url in parts": (
+        CHAT | {"prompt": [{"role": "user", "content": [{"text": "a"}, {"type": "audio_url", "audio_url": {}}]}]},
+        "a part of type audio_url",
+    ),
+    "an empty list of parts": (CHAT | {"chosen": [{"role": "assistant", "content": []}]}, "not a message with role"),
+    "a tool call that is no JSON": (
+        CHAT | {"chosen": [{"role": "tool_call", "content": "sum(1)"}]},
+        'a tool call that is not JSON with a "name"',
     ),
     "content only spaces": (CHAT | {"chosen": [assistant(" \n")]}, "chosen is empty"),
     "content half a surrogate pair": (CHAT | {"chosen": [assistant("\udfff")]}, "half a surrogate pair"),
     "content with the pad token": (CHAT | {"chosen": [assistant("<|pad|>")]}, "pad token"),
-    "a message as text in a list": (CHAT | {"rejected": ["no"]}, "not a message with role and content"),
-    "a list in a list": (CHAT | {"rejected": [[assistant("no")]]}, "not a message with role and content"),
+    "a message as text in a list": (CHAT | {"rejected": ["no", 3]}, "not a message with role and content"),
+    "a list in a list": (CHAT | {"rejected": [[[assistant("no")]]]}, "not a message with role and content"),
     "a message null": (CHAT | {"rejected": [None]}, "not a message with role and content"),
     "a message of 1 MB": (CHAT | {"rejected": [{"role": "x" * 10**6}]}, "not a message with role and content"),
     "prompt an empty list": (CHAT | {"prompt": []}, "prompt must be text or a list of messages"),
-    "prompt one message": (CHAT | {"prompt": user("hi")}, "prompt must be text or a list of messages, not dict"),
+    "prompt half a message": (
+        CHAT | {"prompt": {"role": "user"}},
+        "prompt must be text or a list of messages, not dict",
+    ),
     "chosen an empty list": (CHAT | {"chosen": []}, "chosen must be text or a list of messages, not empty"),
-    "chosen one message": (CHAT | {"chosen": assistant("yes")}, "chosen must be text or a list of messages, not dict"),
+    "chosen half a message": (
+        CHAT | {"chosen": {"role": "assistant"}},
+        "chosen must be text or a list of messages, not dict",
+    ),
     "only a system message": ({"chosen": [SYSTEM], "rejected": [SYSTEM]}, "end with an assistant message"),
     "only a user's message": ({"chosen": [user("a")], "rejected": [user("b")]}, "end with an assistant message"),
     "the answer before the question": (
@@ -307,7 +324,7 @@ def test_a_malformed_row_is_named_and_can_be_skipped(load, tmp_path, good, bad, 
     assert (facts["rows"], facts["taken"], facts["kept"]) == (3, 3, 2)
     assert sum(facts["forms"].values()) == 2, "the skipped row counts in no form"
     assert data.places([0, 1]) == [f"{path}:1", f"{path}:3"]
-    [line] = data.lines
+    line = data.lines[0]
     assert "1 bad rows skipped" in line and len(line.splitlines()) == 1
     line.encode()
 
@@ -482,7 +499,7 @@ FILES = {
     "UTF-16": ("a.jsonl", lines(TEXT, TEXT).decode().encode("utf-16"), "a.jsonl:1: not UTF-8|a.jsonl:1: not valid"),
     "old line ends": ("a.jsonl", lines(TEXT, TEXT).replace(b"\n", b"\r"), "a.jsonl:1: not valid JSON"),
     "a zip file": ("a.jsonl", b"PK\x03\x04" + bytes(range(256)), "a.jsonl:1: "),
-    "a gzip file without its ending": ("a.jsonl", GZ, "a.jsonl:1: not"),
+    "a gzip file without its ending": ("a.jsonl", GZ, "a.jsonl: packed.*rename it to a.jsonl.gz"),
     "a truncated gzip": ("a.jsonl.gz", GZ[:-1000], "a.jsonl.gz: not a complete gzip file"),
     "a gzip without its checksum": ("a.jsonl.gz", GZ[:-8], "a.jsonl.gz: not a complete gzip file"),
     "a gzip of four bytes": ("a.jsonl.gz", GZ[:4], "a.jsonl.gz: not a complete gzip file"),
@@ -537,6 +554,12 @@ FILES = {
     "json named arrow": ("a.arrow", lines(TEXT), "a.arrow: not a readable arrow file"),
     "an arrow without a column": ("a.arrow", arrow_bytes([{"chosen": "a"}]), "a.arrow: row 1: no value for rejected"),
     "an arrow of text that is no UTF-8": ("a.arrow", arrow_bytes(not_utf8_table()), "a.arrow: "),
+    "a pointer of Git LFS": (
+        "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "Git LFS pointer",
+    ),
+    "a file of no kind": ("a", b"chosen, rejected", "neither its name nor its content says what it is"),
     "an unknown ending": ("a.txt", lines(TEXT), "a.txt is not a .jsonl"),
 }
 
@@ -883,7 +906,7 @@ def test_random_rows_are_read_or_refused_in_one_sentence(row, reading):
     assert repr(row) == before
     if result is None:
         return
-    assert result.form in FORMS
+    assert result.form in FORMS or result.form in PUBLIC
     assert result.ties >= 0 and len(result.pairs) + result.ties >= 1
     assert len({kind(pair) for pair in result.pairs}) <= 1
     for pair in result.pairs:

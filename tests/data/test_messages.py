@@ -14,11 +14,12 @@ from pyarrow import parquet
 from word_level import load as load_made
 from word_level import make
 
-from open_rm.data import preparation
+from open_rm.data import building, preparation
 from open_rm.data.encoding import encode_pairs, render_pair
 from open_rm.data.mixer import parse_mixer
 from open_rm.data.readers import open_source
-from open_rm.data.rows import Reading, read_row
+from open_rm.data.reading import Reading
+from open_rm.data.rows import most_pairs, read_row
 from open_rm.data.tokenizer import DATE, prints_date
 from open_rm.errors import UserError
 
@@ -151,6 +152,7 @@ def test_memory_is_bounded_by_pairs_and_not_by_rows(load, write_rows, monkeypatc
     assert (len(found), max(sizes)) == (40 * 190, 6 * 190)
     sizes.clear()
     plain = write_rows([{"chosen": "a", "rejected": "b"}, {"chosen": "c", "rejected": "d"}], "plain.jsonl")
+    monkeypatch.setattr(building, "MOST_PASSES", 10_000)
     assert len(load([plain, "5001"])) == 5001
     assert max(sizes) <= 2000
 
@@ -158,7 +160,7 @@ def test_memory_is_bounded_by_pairs_and_not_by_rows(load, write_rows, monkeypatc
 def test_all_skipped_rows_are_listed(load, write_rows):
     good = {"chosen": "a", "rejected": "b"}
     found = load([write_rows([good, {}, good, {"chosen": 3}, {}]), "1.0"], skip_bad_rows=3)
-    assert len(found.lines) == 3
+    assert len(found.lines) == 4, "rows, columns, and the second and third bad row"
     assert all(f"rows.jsonl:{number}" in " ".join(found.lines) for number in (2, 4, 5))
 
 
@@ -216,5 +218,7 @@ load_preference_data(flags, load_tokenizer({str(toy / "model")!r}))
 
 
 def test_a_ranked_list_is_counted_by_its_pairs_before_it_is_read():
-    assert preparation.pairs_of({"responses": ["a"] * 5}) == 10
-    assert preparation.pairs_of({"chosen": ["a"] * 5}) == preparation.pairs_of(None) == 1
+    assert most_pairs({"responses": ["a"] * 5}, Reading()) == 10
+    assert most_pairs({"chosen": ["a"] * 5, "rejected": ["b"] * 2}, Reading()) == 10
+    assert most_pairs({"completions": [{"response": "a"}] * 4, "instruction": "q"}, Reading()) == 6
+    assert most_pairs({"chosen": "a", "rejected": "b"}, Reading()) == most_pairs(None, Reading()) == 1

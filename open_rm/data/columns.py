@@ -1,0 +1,235 @@
+"""Which columns of a row are read as what: its form, and what is left over.
+
+A plan is made once for rows of the same columns, and kept by the reading. What nobody reads is named; where its name or
+content says prompt, system text, label, score, tool or image, the inspection makes a finding of it.
+"""
+
+import re
+from dataclasses import dataclass
+
+from open_rm.data.forms import OPTIONAL, OWN_FORMS, OWN_NAMES, SHAPES, Form
+from open_rm.data.lookup import Lookup, parse_lookup
+from open_rm.data.messages import is_message, parsed_json
+from open_rm.data.public_sets import FORMS
+from open_rm.data.reading import Reading
+from open_rm.errors import UserError, quote
+
+MOST_PLANS = 1000  # of a reading: rows with ever other columns must not fill the memory
+# Words of a column's name, and what they say of it. A name with a word of BESIDE tells something about such a value only.
+WORDS = {
+    "prompt": "prompt prompts question questions query instruction instructions input context history conversation "
+    "conversations messages dialog dialogue trajectory turns post article document passage",
+    "system": "system persona",
+    "label": "label labels winner preference preferences preferred choice better best vote votes chosen rejected",
+    "score": "score scores rating ratings rank ranks ranking grade grades reward rewards margin strength",
+    "tool": "tool tools function functions",
+    "image": "image images img picture pictures photo photos audio video videos",
+}
+SAYS = {word: what for what, words in WORDS.items() for word in words.split()}
+BESIDE = set(
+    [
+        "id",
+        "ids",
+        "uid",
+        "uuid",
+        "hash",
+        "model",
+        "models",
+        "source",
+        "sources",
+        "len",
+        "length",
+        "lang",
+        "language",
+        "type",
+        "kind",
+        "category",
+        "url",
+        "count",
+        "num",
+        "number",
+        "name",
+        "names",
+        "time",
+        "timestamp",
+        "date",
+        "index",
+        "idx",
+        "key",
+        "version",
+        "split",
+        "subset",
+        "tokens",
+        "token",
+        "chars",
+        "words",
+        "template",
+        "status",
+    ]
+)
+ALWAYS = ("margin", "tools", "chat_template_kwargs")  # of forms.OPTIONAL, read in public sets' forms too
+# Two columns of scores beside chosen and rejected: whether they agree with it is counted.
+TWINS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_reward", "rejected_reward"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows of certain columns are read.
+
+    form: of the table.  shape: a name of forms.SHAPES.  values: our column -> where it stands.
+    chat: whether texts become messages.  unread: columns that are not read.
+    twins: two unread columns that say how good chosen and rejected are.
+    """
+
+    form: Form
+    shape: str
+    values: dict[str, Lookup]
+    chat: bool
+    labels: dict[str, str]
+    lower_is_better: bool
+    unread: tuple[str, ...]
+    twins: tuple[str, str] | None
+
+
+def plan_of(row: dict, reading: Reading) -> Plan:
+    """How a row is read.
+
+    Raises:
+        UserError: it is of no known form, of several, or lacks what the flags name.
+    """
+    key = (*row, None, *(name for name, value in row.items() if value is None))
+    plan = reading.plans.get(key)
+    if plan is None:
+        plan = _make_plan(row, reading)
+        if len(reading.plans) >= MOST_PLANS:
+            reading.plans.clear()
+        reading.plans[key] = plan
+    return plan
+
+
+def _make_plan(row: dict, reading: Reading) -> Plan:
+    present = {name for name in row if name not in reading.ignore}
+    filled = {name for name in present if row[name] is not None}
+    mapped = {ours: parse_lookup(theirs, present) for ours, theirs in reading.column_map.items()}
+    for lookup in mapped.values():
+        if not lookup.is_in(present) and (lacking := sorted(set(lookup.columns) - present)):
+            raise UserError(f"no column {lacking[0]}, which --column_map names; {columns_of(row)}")
+    form = _form_of(row, reading, present, filled)
+    reads = {ours: parse_lookup(theirs, present) for ours, theirs in form.reads.items() if ours not in mapped}
+    values = {ours: lookup for ours, lookup in reads.items() if lookup.is_in(present)} | mapped
+    for ours in OPTIONAL:
+        if (
+            ours not in values
+            and ours in present
+            and ours not in form.leaves
+            and (form.name in OWN_NAMES or ours in ALWAYS)
+        ):
+            values[ours] = Lookup(ours, (ours,))
+    shape = next((shape for shape, needed in SHAPES.items() if set(needed) <= values.keys()), None)
+    if shape is None:
+        raise _no_form(row, filled)
+    used = {name for lookup in values.values() for name in lookup.columns} | set(reading.margin_from or ())
+    unread = tuple(name for name in row if name in present and name not in used and name not in form.leaves)
+    twins = next((pair for pair in TWINS if set(pair) <= filled and shape == "pairs"), None)
+    chat = bool(form.chat or {"system", "history"} & values.keys())
+    chat = chat if reading.as_messages is None else reading.as_messages
+    labels = reading.label_values or form.labels
+    lower = form.lower_is_better if reading.lower_is_better is None else reading.lower_is_better
+    return Plan(form, shape, values, chat, labels, lower, unread, twins)
+
+
+def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -> Form:
+    mapped = reading.column_map.keys()
+    if reading.form is not None:
+        needs = _needs(reading.form, mapped)
+        if lacking := [name for name in needs if name not in filled]:
+            raise UserError(
+                f"no value for {' and '.join(lacking)}, which --dataset_format {reading.form.name} reads; {columns_of(row)}"
+            )
+        return reading.form
+    fitting = [
+        form for form in FORMS.values() if (filled if form.name in OWN_NAMES else present).issuperset(form.needs)
+    ]
+    best = [form for form in fitting if not any(set(form.needs) < set(other.needs) for other in fitting)]
+    # A mapping may add to what the columns tell, or say another form.
+    adds_to = [form for form in best if form.name not in OWN_NAMES and mapped <= {*form.reads, *OPTIONAL}]
+    if not adds_to and (meant := _form_that_is_mapped(mapped, filled)):
+        return meant
+    if not best:
+        raise _no_form(row, filled)
+    if len(best) > 1:
+        first, second = (" and ".join(form.needs) for form in best[:2])
+        raise UserError(
+            f"the row has {first} and also {second}; say which are meant, e.g. --column_map chosen=chosen "
+            f"rejected=rejected, or --dataset_format {best[0].name}"
+        )
+    if lacking := [name for name in _needs(best[0], mapped) if name not in filled and "none" not in best[0].labels]:
+        raise UserError(f"no value for {' and '.join(lacking)}; correct or remove the row")
+    return best[0]
+
+
+def _needs(form: Form, mapped) -> list[str]:
+    """The columns that a form needs where a mapping reads some of ours from elsewhere."""
+    replaced = {name for ours in mapped if ours in form.reads for name in parse_lookup(form.reads[ours]).columns}
+    kept = {name for ours, text in form.reads.items() if ours not in mapped for name in parse_lookup(text).columns}
+    return [name for name in form.needs if name not in replaced or name in kept]
+
+
+def _form_that_is_mapped(mapped, filled: set[str]) -> Form | None:
+    """The form of our own columns that a mapping means; None where it only adds to the form that the columns tell.
+
+    With chosen=better rejected=worse, a row that also has `messages` and `rejected_messages` is read as chosen and rejected.
+    """
+    have = filled | set(mapped)
+
+    def fits(form: Form) -> tuple:
+        return len(set(form.needs) & set(mapped) - set(OPTIONAL)), have.issuperset(form.needs), -len(form.needs)
+
+    best = max(OWN_FORMS, key=fits)
+    return best if fits(best)[0] else None
+
+
+def _no_form(row: dict, filled: set[str]) -> UserError:
+    """What the row lacks of the form it is nearest to, and what else it may be."""
+    shares = {name: len(filled & set(form.needs)) / len(form.needs) for name, form in FORMS.items()}
+    nearest = max(FORMS.values(), key=lambda form: (shares[form.name], form.name == "pairs"))
+    nearest = nearest if shares[nearest.name] >= 0.6 or nearest.name in OWN_NAMES else FORMS["pairs"]
+    missing = [name for name in nearest.needs if name not in filled]
+    advice = "name others with --column_map (docs/data.md)"
+    labels = [str(name) for name in row if suspicion(name, row[name]) == "label"]
+    if labels and not {"chosen", "rejected"} & filled:
+        advice = (
+            f"{labels[0]} may say which of two answers is better: --column_map response_a=... response_b=... "
+            f"winner={labels[0]}, and --label_values for values other than a and b (docs/data.md)"
+        )
+    return UserError(f"no value for {' and '.join(missing)}; {columns_of(row)}; {advice}")
+
+
+def columns_of(row: dict) -> str:
+    """The columns of a row in half a sentence, shortened."""
+    names = ", ".join(sorted(str(name)[:40] if str(name).isprintable() else quote(name, 40) for name in row))
+    return f"the row has the columns {names[:200]}" if names else "the row has no columns"
+
+
+def suspicion(name: str, value: object) -> str | None:
+    """What an unread column is by its name or content: a key of WORDS; None where nothing speaks for any."""
+    if value is None or value in ("", [], {}):
+        return None
+    if (isinstance(value, dict) and {"bytes", "path"} & value.keys()) or isinstance(value, bytes):
+        return "image"
+    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)).lower())
+    says = next((SAYS[word] for word in words if word in SAYS), None)
+    if says and not BESIDE & set(words):
+        is_text = isinstance(value, str | list | dict)
+        return says if is_text or says in ("label", "score") else None
+    found = parsed_json(value) if isinstance(value, str) else value
+    found = found[0] if isinstance(found, list) and found else found
+    return "prompt" if is_message(found) else None

@@ -1,0 +1,196 @@
+"""Who won, from a row's values: pairs whose sides are not yet checked, and ties.
+
+labels.py says what a label, a strength or scores mean; here they meet the row's answers and its margin.
+"""
+
+from dataclasses import dataclass, field
+
+from open_rm.data import labels, sides
+from open_rm.data.columns import Plan, columns_of
+from open_rm.data.messages import check_messages, is_message
+from open_rm.data.reading import SCORES, Reading
+from open_rm.errors import UserError
+
+Unchecked = tuple[object, object, object, float | None]  # prompt, chosen, rejected, margin
+
+
+@dataclass
+class Values:
+    """A row on its way to pairs.
+
+    row: as it stands in the file.  found: our column -> value.
+    oddities: what is odd and yet readable, gathered on the way: keys of rows.ODDITIES.
+    """
+
+    row: dict
+    plan: Plan
+    reading: Reading
+    found: dict
+    oddities: list[str] = field(default_factory=list)
+
+    def messages(self, name: str) -> list[dict]:
+        """One of our columns as checked messages."""
+        return check_messages(name, self.found[name], self.reading.ignore)
+
+
+def comparisons(values: Values) -> tuple[list[Unchecked], int]:
+    """([(prompt, chosen, rejected, margin)], ties)"""
+    found, shape, prompt = values.found, values.plan.shape, values.found.get("prompt")
+    if (tie := values.plan.form.tie) and values.row.get(tie[0]) == tie[1]:
+        return [], 1
+    if shape == "ranked" or "responses" in found:
+        return _of_list(values, prompt)
+    if shape in ("winner", "strength", "two scores"):
+        return _of_two(values, prompt)
+    if shape == "pairs":
+        return _of_sides(values, prompt)
+    margin = _margin(values)
+    if shape == "token ids":
+        given = (found.get("prompt_input_ids"), found["chosen_input_ids"], found["rejected_input_ids"])
+    elif shape == "conversations":
+        given = (None, found["messages"], found["rejected_messages"])
+    elif shape == "answers":
+        given = (values.messages("messages"), found["chosen_response"], found["rejected_response"])
+    elif shape == "last answer":
+        messages = values.messages("messages")
+        sides.ends_with_answer("messages", messages)
+        given = (messages[:-1] or None, messages[-1:], values.messages("rejected_response"))
+    else:  # one answer alone prefers nothing
+        raise UserError("a row of one answer among rows of other forms; name its form with --dataset_format")
+    return [(*given, margin)], 0
+
+
+def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
+    found, reading, form = values.found, values.reading, values.plan.form
+    responses, scores = found["responses"], found.get("scores")
+    lenient = form.gaps or values.plan.shape == "rows"
+    if lenient and isinstance(responses, list) and isinstance(scores, list):
+        responses, scores = _without_gaps(values, responses, scores)
+        if len(responses) < 2:
+            values.oddities.append("lonely")
+            return [], 0
+    if reading.margin_from not in (None, (SCORES,)) or found.get("margin") not in (None, ""):
+        raise UserError(
+            "a ranked list gives many pairs, and one margin cannot be that of all; remove margin, or pass --margin_from "
+            f"{SCORES} for the difference of their scores"
+        )
+    if reading.margin_from and scores is None:
+        raise UserError(f"--margin_from {SCORES}: the row has no scores; remove the flag, or map scores")
+    pairs = labels.ranked(responses, scores, values.plan.lower_is_better)
+    if reading.lower_is_better is None and not form.lower_is_better and labels.looks_like_ranks(scores):
+        values.oddities.append("ranks")
+    kept = [pair for pair in pairs if pair]
+    with_margin = reading.margin_from is not None
+    return [(prompt, a, b, lead if with_margin else None) for a, b, lead in kept], len(pairs) - len(kept)
+
+
+def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, list]:
+    """The answers that have both text and score."""
+    both = list(zip(responses, scores, strict=False))
+    kept = [
+        (text, score) for text, score in both if (text.strip() if isinstance(text, str) else text) and score is not None
+    ]
+    if both and all(score is None for _, score in both):
+        where = (values.plan.values.get("scores") or values.plan.values["score"]).text
+        raise UserError(f"no answer has a score in {where}; name others with --column_map scores=... (docs/data.md)")
+    if len(kept) < len(both):
+        values.oddities.append("left out")
+    return [text for text, _ in kept], [score for _, score in kept]
+
+
+def _of_two(values: Values, prompt) -> tuple[list[Unchecked], int]:
+    found, plan, lead = values.found, values.plan, None
+    if plan.shape == "winner":
+        winner = labels.winner_of(found["winner"], plan.labels)
+    elif plan.shape == "strength":
+        winner, lead = labels.winner_of_strength(found["strength"])
+    else:
+        winner, lead = labels.winner_of_scores(found, plan.lower_is_better)
+    if winner == "tie":
+        return [], 1
+    two = [found["response_a"], found["response_b"]]
+    turns = values.row.get(plan.form.turn) if plan.form.turn else None
+    if type(turns) is int and turns > 0:
+        two = [_up_to(turns, side) for side in two]
+    if isinstance(prompt, list) and prompt and all(isinstance(turn, str) for turn in prompt):
+        prompt, two = None, [_turns(prompt, answers) for answers in two]
+    margin_from = values.reading.margin_from
+    is_margin = margin_from == (SCORES,) or (margin_from is None and plan.shape == "strength")
+    if not (is_margin and lead is not None) or found.get("margin") not in (None, ""):
+        lead = _margin(values, swapped=winner == "b")
+    return [(prompt, *(two if winner == "a" else reversed(two)), lead)], 0
+
+
+def _up_to(turns: int, side: object) -> object:
+    """A conversation up to its n-th answer, since a vote on an earlier turn (MT-bench) is about no later one."""
+    if not isinstance(side, list):
+        return side
+    answers = [i for i, message in enumerate(side) if is_message(message) and message.get("role") == "assistant"]
+    return side[: answers[turns - 1] + 1] if len(answers) > turns else side
+
+
+def _turns(prompt: list[str], answers: object) -> list[dict]:
+    """Turns of a user and of a model in two lists, as the arena's files hold them, to one conversation."""
+    if not isinstance(answers, list) or len(answers) != len(prompt):
+        what = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+        raise UserError(f"the prompt is a list of {len(prompt)} turns, and there are not as many answers: {what}")
+    said = [text for turn in zip(prompt, answers, strict=True) for text in turn]
+    if any(not isinstance(text, str) or not text.strip() for text in said):
+        raise UserError("a turn of the conversation is empty; remove the row")
+    roles = ("user", "assistant") * len(prompt)
+    return [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+
+
+def _of_sides(values: Values, prompt) -> tuple[list[Unchecked], int]:
+    chosen, rejected = answers_of(values.found["chosen"]), answers_of(values.found["rejected"])
+    if values.plan.twins:
+        _compare_twins(values, values.plan.twins)
+    margin = _margin(values)
+    if values.reading.margin_from and margin == 0:
+        return [], len(chosen) * len(rejected)
+    return [(prompt, good, bad, margin) for good in chosen for bad in rejected], 0
+
+
+def answers_of(value: object) -> list:
+    """The answers of a side: one, or those of a list of texts or of conversations (RewardBench 2, RM-Bench)."""
+    if not isinstance(value, list) or not value or any(map(is_message, value)):
+        return [value]
+    alike = all(isinstance(entry, str) for entry in value) or all(isinstance(entry, list) for entry in value)
+    return value if alike else [value]
+
+
+def _compare_twins(values: Values, twins: tuple[str, str]) -> None:
+    """Whether scores beside chosen and rejected agree with it; words such as N/A say nothing."""
+    try:
+        better, worse = (labels.number(name, values.row[name]) for name in twins)
+    except UserError:
+        return
+    if better == worse:
+        values.oddities.append(f"equal scores: {twins[0]} and {twins[1]}")
+    elif better < worse:
+        values.oddities.append(f"contrary scores: {twins[0]} below {twins[1]}")
+
+
+def _margin(values: Values, swapped: bool = False) -> float | None:
+    """By how much chosen is better; never negative. swapped: of labelled rows, whose columns are those of a and b."""
+    names, row = values.reading.margin_from, values.row
+    if names == (SCORES,):
+        raise UserError(
+            f"--margin_from {SCORES}: no scores decide rows of this form; name two columns, or remove the flag"
+        )
+    if names:
+        if lacking := [name for name in names if row.get(name) is None]:
+            raise UserError(f"no value for {lacking[0]}, which --margin_from names; {columns_of(row)}")
+        first, second = (labels.number(name, row[name]) for name in names)
+        margin = second - first if swapped else first - second
+    elif values.found.get("margin") in (None, ""):
+        return None
+    else:
+        margin = labels.number("margin", values.found["margin"])
+    if margin < 0:
+        where = f"{names[0]} - {names[1]}" if names else "the margin"
+        raise UserError(
+            f"{where} is {margin:g}, which says that rejected is the better one; correct the row, swap the columns, or leave "
+            "margins out"
+        )
+    return margin

@@ -1,0 +1,126 @@
+"""What happened to the rows of a block, or of a source: counted, with the first place of each kind.
+
+One object for both: a block's counts are added to its source's. They are kept beside the cache, printed as the log's lines,
+and judged by the inspection.
+"""
+
+from dataclasses import dataclass, field
+
+from open_rm.data.columns import Plan, suspicion
+from open_rm.data.forms import TARGETS
+from open_rm.data.grouping import Joined
+from open_rm.data.rows import ODDITIES, Row
+
+LOOKED_AT = 20  # rows of a block whose unread columns are looked at for what they hold
+
+
+@dataclass
+class Counts:
+    """dropped, oddities: what -> {count, first place}, of pairs and of rows.  forms: form -> rows.
+
+    ties: pairs that prefer neither side.  truncated: pairs that were cut; promptless: those that lost their whole prompt.
+    read: our column -> where it stood.  unread: column -> {says: what its name or content says it is, or None; first}.
+    held_out_form: rows of a form that is a benchmark's.
+    """
+
+    forms: dict[str, int] = field(default_factory=dict)
+    ties: int = 0
+    truncated: int = 0
+    promptless: int = 0
+    dropped: dict[str, dict] = field(default_factory=dict)
+    oddities: dict[str, dict] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, dict] = field(default_factory=dict)
+    held_out_form: int = 0
+
+    def drop(self, reason: str, pairs: int, place: str) -> None:
+        """Count dropped pairs."""
+        _count(self.dropped, reason, pairs, place)
+
+    def add_rows(self, rows: list[tuple[str, dict, Row, int]]) -> None:
+        """Count rows that were read: (place, as it stands in the file, as it was read, times it is taken)."""
+        plans: dict[int, Plan] = {}
+        for number, (place, raw, row, times) in enumerate(rows):
+            self.forms[row.form] = self.forms.get(row.form, 0) + 1
+            self.ties += row.ties * times
+            self.held_out_form += row.plan.form.held_out
+            for what in row.oddities:
+                _count(self.oddities, what, 1, place)
+            plans[id(row.plan)] = row.plan
+            if number < LOOKED_AT:
+                self._look_at_unread(place, raw, row.plan)
+        for plan in plans.values():
+            self.read |= {ours: lookup.text for ours, lookup in plan.values.items() if ours not in self.read}
+            for name in plan.unread:
+                self.unread.setdefault(str(name), {"says": None, "first": None})
+
+    def _look_at_unread(self, place: str, raw: dict, plan: Plan) -> None:
+        raw = raw.first if isinstance(raw, Joined) else raw
+        for name in plan.unread:
+            found = self.unread.setdefault(str(name), {"says": None, "first": None})
+            if found["says"] is None and (says := suspicion(name, raw[name])):
+                found |= {"says": says, "first": place}
+
+    def add(self, other: "Counts") -> None:
+        """Add a later block's."""
+        for form, count in other.forms.items():
+            self.forms[form] = self.forms.get(form, 0) + count
+        for mine, theirs in ((self.dropped, other.dropped), (self.oddities, other.oddities)):
+            for what, entry in theirs.items():
+                _count(mine, what, entry["count"], entry["first"])
+        for name in ("ties", "truncated", "promptless", "held_out_form"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.read = other.read | self.read
+        for name, entry in other.unread.items():
+            mine = self.unread.setdefault(name, entry)
+            if mine["says"] is None:
+                self.unread[name] = entry
+
+
+def _count(entries: dict[str, dict], what: str, count: int, place: str) -> None:
+    entry = entries.setdefault(what, {"count": 0, "first": place})
+    entry["count"] += count
+
+
+def source_line(fact: dict) -> str:
+    """What became of a source's rows."""
+    forms = "; ".join(form if len(fact["forms"]) == 1 else f"{n} {form}" for form, n in fact["forms"].items())
+    joined = f"{fact['joined']} rows joined to " if fact["joined"] else ""
+    what = "prompts" if joined else "rows"
+    parts = [
+        f"{fact['name']}: {joined}{fact['rows']} {what}" + (f" ({forms})" if forms else ""),
+        f"{fact['taken']} taken",
+    ]
+    parts += [f"{fact['ties']} ties"] if fact["ties"] else []
+    for key, entry in fact["oddities"].items():
+        parts.append(f"{entry['count']} rows {oddity_sentence(key)} (first {entry['first']})")
+    for reason, drop in fact["dropped"].items():
+        parts.append(f"{drop['count']} filtered ({reason}; first {drop['first']})")
+    if fact["skipped"]:
+        first = fact["skipped"][0]
+        parts.append(f"{len(fact['skipped'])} bad rows skipped (first {first['place']}: {first['what']})")
+    promptless = f" ({fact['promptless']} lost their whole prompt)" if fact["promptless"] else ""
+    parts += [f"{fact['truncated']} truncated{promptless}"] if fact["truncated"] else []
+    return ", ".join([*parts, f"{fact['kept']} pairs kept"])
+
+
+def oddity_sentence(key: str) -> str:
+    """An oddity of rows in words; a key may name the columns it is about."""
+    what, _, about = key.partition(": ")
+    return ODDITIES[what].format(about)
+
+
+def columns_line(fact: dict) -> str | None:
+    """Which columns were read as what, and which were not read."""
+    if not fact["read"]:
+        return None
+    places = sorted(fact["read"].items(), key=lambda item: TARGETS.index(item[0]))
+    read = [ours if ours == theirs else f"{ours} from {_plain(theirs)}" for ours, theirs in places]
+    unread = ", ".join(map(_plain, fact["unread"])) or "none"
+    return f"  columns read: {', '.join(read)}; not read: {unread}"
+
+
+def _plain(name: str) -> str:
+    """A column's name on one line."""
+    name = name.replace("\n", "\\n")
+    return name[:60] if name.isprintable() else ascii(name)[:60]

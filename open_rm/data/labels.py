@@ -1,0 +1,91 @@
+"""Who won: a label, a signed strength, two scores, or a list of scores to pairs (better, worse); ties are told apart.
+
+Numbers are read only where the row or a flag says what they mean: 1 may be the first answer, the second, or yes.
+"""
+
+import contextlib
+import itertools
+import math
+
+from open_rm.errors import UserError, quote
+
+SIDES = ("a", "b", "tie")
+WINNERS = {name + side: side for name in ("", "response_", "model_") for side in "ab"}
+TIES = ("tie", "both_bad", "bothbad", "both bad", "both_good", "neither")
+
+
+def number(name: str, value: object) -> float:
+    """A finite number, also where it stands as text (csv)."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
+        raise UserError(f"{name} holds {quote(value)}, which is not a finite number; correct or remove it")
+    return float(value)
+
+
+def winner_of(value: object, meant: dict[str, str]) -> str:
+    """a, b or tie. meant: what values mean (--label_values, or a form's); empty: the words that everybody uses."""
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
+    if text in meant:
+        return meant[text]
+    if meant:
+        named = " ".join(f"{side}={value}" for value, side in meant.items())
+        raise UserError(f"winner is {quote(value)}, which is none of the values that say who won ({named})")
+    if text in TIES or text.startswith("tie "):
+        return "tie"
+    if text not in WINNERS:
+        raise UserError(
+            f"winner is {quote(value)}; it must be a, b, response_a, response_b, model_a, model_b or tie, or say with "
+            "--label_values what its values mean, e.g. a=1 b=0"
+        )
+    return WINNERS[text]
+
+
+def winner_of_scores(values: dict, lower_is_better: bool) -> tuple[str, float]:
+    """(a, b or tie; by how much) of score_a and score_b."""
+    a, b = (number(name, values[name]) for name in ("score_a", "score_b"))
+    lead = b - a if lower_is_better else a - b
+    return ("a" if lead > 0 else "b" if lead < 0 else "tie"), abs(lead)
+
+
+def winner_of_strength(value: object) -> tuple[str, float]:
+    """(a, b or tie; by how much) of a number that is positive where a is better."""
+    strength = number("strength", value)
+    return ("a" if strength > 0 else "b" if strength < 0 else "tie"), abs(strength)
+
+
+def ranked(
+    responses: object, scores: object, lower_is_better: bool
+) -> list[tuple[object, object, float | None] | None]:
+    """All pairs (better, worse, lead) of a ranked list, the best first; None for a tie.
+
+    Without scores the list is in order, the best first, and a lead is None. Two responses alike are a tie.
+    """
+    if not isinstance(responses, list) or len(responses) < 2:
+        what = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__
+        raise UserError(f"responses must be a list of at least 2 responses, not {what}; correct or remove the row")
+    in_order = scores is None
+    if in_order:
+        scores = list(range(len(responses), 0, -1))
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        what = len(scores) if isinstance(scores, list) else type(scores).__name__
+        raise UserError(f"scores must be a list with a number for each of the {len(responses)} responses, not {what}")
+    values = [number("scores", int(score) if isinstance(score, bool) else score) for score in scores]  # true: right
+    if lower_is_better and not in_order:
+        values = [-value for value in values]
+    order = sorted(range(len(values)), key=lambda i: -values[i])  # stable: equal scores stay in the file's order
+    pairs: list[tuple | None] = []
+    for better, worse in itertools.combinations(order, 2):
+        tie = values[better] == values[worse] or responses[better] == responses[worse]
+        lead = None if in_order else values[better] - values[worse]
+        pairs.append(None if tie else (responses[better], responses[worse], lead))
+    return pairs
+
+
+def looks_like_ranks(scores: object) -> bool:
+    """Whether a list of scores is 1 to n in some order, as ranks are."""
+    try:
+        return isinstance(scores, list) and sorted(map(float, scores)) == list(range(1, len(scores) + 1))
+    except (TypeError, ValueError):
+        return False
