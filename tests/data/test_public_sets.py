@@ -7,8 +7,11 @@ written from the sets' cards and loading code (public_sets.py names those), apar
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import REPOSITORY, read_pairs
+from conftest import REPOSITORY, read_pairs, run_recipe, toy_flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from open_rm.data import guide
 from open_rm.data.building import read_both
@@ -347,3 +350,139 @@ def test_text_and_messages_on_two_sides_of_a_run_are_refused(tokenizer, write_ro
         seed=1,
     )
     assert [side.tolist() for side in train.pairs([0])[0]] == [side.tolist() for side in held_out.pairs([0])[0]]
+
+
+# ---- any row at all
+
+
+def small_reading(row: dict) -> list[tuple[str, str, str]] | None:
+    """An independent reading of rows of text with short names: (prompt, chosen, rejected), or None for another form."""
+    text = lambda *names: all(isinstance(row.get(name), str) and row[name].strip() for name in names)  # noqa: E731
+    prompt = row.get("prompt") or ""
+    if text("chosen", "rejected"):
+        return [(prompt, row["chosen"], row["rejected"])] if row["chosen"] != row["rejected"] else []
+    if row.get("winner") == "tie":
+        return []
+    if text("response_a", "response_b", "winner"):
+        a, b = row["response_a"], row["response_b"]
+        return {"a": [(prompt, a, b)], "b": [(prompt, b, a)], "tie": []}.get(row["winner"].lower()) if a != b else []
+    return None
+
+
+NAMES = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "response_a",
+    "response_b",
+    "winner",
+    "question",
+    "label",
+    "score",
+    "id",
+    "note",
+    "system",
+]
+TEXTS = st.sampled_from(["", "a", "b", "tie", "Hi", "Hi there", "x y", " ", "0"])
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(row=st.dictionaries(st.sampled_from(NAMES), TEXTS | st.none() | st.integers(0, 2), max_size=7))
+def test_any_row_gives_the_pairs_of_a_small_reading_or_a_sentence_and_names_what_is_unread(row):
+    try:
+        found = read_row(row)
+    except UserError as error:
+        assert str(error) and len(str(error).splitlines()) == 1
+        return
+    read = {name for lookup in found.plan.values.values() for name in lookup.columns}
+    assert read | set(found.plan.unread) | set(found.plan.form.leaves) >= row.keys()
+    assert not read & set(found.plan.unread)
+    if found.plan.form.name not in ("pairs", "labelled") or "system" in row:
+        return
+    wanted = small_reading(row)
+    whole = [(pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in found.pairs]
+    if "repeated" not in found.oddities:
+        assert whole == [(prompt + chosen, prompt + rejected) for prompt, chosen, rejected in wanted]
+    assert len(found.pairs) + found.ties >= 1
+
+
+# ---- all together
+
+
+def test_a_run_on_three_forms_with_a_benchmark_held_out(toy, write_rows, tmp_path):
+    """UltraFeedback, an arena and HelpSteer3 for training, RewardBench held out: each in its own columns, one command."""
+    answers = lambda i: (f"{i} is fine and kind", f"{i} is bad")  # noqa: E731
+    feedback, arena, helpsteer, bench = [], [], [], []
+    for i in range(24):
+        good, bad = answers(i)
+        asked = f"How is {i}?"
+        scored = [{"response": text, "fine-grained_score": s, "model": "m"} for text, s in ((bad, 1.5), (good, 4.0))]
+        feedback.append({"source": "s", "instruction": asked, "models": ["m", "m"], "completions": scored})
+        sides = [[user(asked), assistant(good)], [user(asked), assistant(bad)]]
+        winner = ("model_a", "model_b", "tie (bothbad)")[i % 3]
+        a, b = sides if winner == "model_a" else sides[::-1]
+        arena.append(
+            {
+                "question_id": str(i),
+                "model_a": "m",
+                "model_b": "n",
+                "winner": winner,
+                "conversation_a": a,
+                "conversation_b": b,
+                "turn": 1,
+            }
+        )
+        first, second = (good, bad) if i % 2 else (bad, good)
+        helpsteer.append(
+            {
+                "domain": "code",
+                "context": [user(asked)],
+                "response1": first,
+                "response2": second,
+                "overall_preference": -2 if i % 2 else 3,
+            }
+        )
+        bench.append(
+            {
+                "prompt": f"Tell me of {i}",
+                "chosen": good,
+                "rejected": bad,
+                "subset": "chat",
+                "id": i,
+                "chosen_model": "m",
+                "rejected_model": "n",
+            }
+        )
+    sources = [
+        write_rows(rows, f"{name}.jsonl") for name, rows in (("f", feedback), ("arena", arena), ("h", helpsteer))
+    ]
+    held_out = write_rows(bench, "bench.jsonl")
+    done = run_recipe(
+        *toy_flags(
+            toy,
+            tmp_path / "out",
+            dataset_mixer_list=[word for source in sources for word in (source, "1.0")],
+            dataset_mixer_eval_list=[held_out, "1.0"],
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    log = done.stdout + done.stderr
+    for says in (
+        "f.jsonl: 24 rows (ultrafeedback), 24 taken, 24 pairs kept",
+        "arena.jsonl: 24 rows (arena), 24 taken, 8 ties, 16 pairs kept",
+        "h.jsonl: 24 rows (helpsteer3), 24 taken, 24 pairs kept",
+        "bench.jsonl: 24 rows (reward_bench), 24 taken, 24 pairs kept",
+        "columns read: prompt from instruction, responses from completions[].response, scores from completions[].fine-grained_score",
+    ):
+        assert says in log, log[-3000:]
+    data = read_pairs(
+        [word for source in sources for word in (str(source), "1.0")],
+        load_tokenizer(str(toy / "model")),
+        dataset_local_cache_dir=str(tmp_path / "cache"),
+    )
+    assert sorted(data.margins()[~np.isnan(data.margins())].tolist()) == [2.0] * 12 + [3.0] * 12
+    tokenizer = load_tokenizer(str(toy / "model"))
+    assert all(
+        "kind" in tokenizer.decode(chosen) and "bad" in tokenizer.decode(rejected)
+        for chosen, rejected in data.pairs(range(64))
+    )
