@@ -52,8 +52,8 @@ BAD_ROWS = {
     "empty chosen": ({"chosen": "", "rejected": "b"}, r"bad.jsonl:1: chosen is empty"),
     "identical sides": ({"chosen": "a", "rejected": "a"}, r"bad.jsonl:1: .*identical"),
     "wrong roles": (
-        {"chosen": [{"role": "human", "content": "a"}], "rejected": [{"role": "gpt", "content": "b"}]},
-        r"bad.jsonl:1: chosen has a message of role 'human'",
+        {"chosen": [{"role": "bot", "content": "a"}], "rejected": [{"role": "gpt", "content": "b"}]},
+        r"bad.jsonl:1: chosen has a message of role 'bot'",
     ),
 }
 

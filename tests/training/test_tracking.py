@@ -506,7 +506,7 @@ def test_what_was_read_is_told_before_anything_of_the_model_and_also_where_that_
     assert f"error: --model_name_or_path {damaged}: cannot be loaded as a reward model" in done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"train: {toy}/data: 240 rows") and lines[1].startswith(f"eval: {toy}/data: 60 rows")
+    assert lines[0].startswith(f"train: {toy}/data: 240 rows") and lines[2].startswith(f"eval: {toy}/data: 60 rows")
     assert [line for line in lines if line.startswith("10 steps of 8 pairs")]
     assert "score head" not in done.stdout
 
@@ -514,7 +514,11 @@ def test_what_was_read_is_told_before_anything_of_the_model_and_also_where_that_
 def test_the_lines_on_what_was_read_stand_first_and_in_run_json(tracked):
     folder, done = tracked
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("train: ") and lines[1].startswith("eval: ")
+    assert (
+        lines[0].startswith("train: ")
+        and lines[1].startswith("train:   columns read: ")
+        and lines[2].startswith("eval: ")
+    )
     read = max(number for number, line in enumerate(lines) if line.startswith(("train: ", "eval: ")))
     model = next(number for number, line in enumerate(lines) if "score head" in line)
     assert read < model
