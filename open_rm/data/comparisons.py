@@ -6,10 +6,10 @@ labels.py says what a label, a strength or scores mean; here they meet the row's
 from dataclasses import dataclass, field
 
 from open_rm.data import labels, sides
-from open_rm.data.columns import Plan, columns_of
+from open_rm.data.columns import Plan, columns_of, suspicion
 from open_rm.data.messages import check_messages, is_message
 from open_rm.data.reading import SCORES, Reading
-from open_rm.errors import UserError
+from open_rm.errors import UserError, quote
 
 Unchecked = tuple[object, object, object, float | None]  # prompt, chosen, rejected, margin
 
@@ -143,12 +143,31 @@ def _turns(prompt: list[str], answers: object) -> list[dict]:
 
 def _of_sides(values: Values, prompt) -> tuple[list[Unchecked], int]:
     chosen, rejected = answers_of(values.found["chosen"]), answers_of(values.found["rejected"])
+    if {"chosen", "rejected"} <= values.reading.column_map.keys():
+        _check_no_label_is_left(values)
     if values.plan.twins:
         _compare_twins(values, values.plan.twins)
     margin = _margin(values)
     if values.reading.margin_from and margin == 0:
         return [], len(chosen) * len(rejected)
     return [(prompt, good, bad, margin) for good in chosen for bad in rejected], 0
+
+
+def _check_no_label_is_left(values: Values) -> None:
+    """Two columns that are mapped to chosen and rejected must not have a label beside them, by which either may be better."""
+    a, b = (values.plan.values[name].text for name in ("chosen", "rejected"))
+    for name in values.plan.unread:
+        value = values.row[name]
+        if suspicion(name, value) == "label" and str(value).strip().lower() in (
+            *labels.WINNERS,
+            *labels.TIES,
+            a.lower(),
+            b.lower(),
+        ):
+            raise UserError(
+                f"the column {name} says which answer is better ({quote(value)}) and is not read; write --column_map "
+                f"response_a={a} response_b={b} winner={name}, or leave it out with --ignore_columns {name}"
+            )
 
 
 def answers_of(value: object) -> list:

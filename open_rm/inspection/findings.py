@@ -15,7 +15,8 @@ UNREAD = {
     "prompt": "if it is part of what the model was asked, map it (--column_map prompt={0})",
     "system": "map it (--column_map system={0})",
     "label": "if it says which answer is better, map it (--column_map winner={0}, with response_a and response_b)",
-    "score": "if it says by how much chosen is better, take it with --margin_from or --column_map margin={0}",
+    "score": "two columns of chosen and of rejected are taken with --margin_from, one of how much chosen leads with "
+    "--column_map margin=...",
     "tool": "map it (--column_map tools={0})",
     "image": "the reward model reads text alone",
 }
@@ -30,8 +31,8 @@ def find(report: dict) -> list[str]:
             sentences = _source_findings(source) + _column_findings(source)
             if source["held_out_form"] and split == "train":
                 sentences.append(
-                    "a benchmark's rows are trained on, and its score will say nothing any more; it belongs in "
-                    "--dataset_mixer_eval_list"
+                    "these are the columns of a benchmark, whose score will say nothing once it was trained on; it belongs in "
+                    "--dataset_mixer_eval_list (--dataset_format pairs if it is no benchmark)"
                 )
             findings += [f"{split} {source['label']}: {sentence}" for sentence in sentences]
         findings += [f"{split}: {sentence}" for sentence in _between_sources(found)]

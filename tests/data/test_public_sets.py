@@ -132,6 +132,16 @@ def test_a_labelled_row_never_leads_to_chosen_and_rejected():
     assert (pair.chosen, pair.rejected) == ("a", "b")
 
 
+def test_the_wrong_guess_at_an_arena_is_refused_and_its_advice_is_right():
+    sides = [[user("q"), assistant(text)] for text in ("good", "bad")]
+    row = {"conversation_a": sides[1], "conversation_b": sides[0], "winner": "model_b", "judge": "me"}
+    with pytest.raises(UserError, match="winner says which answer is better .'model_b'. and is not read") as caught:
+        pairs(row, column_map={"chosen": "conversation_a", "rejected": "conversation_b"})
+    advice = str(caught.value).partition("--column_map ")[2].partition(",")[0].split()
+    [pair] = pairs(row, column_map=dict(entry.split("=") for entry in advice))
+    assert (pair.chosen, pair.rejected) == ([assistant("good")], [assistant("bad")])
+
+
 def test_the_signs_and_values_of_labels():
     sides = {"prompt": "q", "response_a": "x", "response_b": "y"}
     for strength, chosen in ((2, "x"), (-1, "y")):
