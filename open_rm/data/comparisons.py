@@ -91,7 +91,7 @@ def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, 
         (text, score) for text, score in both if (text.strip() if isinstance(text, str) else text) and score is not None
     ]
     if both and all(score is None for _, score in both):
-        where = (values.plan.values.get("scores") or values.plan.values["score"]).text
+        where = (values.plan.values.get("scores") or values.plan.values["score"]).written
         raise UserError(f"no answer has a score in {where}; name others with --column_map scores=... (docs/data.md)")
     if len(kept) < len(both):
         values.oddities.append("left out")
@@ -155,7 +155,7 @@ def _of_sides(values: Values, prompt) -> tuple[list[Unchecked], int]:
 
 def _check_no_label_is_left(values: Values) -> None:
     """Two columns that are mapped to chosen and rejected must not have a label beside them, by which either may be better."""
-    a, b = (values.plan.values[name].text for name in ("chosen", "rejected"))
+    a, b = (values.plan.values[name].written for name in ("chosen", "rejected"))
     for name in values.plan.unread:
         value = values.row[name]
         if suspicion(name, value) == "label" and str(value).strip().lower() in (

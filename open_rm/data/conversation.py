@@ -78,7 +78,7 @@ def _with_context(values: Values, prompt, chosen: list[dict], rejected: list[dic
     if not complete and values.plan.chat:
         _check_no_prompt_is_left(values)
         if "prompt" in values.plan.values:
-            where = values.plan.values["prompt"].text
+            where = values.plan.values["prompt"].written
             raise UserError(f"no value for {where}, and a conversation needs a prompt; correct or remove the row")
         raise UserError(
             "no prompt, so nothing tells the question from the answer; name its column with --column_map prompt=..., or "

@@ -50,7 +50,7 @@ class Counts:
             if number < LOOKED_AT:
                 self._look_at_unread(place, raw, row.plan)
         for plan in plans.values():
-            self.read |= {ours: lookup.text for ours, lookup in plan.values.items() if ours not in self.read}
+            self.read |= {ours: lookup.written for ours, lookup in plan.values.items() if ours not in self.read}
             for name in plan.unread:
                 self.unread.setdefault(str(name), {"says": None, "first": None})
 

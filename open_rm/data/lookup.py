@@ -38,6 +38,11 @@ class Lookup:
     holes: tuple["Lookup", ...] = ()  # of text made of several values
     is_list: bool = False  # of several columns
 
+    @property
+    def written(self) -> str:
+        """The expression on one line."""
+        return self.text.replace("\n", "\\n")
+
     def is_in(self, columns: set[str]) -> bool:
         """Whether a row of these columns has it: all that it needs, or one of those that a text is made of."""
         return any(name in columns for name in self.columns) if self.holes else columns.issuperset(self.columns)
