@@ -31,7 +31,7 @@ from open_rm.data.tokenizer import fingerprint
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
-CACHE_VERSION = "8"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "9"  # raise when the meaning of a cached column changes
 COUNT_BAD_ROWS_SECONDS = 10.0
 
 

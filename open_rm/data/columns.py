@@ -7,6 +7,7 @@ content says prompt, system text, label, score, tool or image, the inspection ma
 import re
 from dataclasses import dataclass
 
+from open_rm.data import labels
 from open_rm.data.forms import OPTIONAL, OWN_FORMS, OWN_NAMES, SHAPES, Form
 from open_rm.data.lookup import Lookup, parse_lookup
 from open_rm.data.messages import is_message, parsed_json
@@ -18,7 +19,8 @@ MOST_PLANS = 1000  # of a reading: rows with ever other columns must not fill th
 # Words of a column's name, and what they say of it. A name with a word of BESIDE tells something about such a value only.
 WORDS = {
     "prompt": "prompt prompts question questions query instruction instructions input context history conversation "
-    "conversations messages dialog dialogue trajectory turns post article document passage",
+    "conversations messages dialog dialogue trajectory turns post posts article document documents passage passages "
+    "problem problems task tasks goal inputs contexts",
     "system": "system persona",
     "label": "label labels winner preference preferences preferred choice better best vote votes chosen rejected",
     "score": "score scores rating ratings rank ranks ranking grade grades reward rewards margin strength",
@@ -141,9 +143,64 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
     twins = next((pair for pair in TWINS if set(pair) <= filled and shape == "pairs"), None)
     chat = bool(form.chat or {"system", "history"} & values.keys())
     chat = chat if reading.as_messages is None else reading.as_messages
-    labels = reading.label_values or form.labels
+    _check_used(mapped, shape)
+    _check_meaning(form, reading, shape, values)
+    meant = reading.label_values or form.labels
     lower = form.lower_is_better if reading.lower_is_better is None else reading.lower_is_better
-    return Plan(form, shape, values, chat, labels, lower, unread, twins)
+    return Plan(form, shape, values, chat, meant, lower, unread, twins)
+
+
+def _check_used(mapped: dict[str, Lookup], shape: str) -> None:
+    """What is mapped must have a place in rows of this shape: scores beside chosen and rejected would do nothing."""
+    uses = {*SHAPES[shape], *OPTIONAL}
+    uses |= {"ranked": {"scores"}, "token ids": {"prompt_input_ids"}}.get(shape, set())
+    if idle := [ours for ours in mapped if ours not in uses]:
+        raise UserError(
+            f"--column_map {idle[0]}={mapped[idle[0]].written}: rows that are read as {' and '.join(SHAPES[shape])} have no use "
+            f"for {idle[0]}; remove it, or map what belongs to it as well (docs/data.md)"
+        )
+
+
+def _check_meaning(form: Form, reading: Reading, shape: str, values: dict[str, Lookup]) -> None:
+    """A flag for all sources must not turn the labels or scores of a known set round, nor a rank pass as a score."""
+    contrary = any(form.labels.get(value, side) != side for value, side in reading.label_values.items())
+    if contrary and "label_values" in reading.for_all and shape == "winner" and "winner" not in reading.column_map:
+        raise UserError(
+            f"--label_values says otherwise than the form {form.name} does, whose values of "
+            f"{values['winner'].written} are known; write it for the sources it is meant for: NAME::a=1 NAME::b=0"
+        )
+    scores = [values[ours] for ours in ("scores", "score_a", "score_b", "score") if ours in values]
+    known = (
+        form.name not in OWN_NAMES
+        and scores
+        and not {"scores", "score_a", "score_b", "score"} & set(reading.column_map)
+    )
+    if known and "lower_is_better" in reading.for_all and reading.lower_is_better != form.lower_is_better:
+        raise UserError(
+            f"--lower_is_better says otherwise than the form {form.name} does, whose scores ({scores[0].written}) are known; "
+            "write it for the sources it is meant for: NAME::True"
+        )
+    ranks = [lookup.written for lookup in scores if labels.is_called_rank(lookup.text)]
+    if (
+        ranks
+        and reading.lower_is_better is None
+        and not form.lower_is_better
+        and shape in ("ranked", "two scores", "rows")
+    ):
+        raise UserError(
+            f"{ranks[0]} is read as a score and is called a rank; pass --lower_is_better where 1 is the best, or "
+            "--lower_is_better False where more is better"
+        )
+    numbers = [
+        [name.removeprefix(lookup.text[:-1]) for name in lookup.columns]
+        for ours, lookup in values.items()
+        if ours in ("responses", "scores") and lookup.is_list
+    ]
+    if len(numbers) == 2 and numbers[0] != numbers[1]:
+        raise UserError(
+            f"{values['responses'].text} and {values['scores'].text} do not have the same numbers ({', '.join(numbers[0])} and "
+            f"{', '.join(numbers[1])}), so it is not known which score is whose; correct the row"
+        )
 
 
 def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -> Form:
@@ -179,8 +236,12 @@ def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -
 def _needs(form: Form, mapped) -> list[str]:
     """The columns that a form needs where a mapping reads some of ours from elsewhere."""
     replaced = {name for ours in mapped if ours in form.reads for name in parse_lookup(form.reads[ours]).columns}
-    kept = {name for ours, text in form.reads.items() if ours not in mapped for name in parse_lookup(text).columns}
-    return [name for name in form.needs if name not in replaced or name in kept]
+    lookups = [parse_lookup(text) for ours, text in form.reads.items() if ours not in mapped]
+    kept = {name for lookup in lookups for name in lookup.columns}
+    parts = {
+        name for lookup in lookups if len(lookup.holes) > 1 for name in lookup.columns
+    }  # any of which may be empty
+    return [name for name in form.needs if (name not in replaced or name in kept) and name not in parts]
 
 
 def _form_that_is_mapped(mapped, filled: set[str]) -> Form | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from open_rm.data import labels, sides
 from open_rm.data.columns import Plan, columns_of, suspicion
-from open_rm.data.messages import check_messages, is_message
+from open_rm.data.messages import check_messages, from_json, has_turn, is_message
 from open_rm.data.reading import SCORES, Reading
 from open_rm.errors import UserError, quote
 
@@ -48,21 +48,40 @@ def comparisons(values: Values) -> tuple[list[Unchecked], int]:
     if shape == "token ids":
         given = (found.get("prompt_input_ids"), found["chosen_input_ids"], found["rejected_input_ids"])
     elif shape == "conversations":
-        given = (None, found["messages"], found["rejected_messages"])
+        given = (prompt, found["messages"], found["rejected_messages"])
     elif shape == "answers":
-        given = (values.messages("messages"), found["chosen_response"], found["rejected_response"])
+        given = (_beside(prompt, values.messages("messages")), found["chosen_response"], found["rejected_response"])
     elif shape == "last answer":
         messages = values.messages("messages")
         sides.ends_with_answer("messages", messages)
-        given = (messages[:-1] or None, messages[-1:], values.messages("rejected_response"))
+        given = (_beside(prompt, messages[:-1]), messages[-1:], values.messages("rejected_response"))
     else:  # one answer alone prefers nothing
         raise UserError("a row of one answer among rows of other forms; name its form with --dataset_format")
     return [(*given, margin)], 0
 
 
+def _beside(prompt, messages: list[dict]):
+    """The prompt of a row that has both messages and a prompt column: the messages, of which the other has to be a part."""
+    if prompt in (None, "", []) or not messages:
+        return messages or prompt
+    if not (has_turn(messages, prompt) if isinstance(prompt, str) else messages == check_messages("prompt", prompt)):
+        raise UserError(
+            "prompt and messages say different things; correct the row, or leave one out (--ignore_columns prompt)"
+        )
+    return messages
+
+
 def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
     found, reading, form = values.found, values.reading, values.plan.form
     responses, scores = found["responses"], found.get("scores")
+    if scores in (None, "") and "scores" in values.plan.values:  # else the list would be read as ranked, the best first
+        where = values.plan.values["scores"].written
+        raise UserError(
+            f"no value for {where}, the scores of the responses; correct or remove the row, or where lists stand with the best "
+            f"first leave the column out (--ignore_columns {where})"
+        )
+    if isinstance(responses, list):
+        responses = [from_json("responses", text) if isinstance(text, str) else text for text in responses]
     lenient = form.gaps or values.plan.shape == "rows"
     if lenient and isinstance(responses, list) and isinstance(scores, list):
         responses, scores = _without_gaps(values, responses, scores)
@@ -76,6 +95,8 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
         )
     if reading.margin_from and scores is None:
         raise UserError(f"--margin_from {SCORES}: the row has no scores; remove the flag, or map scores")
+    if scores is None:
+        values.oddities.append("in order")
     pairs = labels.ranked(responses, scores, values.plan.lower_is_better)
     if reading.lower_is_better is None and not form.lower_is_better and labels.looks_like_ranks(scores):
         values.oddities.append("ranks")
@@ -86,7 +107,9 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
 
 def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, list]:
     """The answers that have both text and score."""
-    both = list(zip(responses, scores, strict=False))
+    if len(responses) != len(scores):
+        raise UserError(f"there are {len(responses)} responses and {len(scores)} scores; correct or remove the row")
+    both = list(zip(responses, scores, strict=True))
     kept = [
         (text, score) for text, score in both if (text.strip() if isinstance(text, str) else text) and score is not None
     ]
@@ -110,14 +133,16 @@ def _of_two(values: Values, prompt) -> tuple[list[Unchecked], int]:
         return [], 1
     two = [found["response_a"], found["response_b"]]
     turns = values.row.get(plan.form.turn) if plan.form.turn else None
-    if type(turns) is int and turns > 0:
-        two = [_up_to(turns, side) for side in two]
+    if turns not in (None, ""):
+        two = [_up_to(int(labels.number(plan.form.turn, turns)), side) for side in two]
     if isinstance(prompt, list) and prompt and all(isinstance(turn, str) for turn in prompt):
         prompt, two = None, [_turns(prompt, answers) for answers in two]
     margin_from = values.reading.margin_from
     is_margin = margin_from == (SCORES,) or (margin_from is None and plan.shape == "strength")
     if not (is_margin and lead is not None) or found.get("margin") not in (None, ""):
         lead = _margin(values, swapped=winner == "b")
+    if margin_from and lead == 0:
+        return [], 1
     return [(prompt, *(two if winner == "a" else reversed(two)), lead)], 0
 
 
@@ -126,7 +151,7 @@ def _up_to(turns: int, side: object) -> object:
     if not isinstance(side, list):
         return side
     answers = [i for i, message in enumerate(side) if is_message(message) and message.get("role") == "assistant"]
-    return side[: answers[turns - 1] + 1] if len(answers) > turns else side
+    return side[: answers[turns - 1] + 1] if 0 < turns < len(answers) else side
 
 
 def _turns(prompt: list[str], answers: object) -> list[dict]:
@@ -145,11 +170,11 @@ def _of_sides(values: Values, prompt) -> tuple[list[Unchecked], int]:
     chosen, rejected = answers_of(values.found["chosen"]), answers_of(values.found["rejected"])
     if {"chosen", "rejected"} <= values.reading.column_map.keys():
         _check_no_label_is_left(values)
-    if values.plan.twins:
-        _compare_twins(values, values.plan.twins)
     margin = _margin(values)
     if values.reading.margin_from and margin == 0:
         return [], len(chosen) * len(rejected)
+    if values.plan.twins:
+        _compare_twins(values, values.plan.twins)
     return [(prompt, good, bad, margin) for good in chosen for bad in rejected], 0
 
 

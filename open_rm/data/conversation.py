@@ -27,7 +27,10 @@ def pair_of(values: Values, template: dict, prompt, chosen, rejected) -> tuple[s
     all_text = all(isinstance(value, str) for value in ("" if prompt is None else prompt, chosen, rejected))
     is_hh = all_text and bool(HH_TURN.match(chosen) and HH_TURN.match(rejected)) and not prompt
     if all_text and (parse or (is_hh and plan.chat)):
-        return "HH text", sides.of_messages(*_parsed_hh(prompt, chosen, rejected))
+        turns = _parsed_hh(prompt, chosen, rejected)
+        if _before(values):
+            turns = _with_context(values, *turns)
+        return "HH text", sides.of_messages(*turns)
     if all_text and not plan.chat:
         form = "HH text" if is_hh else (GIVEN if prompt else IMPLIED)["text"]
         return form, _as_text(values, template, prompt or "", chosen, rejected, is_hh)
@@ -36,9 +39,13 @@ def pair_of(values: Values, template: dict, prompt, chosen, rejected) -> tuple[s
     given = isinstance(prompt, str | list) or any(isinstance(side, str) for side in (chosen, rejected))
     chosen = check_messages("chosen", chosen, values.reading.ignore)
     rejected = check_messages("rejected", rejected, values.reading.ignore)
+    if any(len(side) == 1 and parsed_json(side[0]["content"]) is not None for side in (chosen, rejected)):
+        values.oddities.append("JSON")
     parts = sides.of_messages(*_with_context(values, prompt, chosen, rejected))
     if not parts[0]:
         _check_no_prompt_is_left(values)
+    elif parts[0][-1]["role"] == "assistant":
+        values.oddities.append("prefill")
     return (GIVEN if given else IMPLIED)["messages"], parts
 
 
@@ -49,6 +56,8 @@ def _as_text(
         raise UserError("tools and chat_template_kwargs are for message rows, and this one is text; remove them")
     if isinstance(values.found.get("system"), str) and values.found["system"].strip():
         raise UserError("the row has a system text, which only messages can hold; leave out --as_messages False")
+    if values.found.get("history") not in (None, "", []):
+        raise UserError("the row has a history, which only messages can hold; leave out --as_messages False")
     if not prompt and not is_hh:
         _check_no_prompt_is_left(values, chosen, rejected)
     if any(parsed_json(text) is not None for text in (chosen, rejected)):
@@ -71,11 +80,11 @@ def _with_context(values: Values, prompt, chosen: list[dict], rejected: list[dic
     complete = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if isinstance(prompt, str) and not complete:
         prompt = parse_prompt(prompt, values.plan.form.marks) if prompt.strip() else None
-    elif isinstance(prompt, list):
+    elif not isinstance(prompt, str | None) and prompt != []:
         prompt = check_messages("prompt", prompt, values.reading.ignore)
-    if isinstance(prompt, list):
+    if prompt and isinstance(prompt, list):
         return _after(before, prompt), chosen, rejected
-    if not complete and values.plan.chat:
+    if not complete and (values.plan.chat or "prompt" in values.plan.values):
         _check_no_prompt_is_left(values)
         if "prompt" in values.plan.values:
             where = values.plan.values["prompt"].written
@@ -101,10 +110,17 @@ def _before(values: Values) -> list[dict]:
         )
     if isinstance(history, list) and history:
         if all(isinstance(turn, list) for turn in history):  # LLaMA-Factory: [[question, answer], ...]
+            if any(len(turn) != 2 for turn in history):
+                raise UserError("history must be a list of [question, answer]; correct or remove the row")
             said = [text for turn in history for text in turn]
             roles = ("user", "assistant") * len(history)
             history = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
-        before += check_messages("history", history, values.reading.ignore)
+        turns = check_messages("history", history, values.reading.ignore)
+        if before and turns[0]["role"] == "system":
+            raise UserError(
+                "the system text stands in a column and another one in the history; leave the column out with --ignore_columns"
+            )
+        before += turns
     elif history not in (None, "", []):
         raise UserError(
             "history must be a list of turns; text is mapped to where it belongs, e.g. --column_map prompt=history"
@@ -125,11 +141,17 @@ def _after(before: list[dict], messages: list[dict]) -> list[dict]:
 
 def _check_no_prompt_is_left(values: Values, *texts: str) -> None:
     """A row without a prompt must not have a column that looks like one, unless all texts hold its content."""
-    for name in values.plan.unread:
+    if "prompt" in values.reading.column_map and (values.found.get("prompt") in (None, "")):
+        where = values.plan.values["prompt"].written
+        raise UserError(f"no value for {where}, which --column_map names as the prompt; correct it, or remove the row")
+    aside = [name for name in values.plan.form.leaves if name in values.row and texts]
+    for name in (*values.plan.unread, *aside):
         value = values.row[name]
-        if suspicion(name, value) != "prompt":
-            continue
         if isinstance(value, str) and texts and all(value.strip() in text for text in texts):
+            continue
+        if suspicion(name, value) != "prompt":
+            if isinstance(value, str) and texts and len(value.split()) > 2:
+                values.oddities.append(f"no prompt: {name}")
             continue
         raise UserError(
             f"the row has no prompt, and its column {name} looks like one; name it with --column_map prompt={name}, or leave it "
@@ -162,7 +184,7 @@ def parse_prompt(text: str, marks: tuple[str, str] | None = None) -> list[dict]:
 def _parsed_hh(prompt: object, chosen: str, rejected: str) -> tuple[None, list[dict], list[dict]]:
     """HH text as messages; a prompt column may hold its first turns, repeated in the sides or not."""
     if isinstance(prompt, str) and HH_TURN.match(prompt):
-        both = chosen.startswith(prompt) and rejected.startswith(prompt)
+        both = sides.both_begin_with_it(chosen.startswith(prompt), rejected.startswith(prompt))
         prompt, chosen, rejected = None, *(side if both else prompt + side for side in (chosen, rejected))
     if prompt or not (HH_TURN.match(chosen) and HH_TURN.match(rejected)):
         raise UserError('this is text that does not begin with "\\n\\nHuman:"; --parse_hh reads nothing else')

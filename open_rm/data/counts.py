@@ -11,7 +11,7 @@ from open_rm.data.forms import TARGETS
 from open_rm.data.grouping import Joined
 from open_rm.data.rows import ODDITIES, Row
 
-LOOKED_AT = 20  # rows of a block whose unread columns are looked at for what they hold
+LOOKED_AT = 20  # values of an unread column, in each block, that are looked at for what they hold
 
 
 @dataclass
@@ -40,26 +40,32 @@ class Counts:
     def add_rows(self, rows: list[tuple[str, dict, Row, int]]) -> None:
         """Count rows that were read: (place, as it stands in the file, as it was read, times it is taken)."""
         plans: dict[int, Plan] = {}
-        for number, (place, raw, row, times) in enumerate(rows):
-            self.forms[row.form] = self.forms.get(row.form, 0) + 1
+        looked: dict[str, int] = {}
+        for place, raw, row, times in rows:
+            if row.form:
+                self.forms[row.form] = self.forms.get(row.form, 0) + 1
             self.ties += row.ties * times
             self.held_out_form += row.plan.form.held_out
             for what in row.oddities:
                 _count(self.oddities, what, 1, place)
             plans[id(row.plan)] = row.plan
-            if number < LOOKED_AT:
-                self._look_at_unread(place, raw, row.plan)
+            self._look_at_unread(place, raw, row.plan, looked)
         for plan in plans.values():
             self.read |= {ours: lookup.written for ours, lookup in plan.values.items() if ours not in self.read}
             for name in plan.unread:
-                self.unread.setdefault(str(name), {"says": None, "first": None})
+                self.unread.setdefault(shown(name), {"says": None, "first": None})
 
-    def _look_at_unread(self, place: str, raw: dict, plan: Plan) -> None:
+    def _look_at_unread(self, place: str, raw: dict, plan: Plan, looked: dict[str, int]) -> None:
+        """looked: how many values of a column were looked at. Empty ones say nothing and may stand in front of others."""
         raw = raw.first if isinstance(raw, Joined) else raw
         for name in plan.unread:
-            found = self.unread.setdefault(str(name), {"says": None, "first": None})
-            if found["says"] is None and (says := suspicion(name, raw[name])):
+            if looked.get(name, 0) >= LOOKED_AT or raw[name] in (None, "", [], {}):
+                continue
+            looked[name] = looked.get(name, 0) + 1
+            found = self.unread.setdefault(shown(name), {"says": None, "first": None})
+            if says := suspicion(name, raw[name]):
                 found |= {"says": says, "first": place}
+                looked[name] = LOOKED_AT
 
     def add(self, other: "Counts") -> None:
         """Add a later block's."""
@@ -115,12 +121,12 @@ def columns_line(fact: dict) -> str | None:
     if not fact["read"]:
         return None
     places = sorted(fact["read"].items(), key=lambda item: TARGETS.index(item[0]))
-    read = [ours if ours == theirs else f"{ours} from {_plain(theirs)}" for ours, theirs in places]
-    unread = ", ".join(map(_plain, fact["unread"])) or "none"
+    read = [ours if ours == theirs else f"{ours} from {shown(theirs)}" for ours, theirs in places]
+    unread = ", ".join(fact["unread"]) or "none"
     return f"  columns read: {', '.join(read)}; not read: {unread}"
 
 
-def _plain(name: str) -> str:
-    """A column's name on one line."""
-    name = name.replace("\n", "\\n")
+def shown(name: object) -> str:
+    """A column's name on one line, in letters that every file and console takes."""
+    name = str(name).replace("\n", "\\n")
     return name[:60] if name.isprintable() else ascii(name)[:60]

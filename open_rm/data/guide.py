@@ -64,7 +64,8 @@ columns tell (`--column_map winner=safer_response_id`); mapping those that make 
 | `--dataset_format NAME` | the form, where columns alone would say another |
 
 Each of these holds for all sources, or for some: `--as_messages train::True`, `--column_map eval::chosen=good
-eval::rejected=bad`, `--dataset_format my/pairs.jsonl::orca`. The most special one holds.
+eval::rejected=bad`, `--dataset_format my/pairs.jsonl::orca`. The most special one holds; entries of `--column_map` and `--ignore_columns` add to
+those for all. What a known set's labels and scores mean is turned round only by a flag that is written for that source.
 
 Messages are lists of role and content, with content as text or as text parts; from/value with human and gpt; one message
 alone; roles of other projects for tool calls and results. What the chat template does not print (tool calls, tools,

@@ -6,11 +6,14 @@ Numbers are read only where the row or a flag says what they mean: 1 may be the 
 import contextlib
 import itertools
 import math
+import re
+from decimal import Decimal
 
 from open_rm.errors import UserError, quote
 
 SIDES = ("a", "b", "tie")
 WINNERS = {name + side: side for name in ("", "response_", "model_") for side in "ab"}
+TRUTH = {"true": 1, "false": 0}  # of answers that are right or wrong, also as text (csv)
 TIES = ("tie", "both_bad", "bothbad", "both bad", "both_good", "neither")
 
 
@@ -19,6 +22,7 @@ def number(name: str, value: object) -> float:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
+    value = float(value) if isinstance(value, Decimal) else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
         raise UserError(f"{name} holds {quote(value)}, which is not a finite number; correct or remove it")
     return float(value)
@@ -71,7 +75,7 @@ def ranked(
     if not isinstance(scores, list) or len(scores) != len(responses):
         what = len(scores) if isinstance(scores, list) else type(scores).__name__
         raise UserError(f"scores must be a list with a number for each of the {len(responses)} responses, not {what}")
-    values = [number("scores", int(score) if isinstance(score, bool) else score) for score in scores]  # true: right
+    values = [number("scores", TRUTH.get(str(score).strip().lower(), score)) for score in scores]
     if lower_is_better and not in_order:
         values = [-value for value in values]
     order = sorted(range(len(values)), key=lambda i: -values[i])  # stable: equal scores stay in the file's order
@@ -81,6 +85,11 @@ def ranked(
         lead = None if in_order else values[better] - values[worse]
         pairs.append(None if tie else (responses[better], responses[worse], lead))
     return pairs
+
+
+def is_called_rank(text: str) -> bool:
+    """Whether a column or key is called a rank, of which 1 is mostly the best."""
+    return bool({"rank", "ranks", "ranking", "rankings"} & set(re.findall(r"[a-z]+", text.lower().replace("_", " "))))
 
 
 def looks_like_ranks(scores: object) -> bool:

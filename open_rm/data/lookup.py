@@ -91,7 +91,7 @@ def parse_lookup(text: str, columns: object = ()) -> Lookup:
     text = text.replace("\\n", "\n")
     if "{" in text:
         holes = tuple(parse_lookup(hole, columns) for hole in HOLE.findall(text))
-        if not holes:
+        if not holes or re.search(r"[{}]", HOLE.sub("", text)):  # a brace that nothing closes would be text
             raise _unreadable(text)
         return Lookup(text, tuple(dict.fromkeys(name for hole in holes for name in hole.columns)), holes=holes)
     negative = text.startswith("-")
@@ -110,7 +110,7 @@ def parse_lookup(text: str, columns: object = ()) -> Lookup:
 
 def _numbered(start: str, columns) -> tuple[str, ...]:
     ends = {name: name.removeprefix(start) for name in columns if str(name).startswith(start)}
-    return tuple(sorted((name for name, end in ends.items() if end.isdigit()), key=lambda name: int(ends[name])))
+    return tuple(sorted((name for name, end in ends.items() if end.isdecimal()), key=lambda name: int(ends[name])))
 
 
 def _step(found: re.Match) -> str | int | slice:

@@ -16,6 +16,8 @@ MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reason
 # Other projects' names of the roles: ShareGPT, OpenAssistant, Gemini; results of tools in ms-swift, LLaMA-Factory, OpenAI.
 SAME_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 SAME_ROLES |= {"function": "tool", "observation": "tool", "tool_response": "tool", "function_response": "tool"}
+# Keys of a message that say something and that no chat template is given. images are lists of files (ms-swift, LLaMA-Factory).
+LOST_KEYS = frozenset(["function_call", "image", "images", "audio", "audios", "video", "videos", "documents"])
 CALL_ROLES = ("tool_call", "function_call")
 OTHER_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file")
 DEEPEST = 50  # levels of objects and lists in what a chat template is given
@@ -51,6 +53,8 @@ def _checked(name: str, message: object, leave_out: Collection[str]) -> dict:
         message = {"role": message["from"], "content": message["value"]} | message
     if not isinstance(message, dict) or "role" not in message:
         raise _no_message(name, message)
+    if len(message) > 2 and not LOST_KEYS.isdisjoint(message):
+        _check_nothing_is_lost(name, message, leave_out)
     content = message.get("content")
     if content.__class__ is not str:
         content = _content(name, message)
@@ -69,6 +73,16 @@ def _checked(name: str, message: object, leave_out: Collection[str]) -> dict:
         if message.get(key) is not None and key not in leave_out
     }
     return kept | {"role": role, "content": content}
+
+
+def _check_nothing_is_lost(name: str, message: dict, leave_out: Collection[str]) -> None:
+    for key in sorted(LOST_KEYS & message.keys() - set(leave_out)):
+        if message[key] not in (None, "", [], {}):
+            way = "write it as tool_calls" if key == "function_call" else "remove the row"
+            raise UserError(
+                f"{name} has a message with {key}, which the reward model does not read; {way}, or leave it out "
+                f"(--ignore_columns {key})"
+            )
 
 
 def _content(name: str, message: dict) -> str:
@@ -130,7 +144,9 @@ def from_json(name: str, text: str) -> object:
     """
     found = parsed_json(text)
     if found is None:
-        if re.match(r"\s*[\[{][\[{\s]*'(role|content|from|value)'\s*:", text):
+        if re.match(r"\s*\[?(array\()?[\[\s]*\{\s*'\w+'\s*:", text) and re.search(
+            r"'(role|content|from|value)'\s*:", text
+        ):
             raise UserError(f"{name} is a list of messages as Python prints it; write it as JSON")
         return text
     if is_message(found):

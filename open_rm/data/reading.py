@@ -30,6 +30,7 @@ class Reading:
     margin_from: margin = first column - second; or ("scores",).
     parse_hh: HH text becomes messages.  as_messages: so does other text.  None: as the form says.
     ignore: columns, and keys of messages, that are taken as absent.
+    for_all: those of label_values and lower_is_better that were written for every source, and not for this one or its kind.
     """
 
     column_map: dict[str, str] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Reading:
     lower_is_better: bool | None = None
     as_messages: bool | None = None
     ignore: tuple[str, ...] = ()
+    for_all: tuple[str, ...] = ()
     plans: dict = field(default_factory=dict, compare=False, repr=False)  # columns.plan_of's memory
 
     def identity(self) -> dict:
@@ -57,18 +59,23 @@ def make_reading(flags: DataFlags, split: str = "train", name: str | None = None
         UserError: a value that cannot be read, or is written for a source that is not named.
     """
 
-    def own(flag: str, given: list[str] | bool) -> list[str]:
-        return _values_for(flags, flag, given, split, name)
+    def own(flag: str, given: list[str] | bool, *, all_levels: bool = False) -> list[str]:
+        levels = [values for _, values in _levels(flags, flag, given, split, name)]
+        return [value for values in levels for value in values] if all_levels else (levels or [[]])[0]
+
+    def is_for_all(flag: str, given: list[str] | bool) -> bool:
+        return [scope for scope, _ in _levels(flags, flag, given, split, name)][:1] == [None]
 
     reading = Reading(
-        column_map=_column_map(own("column_map", flags.column_map)),
+        column_map=_column_map([values for _, values in _levels(flags, "column_map", flags.column_map, split, name)]),
         margin_from=_margin_from(own("margin_from", flags.margin_from)),
         parse_hh=_switch("parse_hh", own("parse_hh", flags.parse_hh)) or False,
-        form=_form(flags, own("dataset_format", flags.dataset_format), split, position),
+        form=_form(flags, split, name, position),
         label_values=_label_values(own("label_values", flags.label_values)),
         lower_is_better=_switch("lower_is_better", own("lower_is_better", flags.lower_is_better)),
         as_messages=_switch("as_messages", own("as_messages", flags.as_messages)),
-        ignore=tuple(own("ignore_columns", flags.ignore_columns)),
+        ignore=tuple(own("ignore_columns", flags.ignore_columns, all_levels=True)),
+        for_all=tuple(flag for flag in ("label_values", "lower_is_better") if is_for_all(flag, getattr(flags, flag))),
     )
     if reading.margin_from and "margin" in reading.column_map:
         raise UserError("--margin_from and margin in --column_map both say where margins are; pass one")
@@ -77,8 +84,10 @@ def make_reading(flags: DataFlags, split: str = "train", name: str | None = None
     return reading
 
 
-def _values_for(flags: DataFlags, flag: str, given: list[str] | bool, split: str, name: str | None) -> list[str]:
-    """Those values of a flag that hold for a source: its own, else its split's, else those for all."""
+def _levels(
+    flags: DataFlags, flag: str, given: list[str] | bool, split: str, name: str | None
+) -> list[tuple[str | None, list[str]]]:
+    """(scope, values) of a flag that are about a source: its own, its split's, those for all; only those that were written."""
     values = [str(given)] if isinstance(given, bool) else list(given)
     names = {*flags.dataset_mixer_list[::2], *flags.dataset_mixer_eval_list[::2]}
     found: dict[str | None, list[str]] = {}
@@ -90,23 +99,34 @@ def _values_for(flags: DataFlags, flag: str, given: list[str] | bool, split: str
                 f"{', '.join(sorted(names))}, or write train:: or eval:: for all of a kind"
             )
         found.setdefault(scope, []).append(value if scope is None else value.removeprefix(f"{scope}::"))
-    return next((found[scope] for scope in (name, split, None) if scope in found), [])
+    scopes = dict.fromkeys((name, split, None))
+    return [(scope, found[scope]) for scope in scopes if scope in found]
 
 
-def _form(flags: DataFlags, values: list[str], split: str, position: int) -> Form | None:
-    count = len(flags.dataset_mixer_list) // 2
+def _form(flags: DataFlags, split: str, name: str | None, position: int) -> Form | None:
+    """The form of a source: one for all, or one each in the order of the training sources (of the eval ones after eval::)."""
+    scope, values = (_levels(flags, "dataset_format", flags.dataset_format, split, name) or [(None, [])])[0]
+    sources = flags.dataset_mixer_eval_list if scope == "eval" else flags.dataset_mixer_list
+    count = len(sources) // 2 if scope in (None, "train", "eval") else 1
     if len(values) > 1 and len(values) != count:
+        where = "" if scope is None else f" of {scope}"
         raise UserError(
-            f"--dataset_format has {len(values)} values for {count} sources; give one, one per training source, or "
+            f"--dataset_format has {len(values)} values for {count} sources{where}; give one, one per training source, or "
             "write NAME::form for one source"
         )
-    if len(values) > 1 and split == "eval":
+    if len(values) > 1 and split == "eval" and scope is None:
         return None
     named = values[min(position, len(values) - 1)] if values else "auto"
     return None if named == "auto" else form_named(named, FORMS)
 
 
-def _column_map(entries: list[str]) -> dict[str, str]:
+def _column_map(levels: list[list[str]]) -> dict[str, str]:
+    """The map of all levels together, the most special first: what is written for one source adds to what is for all."""
+    maps = [_one_map(entries) for entries in levels]
+    return {ours: theirs for mapped in reversed(maps) for ours, theirs in mapped.items()}
+
+
+def _one_map(entries: list[str]) -> dict[str, str]:
     mapped: dict[str, str] = {}
     for entry in entries:
         ours, equals, theirs = entry.partition("=")

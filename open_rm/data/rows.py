@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from open_rm.data.columns import Plan, plan_of
 from open_rm.data.comparisons import Values, answers_of, comparisons
-from open_rm.data.conversation import IMPLIED, pair_of
+from open_rm.data.conversation import pair_of
 from open_rm.data.forms import OWN_NAMES
 from open_rm.data.grouping import Joined
 from open_rm.data.messages import from_json, parsed_json, without_nulls
@@ -34,7 +34,7 @@ OWN_KEYWORDS += (
     "return_assistant_tokens_mask",
 )
 MESSAGE_COLUMNS = ("prompt", "history", "chosen", "rejected", "messages", "rejected_messages", "rejected_response")
-MESSAGE_COLUMNS += ("chosen_response", "response_a", "response_b")
+MESSAGE_COLUMNS += ("chosen_response", "response_a", "response_b", "response")
 LIST_COLUMNS = ("responses", "scores", "chosen_input_ids", "rejected_input_ids", "prompt_input_ids")  # JSON in csv
 
 
@@ -64,7 +64,7 @@ class Preference:
 class Row:
     """A row that could be read.
 
-    form: what the log calls it.  plan: which column was what.  pairs: one, or those of a ranked list.
+    form: what the log calls it; empty where its ties leave that open.  plan: which column was what.  pairs: one, or those of a ranked list.
     ties: pairs of it that prefer neither side.  oddities: what a person should hear of, by the keys of ODDITIES.
     """
 
@@ -84,6 +84,10 @@ ODDITIES = {
     "ranks": "have scores that are 1 to n, as ranks are, and are read as the higher the better",
     "JSON": "hold JSON in an answer, read as text",
     "left out": "have an answer without text or score, which is left out",
+    "in order": "are lists without scores, read as ranked with the best first",
+    "prefill": "have a prompt that ends with the assistant's turn, so two of its turns follow each other",
+    "no prompt": "have no prompt, and text in the column {}, which is not read",
+    "nothing there": "have nothing at {}, which --column_map names",
     "lonely": "have fewer than two answers and give no pair",
 }
 
@@ -107,14 +111,19 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
     plan = plan_of(row, reading)
     if plan.form.refuses:
         raise UserError(f"this is the form {plan.form.name} of --dataset_format: {plan.form.refuses}")
-    values = {ours: lookup.get(row) for ours, lookup in plan.values.items()} | answers
+    values = {ours: lookup.get(row) for ours, lookup in plan.values.items()}
+    odd = [f"nothing there: {plan.values[ours].written}" for ours in reading.column_map if values[ours] is None]
+    for ours in ("chosen", "rejected", "response_a", "response_b"):  # an answer behind steps that were given
+        if ours in plan.values and (holes := plan.values[ours].holes) and not str(holes[-1].get(row) or "").strip():
+            raise UserError(f"{holes[-1].written} is empty; remove the row or fill it in")
+    values |= answers
     for name in MESSAGE_COLUMNS:
         if values.get(name).__class__ is str:
             values[name] = from_json(name, values[name])
     for name in LIST_COLUMNS:
         if values.get(name).__class__ is str and (found := parsed_json(values[name])) is not None:
             values[name] = found
-    return _assembled(Values(row, plan, reading, values))
+    return _assembled(Values(row, plan, reading, values, odd))
 
 
 def _assembled(values: Values) -> Row:
@@ -131,7 +140,7 @@ def _assembled(values: Values) -> Row:
         else:
             pairs.append(Preference(*parts, margin, template))
     known = values.plan.form
-    form = known.says or (known.name if known.name not in OWN_NAMES else form or IMPLIED["text"])
+    form = known.says or (known.name if known.name not in OWN_NAMES else form or "")
     return Row(form, values.plan, pairs, ties, tuple(dict.fromkeys(values.oddities)))
 
 

@@ -35,14 +35,16 @@ def of_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[list[
     complete = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and complete):
         if prompt is not None and not all(has_turn(messages, prompt) for messages in (chosen, rejected)):
-            raise UserError("the prompt column is no turn of both conversations; correct it, or remove the column")
+            raise UserError(
+                "the prompt column is no turn of both conversations; correct it, or leave the column out (--ignore_columns)"
+            )
         same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         same = min(len(chosen), len(rejected)) - 1 if same is None else same
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     else:
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages("prompt", prompt)
         size = len(prompt)
-        if _both_begin_with_it(chosen[:size] == prompt, rejected[:size] == prompt):
+        if both_begin_with_it(chosen[:size] == prompt, rejected[:size] == prompt):
             chosen, rejected = chosen[size:], rejected[size:]
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         ends_with_answer(name, messages)
@@ -54,7 +56,7 @@ def of_messages(prompt, chosen: list[dict], rejected: list[dict]) -> tuple[list[
     return prompt, chosen, rejected
 
 
-def _both_begin_with_it(chosen: bool, rejected: bool) -> bool:
+def both_begin_with_it(chosen: bool, rejected: bool) -> bool:
     """Whether chosen and rejected repeat the prompt; one side alone would be told apart by that."""
     if chosen != rejected:
         repeating, other = ("chosen", "rejected") if chosen else ("rejected", "chosen")

@@ -20,7 +20,9 @@ UNREAD = {
     "tool": "map it (--column_map tools={0})",
     "image": "the reward model reads text alone",
 }
-ODD = ("equal scores", "contrary scores", "ranks", "JSON")  # of rows.ODDITIES; the others are in the log
+# Of rows.ODDITIES; the others are in the log. Those of SOME are findings where some rows are so and others not, of ALL where all.
+ODD = ("equal scores", "contrary scores", "ranks", "JSON", "prefill", "no prompt")
+SOME, ALL = ("repeated", "in order"), ("nothing there",)
 
 
 def find(report: dict) -> list[str]:
@@ -117,7 +119,8 @@ def _column_findings(source: dict) -> list[str]:
             )
     rows = sum(source["forms"].values())
     for key, entry in source["oddities"].items():
-        if key.partition(":")[0] in ODD or (key == "repeated" and entry["count"] < rows):
+        what, some = key.partition(":")[0], entry["count"] < rows
+        if what in ODD or what in (SOME if some else ALL):
             findings.append(f"{entry['count']} of {rows} rows {oddity_sentence(key)}, first {entry['first']}")
     return findings
 
