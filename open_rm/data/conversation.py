@@ -80,7 +80,7 @@ def _with_context(values: Values, prompt, chosen: list[dict], rejected: list[dic
     complete = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
     if isinstance(prompt, str) and not complete:
         prompt = parse_prompt(prompt, values.plan.form.marks) if prompt.strip() else None
-    elif not isinstance(prompt, str | None) and prompt != []:
+    elif not isinstance(prompt, str | None):
         prompt = check_messages("prompt", prompt, values.reading.ignore)
     if prompt and isinstance(prompt, list):
         return _after(before, prompt), chosen, rejected
