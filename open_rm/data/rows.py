@@ -34,7 +34,7 @@ OWN_KEYWORDS += (
     "return_assistant_tokens_mask",
 )
 MESSAGE_COLUMNS = ("prompt", "history", "chosen", "rejected", "messages", "rejected_messages", "rejected_response")
-MESSAGE_COLUMNS += ("chosen_response", "response_a", "response_b", "response")
+MESSAGE_COLUMNS += ("chosen_response", "response_a", "response_b")
 LIST_COLUMNS = ("responses", "scores", "chosen_input_ids", "rejected_input_ids", "prompt_input_ids")  # JSON in csv
 
 
