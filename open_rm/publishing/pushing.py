@@ -28,7 +28,7 @@ PUSHED = [
     "*.png",
     "metrics.jsonl",
 ]
-NOT_PUSHED = ["wandb/*", "tensorboard/*"]
+NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", ".claim*"]
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 2.0
 SILENCE_SECONDS = 300.0  # the client alone would wait for ever for a server that has stopped answering

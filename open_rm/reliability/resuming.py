@@ -1,0 +1,108 @@
+"""From the same command to the checkpoint it goes on from: found, whole, and of a run that this command would repeat."""
+
+from collections.abc import Callable
+
+import torch
+
+from open_rm import alive
+from open_rm.data.pairs import PreferenceData
+from open_rm.flags import CheckpointFlags
+from open_rm.ranks import Ranks
+from open_rm.reliability import checkpoints, comparing
+from open_rm.reliability.checkpoints import Checkpoint
+from open_rm.training.engine import Engine
+
+
+def find(
+    flags: CheckpointFlags, folder: str, begun: dict | None, all_flags: dict, *, ranks: Ranks, say: Callable
+) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run. A collective call.
+
+    Args:
+        folder: the run's output_dir.  begun: what run.json in it says of a run that is not finished.
+        all_flags: by name, those given now.
+
+    Raises:
+        UserError: what is there was begun by flags that would train another model, or is damaged.
+    """
+    wanted = flags.resume_from_checkpoint
+
+    def look() -> list:
+        if begun is not None:
+            comparing.changed(begun, all_flags, where=f"the run in {folder}")
+            checkpoints.remove_unfinished(folder)
+        paths = checkpoints.candidates(wanted, folder)
+        if begun is not None and not paths:
+            say(f"the run in {folder} ended before its first checkpoint; it begins anew")
+        return paths
+
+    paths = ranks.from_main(look)
+    with alive.phase("reading checkpoints", alive.Kind.BUSY):
+        found, lines = checkpoints.first_whole(paths, ranks, named=wanted not in ("auto", "never"))
+    say(*lines)
+    if found is None:
+        return None
+
+    def compare() -> list[str]:
+        changed = comparing.changed(found.state["flags"], all_flags, where=str(found.path))
+        return [f"changed since {found.path.name}, and not the mathematics: {', '.join(changed)}"] if changed else []
+
+    lines = ranks.from_main(compare)
+    say(*lines)
+    return found
+
+
+def pairs_per_step(found: Checkpoint | None, own: int, ranks: Ranks, say: Callable) -> int:
+    """Pairs of a step: `own`, by the flags and the ranks; or those of the checkpoint, where another number of ranks goes on.
+
+    Raises:
+        UserError: the flags ask for another step on as many ranks.
+    """
+    if found is None or found.state["pairs_per_step"] == own:
+        return own
+    before = found.state["pairs_per_step"]
+    if found.state["world_size"] == ranks.world_size:
+        ranks.fail(
+            f"{found.path} was trained in steps of {before} pairs and the flags make {own}; give "
+            "--per_device_train_batch_size and --gradient_accumulation_steps as before, or choose another --output_dir"
+        )
+    say(
+        f"steps of {before} pairs as before: the flags would make {own} on {ranks.world_size} ranks, and "
+        f"{found.state['world_size']} ranks began"
+    )
+    return before
+
+
+def records(found: Checkpoint | None) -> dict:
+    """Where the records of the run stood and stand, for Tracker."""
+    return {} if found is None else {"resumed": found.state["sinks"], "positions_from": str(found.path.parent.parent)}
+
+
+def marks_of(
+    train: PreferenceData, held_out: PreferenceData | None, engine: Engine, dtype: torch.dtype, *, margins: bool
+) -> dict:
+    """What a run is known by besides its flags. margins: they enter the loss."""
+    return {
+        "training data": comparing.data_mark(train, margins=margins),
+        "held-out data": comparing.data_mark(held_out),
+        "frozen weights": engine.frozen_mark(),
+        "compute dtype": str(dtype),
+    }
+
+
+def check_content(
+    found: Checkpoint | None, marks: dict, flags: CheckpointFlags, *, ranks: Ranks, say: Callable
+) -> None:
+    """Whether the run that goes on is known by the same marks (of the main rank).
+
+    Raises:
+        UserError: it is another one.
+    """
+    if found is None:
+        return
+    decide = flags.metric_for_best_model is not None
+    where = str(found.path)
+    lines = ranks.from_main(
+        lambda: comparing.differing(found.state["marks"], marks, where=where, evaluations_decide=decide)
+    )
+    say(*lines)

@@ -1,0 +1,42 @@
+"""What lasts as long as a run: the watchdog, the signals, the claim on its folder."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from open_rm.ranks import Ranks
+from open_rm.reliability import watchdog
+from open_rm.reliability.claim import Claim
+from open_rm.reliability.signals import Stop
+
+
+class Survival:
+    """stop: whether the run was asked to."""
+
+    def __init__(self, stop: Stop):
+        self.stop = stop
+        self._claim: Claim | None = None
+
+    def take(self, folder: str) -> None:
+        """Claim an output folder for this run (main rank)."""
+        self._claim = Claim.take(Path(folder))
+
+    def holds(self) -> bool:
+        """Whether it is still this run's."""
+        return self._claim is None or self._claim.held()
+
+    def release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+
+@contextlib.contextmanager
+def surviving(ranks: Ranks, stall_minutes: float) -> Iterator[Survival]:
+    """The block is a run."""
+    store, seconds = ranks.store("watchdog"), 60 * stall_minutes
+    with Stop().listening() as stop, watchdog.watched(ranks.rank, ranks.world_size, store, seconds):
+        survival = Survival(stop)
+        try:
+            yield survival
+        finally:
+            survival.release()
