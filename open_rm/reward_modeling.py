@@ -106,8 +106,9 @@ def main(args: Args) -> dict[str, float]:
         if prepared is None:
             return {}
         run = build(prepared)
+        progress = run.keeper.resume(run.engine, run.found, len(run.train_pairs), run.plan.total_steps)
         with Tracker(run.place.folder, run.log, run.facts(), args, **resuming.records(run.found)) as tracker:
-            progress = train(run, tracker)
+            train(run, tracker, progress)
             finish(run, tracker, progress)
         return progress.metrics
 
@@ -122,6 +123,7 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     place = ranks.from_main(
         lambda: run_folder.claim(args, survival.take, trains=not args.cache_dataset_only, goes_on=goes_on)
     )
+    survival.know(place.folder)
     found = resuming.find(args, place.folder, place.begun, flags, ranks=ranks, say=log.say)
     if place.finished:
         log.say(
@@ -196,17 +198,18 @@ def build(prepared: Prepared) -> Run:
     resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
     facts = {"flags": dataclasses.asdict(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "contract": dataclasses.asdict(prepared.contract)}
+    facts |= {"plan": plan.numbers(), "labels": train_pairs.labels}
+    facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
     known = {field.name: getattr(prepared, field.name) for field in dataclasses.fields(prepared)}
     return Run(**known, plan=plan, rules=rules, model=model, engine=engine, keeper=keeper)
 
 
-def train(run: Run, tracker: Tracker) -> Progress:
-    """The loop. Returns how far it came, with the last metrics of training and evaluation."""
+def train(run: Run, tracker: Tracker, progress: Progress) -> None:
+    """The loop; `progress` says where it begins, and afterwards how far it came."""
     args, ranks, engine, plan, keeper = run.args, run.ranks, run.engine, run.plan, run.keeper
     meter = Meter(ranks, model_shape(run.model), engine.dtype)
-    progress = keeper.resume(engine, run.found, len(run.train_pairs), plan.total_steps)
     ranks.from_main(lambda: run_folder.write_facts(run.place.folder, run.facts(), finished=False))
     margins = run.train_pairs.margins() if args.margin_loss else None
     draws = plan.draw(run.train_pairs.table)  # the pairs of each step, decided by (seed, epoch, step) alone
@@ -244,7 +247,6 @@ def train(run: Run, tracker: Tracker) -> Progress:
                 )
                 break
     keeper.after_training(engine, progress, tracker.positions)
-    return progress
 
 
 def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:

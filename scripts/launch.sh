@@ -109,8 +109,9 @@ newer_checkpoint() {  # does output folder $1 hold a checkpoint newer than the o
 
 # Run python with $2... until it has finished, was told to stop or broke once too often; exits with the status.
 train_to_the_end() {
-    local folder=$1 at_first at_start status attempt=0
+    local folder=$1 at_first at_start status attempt=0 arguments i
     shift
+    arguments=("$@")
     if (( RESTARTS > 0 )) && [[ -z $folder ]]; then
         echo "RESTARTS=$RESTARTS has no effect without --output_dir: a second attempt would not find the first one" >&2
         RESTARTS=0
@@ -125,7 +126,7 @@ train_to_the_end() {
     at_first=$latest
     while true; do
         at_start=$latest
-        run_child "$@"
+        run_child "${arguments[@]}"
         status=$child_status
         (( status != 0 )) || exit 0
         if [[ -n $told ]]; then
@@ -139,6 +140,10 @@ train_to_the_end() {
         fi
         (( ++attempt <= RESTARTS )) || break
         echo "the run ended with status $status after $latest; restart $attempt of $RESTARTS" >&2
+        for i in "${!arguments[@]}"; do
+            # a node that is back early would join what the first node still has of the last attempt
+            if [[ ${arguments[i]} == --master_port ]]; then arguments[i + 1]=$((arguments[i + 1] + 100)); fi
+        done
     done
     if (( status == 75 )) && [[ -n $folder ]]; then
         find_latest "$folder"

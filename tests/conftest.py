@@ -158,6 +158,41 @@ def toy_flags(toy: Path, output_dir: Path, **overrides) -> list[str]:
     return result
 
 
+@pytest.fixture(scope="session")
+def nursery():
+    """Forks runs that tests kill (forking.py)."""
+    from forking import Nursery
+
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="session")
+def pairs_cache(tmp_path_factory):
+    """Tokenized once for all runs."""
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture
+def flags_for(toy, pairs_cache):
+    """`flags_of_a_long_run` on the toy."""
+    return functools.partial(flags_of_a_long_run, toy, pairs_cache)
+
+
+def flags_of_a_long_run(toy: Path, pairs_cache: Path, output_dir: Path, processes: int = 1, **overrides) -> list[str]:
+    """Flags of a run of 38 steps of 16 pairs, which crosses epochs, warms up, evaluates five times and writes a checkpoint
+    every 4 steps."""
+    own = {
+        "dataset_local_cache_dir": pairs_cache,
+        "per_device_train_batch_size": 16 // processes,
+        "total_episodes": 600,
+        "num_evals": 3,
+        "warm_up_steps": 10,
+        "checkpointing_steps": 4,
+    }
+    return toy_flags(toy, output_dir, **own | overrides)
+
+
 def read_metrics(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 

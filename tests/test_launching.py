@@ -64,7 +64,8 @@ def listen(kinds=("SIGTERM", "SIGINT", "SIGUSR1")):
     for kind in kinds:
         signal.signal(getattr(signal, kind), note)
     ready()
-    while not (here / f"heard_{rank}").exists():
+    until = time.monotonic() + 90  # nothing is left of a test that failed
+    while not (here / f"heard_{rank}").exists() and time.monotonic() < until:
         time.sleep(0.02)
 
 
@@ -156,6 +157,16 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 @pytest.fixture
 def place(tmp_path) -> Place:
     return Place(tmp_path)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def call(function: str, *arguments: str) -> str:
@@ -289,6 +300,16 @@ def test_two_jobs_on_a_node_have_ports_of_their_own(place, variables, port):
     assert f"--master_port {port} " in out
 
 
+def test_two_nodes_start_again_though_one_is_late(place):
+    # the first node still has the last attempt's store when the second is back
+    broken = "commit(7); rank == '0' and time.sleep(1.5); sys.exit(1)"
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "RESTARTS": "2"}
+    nodes = [place.start(broken, "commit(9); sys.exit(0)", NODE_RANK=node, **where) for node in "01"]
+    for status, _, err in map(ended, nodes):
+        assert (status, place.attempts) == (0, 2)
+        assert "ended with status 1 after step_00000007; restart 1 of 2" in err
+
+
 def alive(pid: str) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
@@ -398,6 +419,22 @@ def test_a_job_that_broke_is_requeued_if_it_saved_a_checkpoint(job, plan, status
     assert (job.run(plan)[0], job.requeued) == (status, requeued)
 
 
+@pytest.mark.parametrize("before", [None, 5])
+def test_a_job_stopped_twice_at_the_same_checkpoint_ends(job, before):
+    if before:
+        job.commit(before)
+    plan = ["ready(); time.sleep(60)", "sys.exit(75)", "commit(7); sys.exit(75)", "sys.exit(75)"]
+    process = job.start(*plan)  # it is told while it loads, and says nothing of its own
+    job.wait_for("ready_0")
+    process.send_signal(signal.SIGUSR1)
+    assert (ended(process)[0], job.requeued) == (128 + signal.SIGUSR1, ["77"])
+    status, out, _ = job.run(*plan)
+    assert (status, job.requeued) == (75, ["77"]) and "no new checkpoint: not requeued" in out
+    job.run(*plan)
+    job.run(*plan)
+    assert job.requeued == ["77"] * 3  # it got on, and was stopped for the first time there
+
+
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT"])
 def test_a_job_that_slurm_is_ending_is_not_requeued(job, state):
     status, out, _ = job.run("commit(10); sys.exit(75)", STATE=state)
@@ -481,16 +518,6 @@ def wait_until(true) -> None:
 def asked_slurm(folder: Path, *command: str, **kwargs) -> str:
     environment = kwargs.pop("env", dict(os.environ)) | {"SLURM_CONF": str(folder / "slurm.conf")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **kwargs).stdout
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ ORDER = [
     "command_line",
 ]
 # Started with python -m: these import anything, and are imported by nobody.
-COMMANDS = {"reward_modeling.py", "hub.py", "toy.py", "inspection/__main__.py"}
+COMMANDS = {"reward_modeling.py", "export.py", "hub.py", "toy.py", "inspection/__main__.py"}
 # The interface is transformers'.
 ATTENTION_FUNCTIONS = {"segment_attention", "dense_attention"}
 

@@ -97,7 +97,7 @@ def disk_explained(folder: str, last_checkpoint: int | None) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full and number not in (errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+        if not full and number not in (errno.EROFS, errno.EPERM, errno.EACCES, errno.EIO, errno.ESTALE):
             raise
         free = os.statvfs(folder)
         why = (

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from open_rm.errors import UserError
+from open_rm.errors import UserError, quote_error
 from open_rm.manifest import damage_of
 from open_rm.ranks import Ranks
 
@@ -56,10 +56,10 @@ def remove_unfinished(output_dir: str) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def candidates(wanted: str, output_dir: str) -> list[Path]:
-    """The checkpoints to go on from, the first that is whole: those of the output folder, or that or those of a path.
+def candidates(wanted: str, output_dir: str, *, flag: str = "--resume_from_checkpoint ") -> list[Path]:
+    """The checkpoints to go on from, the newest first: those of the output folder, or what a path names.
 
-    wanted: --resume_from_checkpoint.
+    wanted: auto, never, a checkpoint, or the folder of a run or of its checkpoints.  flag: what names it in errors.
 
     Raises:
         UserError: the path that was named holds none.
@@ -69,12 +69,23 @@ def candidates(wanted: str, output_dir: str) -> list[Path]:
     path = Path(wanted).expanduser()
     if path.name.startswith("step_") and path.is_dir():
         return [path]
-    found = committed(str(path)) or committed(str(path.parent)) if path.name == FOLDER else committed(str(path))
+    found = committed(str(path)) or (committed(str(path.parent)) if path.name == FOLDER else [])
     if not found:
-        raise UserError(
-            f"--resume_from_checkpoint {wanted}: holds no checkpoint; name a folder step_..., or the --output_dir of a run"
-        )
+        raise UserError(f"{flag}{wanted}: holds no checkpoint; name a folder step_..., or the --output_dir of a run")
     return found
+
+
+def read(path: Path) -> Checkpoint:
+    """One whose files are as they were written.
+
+    Raises:
+        UserError: its state is none.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return Checkpoint(path, {"step": state["progress"]["step"], **state})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path / STATE}: cannot be read ({quote_error(error)}); name another checkpoint") from error
 
 
 def first_whole(paths: list[Path], ranks: Ranks, *, named: bool) -> tuple[Checkpoint | None, list[str]]:
@@ -91,10 +102,7 @@ def first_whole(paths: list[Path], ranks: Ranks, *, named: bool) -> tuple[Checkp
         damages = ranks.gathered(damage_of(path, share=(ranks.rank, ranks.world_size)))
         damage = next((found for found in damages if found), None)
         if damage is None:
-            try:
-                return Checkpoint(path, json.loads((path / STATE).read_text(encoding="utf-8"))), lines
-            except (OSError, ValueError) as error:
-                damage = f"{STATE} cannot be read ({error})"
+            return read(path), lines
         if named:
             break
         lines.append(f"checkpoint {path} is damaged ({damage}); the one before it is taken")

@@ -30,6 +30,8 @@ def find(
     def look() -> list:
         if begun is not None:
             comparing.changed(begun, all_flags, where=f"the run in {folder}")
+            if begun["finished"]:
+                return []
             checkpoints.remove_unfinished(folder)
         paths = checkpoints.candidates(wanted, folder)
         if begun is not None and not paths:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from open_rm.errors import LeftAlone
 from open_rm.ranks import Ranks, all_reduce_sum
 
 STOPPED = 75  # "try again later", as in sysexits.h: give the same command again
@@ -62,7 +63,8 @@ class Stop:
             signal.set_wakeup_fd(earlier_fd)
             over.set()
             listener.join()
-            ours.close(), theirs.close()
+            ours.close()
+            theirs.close()
 
     @contextlib.contextmanager
     def at_a_step(self) -> Iterator[None]:
@@ -97,7 +99,7 @@ class Stop:
 
     def _leave_outside_training(self, number, frame) -> None:
         if not self._training:
-            raise SystemExit(STOPPED)
+            raise LeftAlone(STOPPED)
 
     def _listen(self, ours: socket.socket, over: threading.Event) -> None:
         while not over.wait(0.05):

@@ -1,13 +1,17 @@
 """What lasts as long as a run: the watchdog, the signals, the claim on its folder."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from open_rm.errors import LeftAlone
 from open_rm.ranks import Ranks
 from open_rm.reliability import watchdog
 from open_rm.reliability.claim import Claim
-from open_rm.reliability.signals import Stop
+from open_rm.reliability.signals import STOPPED, Stop
+
+PARTING_SECONDS = 5.0
 
 
 class Survival:
@@ -20,6 +24,10 @@ class Survival:
     def take(self, folder: str) -> None:
         """Claim an output folder for this run (main rank)."""
         self._claim = Claim.take(Path(folder))
+
+    def know(self, folder: str) -> None:
+        """Where the run's folder is, for what every rank writes when it is ended."""
+        watchdog.keep_stacks_in(folder)
 
     def holds(self) -> bool:
         """Whether it is still this run's."""
@@ -38,5 +46,14 @@ def surviving(ranks: Ranks, stall_minutes: float) -> Iterator[Survival]:
         survival = Survival(stop)
         try:
             yield survival
+        except SystemExit as end:
+            # A launcher ends all ranks as soon as the first one leaves, and the main rank has its records to close.
+            if end.code == STOPPED and not isinstance(end, LeftAlone):
+                ranks.from_main(lambda: None)
+            raise
+        except RuntimeError as error:
+            if ranks.world_size > 1 and "onnection" in str(error):  # a collective whose other end is gone
+                time.sleep(PARTING_SECONDS)  # the watchdog knows who that was, and ends this rank with a sentence
+            raise
         finally:
             survival.release()

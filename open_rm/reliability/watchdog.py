@@ -16,19 +16,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from open_rm import alive
 from open_rm.alive import Kind, Sign
-from open_rm.errors import UserError
+from open_rm.errors import LeftAlone, OneRanksError, UserError
 from open_rm.reliability.judging import KILLED, UNHEARD, Seen, has_not_moved, judge
 from open_rm.reliability.lines import WRITING, Line, close_in_children, record, say
+from open_rm.reliability.pulse import AwakeClock, Pulse
 
 STALLED = 76
 KNOWN_TO_ALL = (UserError, SystemExit)  # every rank raises these together, so nobody is left waiting
+OF_ONE = (OneRanksError, LeftAlone)  # but these
 ADDRESS = "watchdog"  # where the store keeps the main rank's
 TELLING = 2.0  # how long the main rank stays for the others to hear a verdict
 PARTING = (
@@ -36,9 +38,6 @@ PARTING = (
 )
 MEETING = 5.0  # how long a rank waits for its first word with the main one before it goes on
 STRANGER = 10.0  # how long a connection may stay open without the token
-# A busy phase lives if it uses this share of one processor, or moves these bytes, within the timeout.
-BUSY_SHARE = 0.02
-BUSY_BYTES = 2**20
 
 _folder: Path | None = None
 
@@ -68,10 +67,10 @@ def watched(rank: int, world_size: int, store: Any, timeout: float) -> Iterator[
     failure = None
     try:
         yield
-    except KNOWN_TO_ALL:
-        raise
     except BaseException as error:
-        failure = type(error).__name__
+        if isinstance(error, KNOWN_TO_ALL) and not isinstance(error, OF_ONE):
+            raise
+        failure = "an error of its own" if isinstance(error, OF_ONE) else type(error).__name__
         if world_size > 1 and _folder is not None:
             # The others leave as soon as they hear of it, and a launcher then kills this rank, perhaps before Python
             # has shown the traceback.
@@ -93,58 +92,14 @@ def _sentence(what: str, who_ends: str) -> str:
     )
 
 
-class _AwakeClock:
-    """Seconds in which this process ran. Between two looks pass two ticks at most: if it took longer, the process was
-    suspended, and so perhaps were all, which is nobody's fault."""
-
-    def __init__(self, tick: float):
-        self.now, self._tick, self._last = 0.0, tick, time.monotonic()
-
-    def advance(self) -> None:
-        now = time.monotonic()
-        self.now += min(now - self._last, 2 * self._tick)
-        self._last = now
-
-
-class _Pulse:
-    """This rank's own sign, with idle seconds of the awake clock, counted as its kind of phase wants it."""
-
-    def __init__(self, clock: _AwakeClock, timeout: float):
-        self._clock, self._timeout = clock, timeout
-        self._beats, self._moved = -1, 0.0
-        self._work, self._looked = None, 0.0
-
-    def sign(self) -> Sign:
-        sign = alive.look()
-        moved = sign.beats != self._beats or sign.kind == Kind.WAITS
-        if moved or (sign.kind == Kind.BUSY and self._worked()):
-            self._beats, self._moved = sign.beats, self._clock.now
-        return replace(sign, idle=self._clock.now - self._moved)
-
-    def _worked(self) -> bool:
-        if self._clock.now - self._looked < self._timeout / 20:  # a look goes through all processes of the machine
-            return False
-        self._looked = self._clock.now
-        done, before = alive.work_done(), self._work
-        if done is None:
-            return True
-        # a child that came or went changes the sums in either direction
-        if before is None or (
-            abs(done[0] - before[0]) >= BUSY_SHARE * self._timeout or abs(done[1] - before[1]) >= BUSY_BYTES
-        ):
-            self._work = done
-            return before is not None
-        return False
-
-
 class _Watch:
     """The thread of a rank that looks, each tick. Alone, a rank looks at itself."""
 
     def __init__(self, rank: int, timeout: float):
         self.rank, self.timeout, self.host = rank, timeout, socket.gethostname()
         self.tick = min(1.0, timeout / 10)
-        self.clock = _AwakeClock(self.tick)
-        self.pulse = _Pulse(self.clock, timeout)
+        self.clock = AwakeClock(self.tick)
+        self.pulse = Pulse(self.clock, timeout)
         self.failure: str | None = None
         self.selector = selectors.DefaultSelector()
         self._wake, woken = socket.socketpair()

@@ -108,9 +108,10 @@ class Engine:
         if not drop:
             self._engine.step()
         else:  # ZeRO drops a step, and clears its buffers, where it finds that its norm is no number
-            name, none = ("_get_norm_groups", [math.inf]) if self.stage == 3 else ("scaled_global_norm", math.inf)
-            infinite = torch.tensor(none, device=self.ranks.device)
-            setattr(zero, name, lambda: list(infinite) if self.stage == 3 else infinite)
+            infinite = torch.full((1,), math.inf, device=self.ranks.device)
+            lies = {"_get_norm_groups": [infinite[0]], "get_grads_for_norm": ([infinite], {})}
+            name = next((name for name in lies if hasattr(zero, name)), "scaled_global_norm")
+            setattr(zero, name, lambda *_, **__: lies.get(name, infinite[0]))
             try:
                 self._engine.step()
             finally:

@@ -5,6 +5,7 @@ each group of parameters, of which a rank holds its part; ZeRO 3 one for each su
 is gathered to read or to write it. Frozen weights are not in it: they are those that the run starts from.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,10 @@ def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> 
     zero = deepspeed_engine.optimizer
     flats = []
     if stage < 3:
-        for number, weights in enumerate(zero.single_partition_of_fp32_groups):
+        for number, (weights, laid_out) in enumerate(_groups(zero)):
             own = rank * len(weights)  # where this rank's part begins
             stretches = []
-            for p, offset in zip(
-                zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True
-            ):
+            for p, offset in laid_out:
                 start, stop = max(own, offset), min(own + len(weights), offset + p.numel())
                 if start < stop:
                     stretches.append(Stretch(names[id(p)], start - offset, stop - offset, start - own))
@@ -69,6 +68,22 @@ def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> 
         Flat(f"zero{stage}/{number}/{rank} of {size}", tuple(stretches), weights.data, optimizer.state[weights], True)
         for number, stretches, weights in flats
     ]
+
+
+def _groups(zero) -> list[tuple[torch.Tensor, list]]:
+    """For each group of parameters under ZeRO 1 and 2: this rank's part, and each parameter with where it begins in the
+    whole. bfloat16 under stage 1 has an optimizer of its own in DeepSpeed."""
+    if hasattr(zero, "fp32_groups_flat_partition"):
+        groups, offsets = zero.bf16_groups, []
+        for group in groups:
+            ends = itertools.accumulate((p.numel() for p in group), initial=0)
+            offsets.append(list(ends)[:-1])
+        parts = zero.fp32_groups_flat_partition
+    else:
+        groups, offsets = zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets
+        parts = zero.single_partition_of_fp32_groups
+    both = [list(zip(*laid_out, strict=True)) for laid_out in zip(groups, offsets, strict=True)]
+    return list(zip(parts, both, strict=True))
 
 
 def _replicated(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int) -> list[Flat]:

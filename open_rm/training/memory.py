@@ -8,7 +8,7 @@ import torch
 from open_rm.batching.feeding import MicroBatch
 from open_rm.batching.rules import BatchRules
 from open_rm.data.pairs import PreferenceData
-from open_rm.errors import UserError
+from open_rm.errors import OneRanksError
 
 # Allocators of devices have a class of their own; the CPU's says it in words.
 IN_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
@@ -16,7 +16,7 @@ IN_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 @contextlib.contextmanager
 def explained(micro: MicroBatch, data: PreferenceData, rules: BatchRules) -> Iterator[None]:
-    """The block computes `micro`; what does not fit into memory ends it with a UserError that names its longest pair."""
+    """The block computes `micro`; what does not fit into memory ends it with a OneRanksError that names its longest pair."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -27,7 +27,7 @@ def explained(micro: MicroBatch, data: PreferenceData, rules: BatchRules) -> Ite
         positions = micro.batch.positions
         names = "--gradient_checkpointing, a smaller --max_token_length, or --deepspeed configs/ds/zero3.json"
         budget = f"--max_tokens_per_micro_batch {max(1, rules.max_tokens // 2)} (it is {rules.max_tokens}), "
-        raise UserError(
+        raise OneRanksError(
             f"out of memory in a micro-batch of {len(micro.indices)} pairs and {positions} positions, {_longest(micro, data)}"
             f"; pass {budget if len(micro.indices) > 1 else ''}{names}"
         ) from error

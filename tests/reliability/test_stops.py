@@ -1,0 +1,166 @@
+"""Signals, stopped and dead ranks: a run ends as it promises, in time, and the same command goes on."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import OF_A_GROUP, REPOSITORY
+from killing import checkpoint_names, lines_of, record, same_run
+
+STOPPED, STALLED = 75, 76
+SLOWER = "import open_rm.training.engine as e, time; step = e.Engine.step; e.Engine.step = lambda *a, **k: (time.sleep(0.05), step(*a, **k))[1]"
+
+
+@pytest.fixture
+def whole(nursery, flags_for, tmp_path):
+    """An undisturbed run; returns its folder."""
+
+    def run(processes: int = 1, **flags):
+        folder = tmp_path / f"whole {processes}"
+        nursery.start(flags_for(folder, processes, **flags), tmp_path / "whole.log", processes=processes).finish()
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "to"), [("SIGTERM", [0]), ("SIGTERM", [1]), ("SIGTERM", [0, 1]), ("SIGINT", [0, 1]), ("SIGUSR1", [1])]
+)
+def test_a_signal_to_one_rank_or_to_all_saves_and_leaves_with_75(nursery, flags_for, tmp_path, whole, number, to):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = flags_for(folder, 2, checkpointing_steps=None, deepspeed="configs/ds/zero2.json")
+    started = nursery.start(flags, log, processes=2, env={"TEST_PATCH": SLOWER})
+    started.wait_for(lambda: lines_of(folder) >= 9, "row 9")
+    asked = time.monotonic()
+    started.send(getattr(signal, number), *to)
+    assert started.statuses() == [STOPPED, STOPPED], started.output
+    assert time.monotonic() - asked < 30
+    assert "give the same command again" in started.output and f"{number}: stopping after this step" in started.output
+    [name] = checkpoint_names(folder)
+    assert record(folder)[-1]["step"] == int(name[5:])  # the very step
+    assert "Traceback" not in started.output
+    if number == "SIGTERM" and to == [1]:
+        assert "bit for bit" in nursery.start(flags, log, processes=2).finish()
+        same_run(whole(2, checkpointing_steps=None, deepspeed="configs/ds/zero2.json"), folder)
+
+
+def test_a_second_signal_ends_the_run_at_once_and_loses_nothing_that_was_committed(nursery, flags_for, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    frozen = "import open_rm.training.engine as e, time; e.Engine.step = lambda *a, **k: time.sleep(0.02) or 1.0"
+    hang = frozen.replace("0.02", f"(600 if __import__('pathlib').Path({str(tmp_path / 'hang')!r}).exists() else 0.02)")
+    started = nursery.start(flags_for(folder), log, env={"TEST_PATCH": hang})
+    started.wait_for(lambda: len(checkpoint_names(folder)) == 2, "two checkpoints")
+    (tmp_path / "hang").touch()  # the step that is being made never ends
+    time.sleep(0.5)
+    kept = checkpoint_names(folder)
+    started.send(signal.SIGTERM)
+    time.sleep(1.5)
+    assert started.running()
+    asked = time.monotonic()
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [128 + signal.SIGTERM]
+    assert time.monotonic() - asked < 5 and checkpoint_names(folder)[-1] >= kept[-1]
+
+
+def test_several_signals_within_a_moment_are_one_request(nursery, flags_for, tmp_path):
+    """torchrun passes a Ctrl-C on to ranks that got it themselves."""
+    folder = tmp_path / "run"
+    started = nursery.start(flags_for(folder), tmp_path / "log", env={"TEST_PATCH": SLOWER})
+    started.wait_for(lambda: lines_of(folder) >= 6, "row 6")
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        started.send(number)
+    assert started.statuses() == [STOPPED]
+
+
+def test_a_stop_during_an_evaluation_breaks_it_off_and_it_is_made_when_the_run_goes_on(
+    nursery, flags_for, tmp_path, whole
+):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    small = {"per_device_eval_batch_size": 1, "max_tokens_per_micro_batch": 60}  # many forwards
+    slow = f"""
+import open_rm.evaluation.held_out as h, open_rm.reliability.signals as s, time, pathlib
+score, s.FORWARDS_BETWEEN = h.score_pairs, 1
+def slower(rewards_of, *rest):
+    def call(**inputs):
+        if pathlib.Path({str(tmp_path / "slow")!r}).exists(): time.sleep(0.5)
+        return rewards_of(**inputs)
+    return score(call, *rest)
+h.score_pairs = slower
+"""
+    started = nursery.start(flags_for(folder, **small), log, env={"TEST_PATCH": slow})
+    started.wait_for(lambda: lines_of(folder) >= 5, "row 5")
+    (tmp_path / "slow").touch()
+    started.wait_for(lambda: record(folder)[-1]["step"] == 10, "the evaluation at step 10")
+    time.sleep(0.5)
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED]
+    assert checkpoint_names(folder)[-1] == "step_00000010" and "train/rm/loss" in record(folder)[-1]
+    (tmp_path / "slow").unlink()
+    nursery.start(flags_for(folder, **small), log).finish()
+    same_run(whole(**small), folder)
+
+
+def test_a_stop_before_the_first_step_leaves_nothing_behind(nursery, flags_for, tmp_path):
+    folder = tmp_path / "run"
+    waits = "import open_rm.reward_modeling as r, time; r.load_reward_model = lambda *a, **k: time.sleep(600)"
+    started = nursery.start(flags_for(folder), tmp_path / "log", env={"TEST_PATCH": waits})
+    started.wait_for(lambda: "steps of 16 pairs" in started.output, "the model's turn")
+    asked = time.monotonic()
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED] and time.monotonic() - asked < 10
+    assert not folder.exists() and "Traceback" not in started.output
+
+
+def test_under_torchrun_a_run_stops_and_goes_on(nursery, flags_for, tmp_path, whole):
+    """As users start it, imports and all."""
+    folder = tmp_path / "run"
+    flags = [str(flag) for flag in flags_for(folder, 2, total_episodes=6000, checkpointing_steps=None)]
+    environment = {name: value for name, value in __import__("os").environ.items() if name not in OF_A_GROUP}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "open_rm.reward_modeling", *flags]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while lines_of(folder) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0  # torchrun's own; the committed checkpoint is what tells
+    [name] = checkpoint_names(folder)
+    assert record(folder)[-1]["step"] == int(name[5:]), output
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_the_run_in_time(nursery, flags_for, tmp_path, stopped):
+    folder = tmp_path / "run"
+    flags = flags_for(folder, 2, stall_timeout=0.1, total_episodes=60000, deepspeed="configs/ds/zero2.json")
+    started = nursery.start(flags, tmp_path / "log", processes=2)
+    started.wait_for(lambda: checkpoint_names(folder), "a checkpoint")
+    started.send(signal.SIGSTOP, stopped)
+    asked = time.monotonic()
+    other = started.pids[1 - stopped]
+    while started.alive(other):
+        assert time.monotonic() - asked < 60, started.output
+        time.sleep(0.1)
+    started.send(signal.SIGKILL, stopped)
+    assert started.statuses()[1 - stopped] == STALLED
+    assert "Traceback" not in started.output.replace("Traceback (most recent call first)", "")
+    said = "rank 1" if stopped else "main rank"
+    assert said in started.output and "give the same command again" in started.output
+    assert "training step" in (folder / "stalled" / f"rank_{1 - stopped:05d}.txt").read_text() + started.output
+
+
+def test_a_dead_rank_ends_the_run_at_once(nursery, flags_for, tmp_path, whole):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = flags_for(folder, 2)
+    started = nursery.start(flags, log, processes=2, env={"TEST_PATCH": SLOWER})
+    started.wait_for(lambda: len(checkpoint_names(folder)) >= 2, "checkpoints")
+    started.send(signal.SIGKILL, 1)
+    asked = time.monotonic()
+    statuses = started.statuses()
+    assert statuses[1] == -9 and statuses[0] != 0 and time.monotonic() - asked < 30, started.output
+    nursery.start(flags, log, processes=2).finish()
+    same_run(whole(2), folder)
