@@ -60,9 +60,13 @@ def export(args: ExportArgs) -> str:
     flags = Args(**{name: value for name, value in found.state["flags"].items() if name in known})
     if args.model_name_or_path is not None:
         flags = dataclasses.replace(flags, model_name_or_path=args.model_name_or_path)
-    contract, tokenizer = Contract(**found.state["contract"]), tokenizer_of(flags)
+    contract = Contract(**found.state["contract"])
     dtype = getattr(torch, contract.dtype)
-    model, _ = load_reward_model(flags, tokenizer, adapter=flags, dtype=dtype, seed=flags.seed)
+    try:
+        tokenizer = tokenizer_of(flags)
+        model, _ = load_reward_model(flags, tokenizer, adapter=flags, dtype=dtype, seed=flags.seed)
+    except UserError as error:
+        raise UserError(f"{error}; if the run's model has moved, pass its place by --model_name_or_path") from error
     fill(model, found)
 
     place = Place(found.state["name"], args.out, None, "main")

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,35 @@ def flags_of_a_long_run(toy: Path, pairs_cache: Path, output_dir: Path, processe
         "checkpointing_steps": 4,
     }
     return toy_flags(toy, output_dir, **own | overrides)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them: their names, their addresses, and what cuts it."""
+    if not shutil.which("ip") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"rm{os.getpid()}{side}" for side in "ab"]
+    addresses = ["10.213.7.1", "10.213.7.2"]
+
+    def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
+
+    added = [ip("netns", "add", name, check=False) for name in names]
+    if any(done.returncode for done in added):
+        for name in names:
+            ip("netns", "del", name, check=False)
+        pytest.skip(f"no network namespaces here: {added[0].stderr.strip()}")
+    try:
+        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("link", "set", name, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names, addresses, lambda: ip("-n", names[1], "link", "set", names[1], "down")
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

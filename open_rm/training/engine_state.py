@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from open_rm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -54,6 +56,11 @@ def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> 
                 if start < stop:
                     stretches.append(Stretch(names[id(p)], start - offset, stop - offset, start - own))
             flats.append((number, stretches, weights))
+    elif zero.swap_optimizer:
+        raise UserError(
+            "a DeepSpeed file that keeps optimizer states on NVMe allows no checkpoints; pass --checkpointing_minutes 0, or "
+            "offload to the CPU's memory (configs/ds/zero3_offload.json)"
+        )
     else:
         for number, weights in enumerate(zero.fp32_partitioned_groups_flat):
             stretches = []

@@ -2,10 +2,14 @@
 
 import json
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from killing import checkpoint_names, lines_of, record, same_run
+from safetensors.torch import load_file
 
 ZERO = {0: None, 2: "configs/ds/zero2.json", 3: "configs/ds/zero3.json"}
 ROWS = 45  # of metrics.jsonl: 40 steps or more, 5 evaluations
@@ -128,3 +132,33 @@ def test_another_zero_stage_goes_on_too(nursery, flags_for, tmp_path):
     assert f"--deepspeed None -> {ZERO[3]}" in output
     for one, other in zip(record(killed), record(whole), strict=True):
         assert one.get("train/rm/loss") == pytest.approx(other.get("train/rm/loss"), abs=1e-5)
+
+
+def test_under_zero_3_each_rank_writes_its_own_part_alone(nursery, flags_for, tmp_path):
+    folder = tmp_path / "run"
+    nursery.start(flags_for(folder, 2, deepspeed=ZERO[3]), tmp_path / "log", processes=2).finish()
+    newest = folder / "checkpoints" / checkpoint_names(folder)[-1]
+    sizes = [file.stat().st_size for file in sorted(newest.glob("rank_*.safetensors"))]
+    assert len(sizes) == 2 and max(sizes) < 1.1 * min(sizes)
+    parameters = 4 * sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert sum(sizes) < 1.1 * 3 * parameters  # weights and two moments, once in all
+
+
+def test_one_wandb_run_holds_all_of_a_run_that_was_killed_twice(nursery, flags_for, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    env, flags = {"WANDB_MODE": "offline"}, flags_for(folder, with_tracking=True)
+    for rows in (12, 26):
+        kill_at_a_row(nursery.start(flags, log, env=env), folder, rows)
+    nursery.start(flags, log, env=env).finish()
+    [file] = folder.glob("wandb/offline-run-*/*.wandb")
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [entry["history"]["item"] for entry in entries if entry["type"] == "history"]
+    steps = [
+        int(item["value_json"])
+        for row in rows
+        for item in row
+        if item.get("key") == "_step" or item.get("nested_key") == ["_step"]
+    ]
+    assert sorted(set(steps)) == list(range(39))
