@@ -65,7 +65,7 @@ class CheckpointsArgs:
     """Its width; heads are of 64, the MLP is 2.8 times as wide, the vocabulary has 8192 tokens."""
     rounds: int = 5
     """Times that each side saves."""
-    recipe_rounds: int = 3
+    recipe_rounds: int = 5
     """Times that the recipe runs with checkpoints, and without. 0: leave it out."""
     checkpointing_steps: int = 5
     """Steps from one checkpoint to the next."""

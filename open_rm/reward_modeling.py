@@ -107,6 +107,8 @@ def main(args: Args) -> dict[str, float]:
             return {}
         run = build(prepared)
         progress = run.keeper.resume(run.engine, run.found, len(run.train_pairs), run.plan.total_steps)
+        # From now on the folder says which run it holds: the same command goes on with it, another one is refused.
+        ranks.from_main(lambda: run_folder.write_facts(run.place.folder, run.facts(), finished=False))
         with Tracker(run.place.folder, run.log, run.facts(), args, **resuming.records(run.found)) as tracker:
             train(run, tracker, progress)
             finish(run, tracker, progress)
@@ -124,7 +126,8 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
         lambda: run_folder.claim(args, survival.take, trains=not args.cache_dataset_only, goes_on=goes_on)
     )
     survival.know(place.folder)
-    found = resuming.find(args, place.folder, place.begun, flags, ranks=ranks, say=log.say)
+    held = (place.folder, place.begun)
+    found = resuming.find(args, *held, flags, finished=place.finished, ranks=ranks, say=log.say)
     if place.finished:
         log.say(
             f"the run in {place.folder} is finished, there is nothing to do; for another one choose another --output_dir"
@@ -210,7 +213,6 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
     """The loop; `progress` says where it begins, and afterwards how far it came."""
     args, ranks, engine, plan, keeper = run.args, run.ranks, run.engine, run.plan, run.keeper
     meter = Meter(ranks, model_shape(run.model), engine.dtype)
-    ranks.from_main(lambda: run_folder.write_facts(run.place.folder, run.facts(), finished=False))
     margins = run.train_pairs.margins() if args.margin_loss else None
     draws = plan.draw(run.train_pairs.table)  # the pairs of each step, decided by (seed, epoch, step) alone
     steps = feeding.training_steps(draws, run.train_pairs, run.rules, ranks, margins=margins, after=progress.step)

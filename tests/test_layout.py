@@ -178,6 +178,18 @@ def test_every_flag_is_read_by_a_room_or_by_the_recipe():
     assert {field.name for field in dataclasses.fields(flags.Args)} <= read
 
 
+def test_every_fault_in_the_docs_names_tests_that_exist():
+    defined = {}
+    for path in (REPOSITORY / "tests").rglob("test_*.py"):
+        defined[path.stem] = {function.name for function in functions(path)}
+    lines = (REPOSITORY / "docs" / "reliability.md").read_text().splitlines()
+    faults = [line for line in lines if "::" in line]
+    assert len(faults) > 20
+    for line in faults:
+        for file, name in re.findall(r"`(\w+)::(\w+)`", line.rpartition(" | ")[2]):
+            assert name in defined[file], f"{file}::{name}"
+
+
 # ---------------------------------------------------------------- what does not belong
 
 

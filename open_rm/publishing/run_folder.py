@@ -52,7 +52,7 @@ def claim(flags: RunFlags, take: Callable[[str], None], *, trains: bool, goes_on
     if trains:
         take(folder)
         begun = _held(Path(folder), goes_on)
-        finished = begun is not None and begun["finished"]
+        finished = begun is not None and begun["finished"] and any((Path(folder) / name).exists() for name in MODELS)
         name = flags.run_name or (begun["run_name"] if begun else name)
     revision = flags.hf_repo_revision or name
     if flags.push_to_hub and not finished:

@@ -25,6 +25,7 @@ from open_rm.manifest import commit, written
 from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint, gib
+from open_rm.reliability.claim import CLAIM
 from open_rm.reliability.shards import Shards, Snapshot
 from open_rm.reliability.signals import STOPPED, Stop
 from open_rm.training.engine import Engine
@@ -32,6 +33,7 @@ from open_rm.training.progress import Progress
 
 DEFAULT_MINUTES = 30.0
 LOOKS_A_SECOND = 20
+SEEN_AFTER = 10.0  # seconds after which a name that one node made is seen by all on a shared file system
 
 
 class Keeper:
@@ -50,6 +52,7 @@ class Keeper:
             minutes = 0.0 if flags.checkpointing_steps else DEFAULT_MINUTES
         self.every_steps, self.every_seconds = flags.checkpointing_steps, 60 * minutes
         self.enabled = bool(flags.checkpointing_steps or minutes)
+        self._asked = bool(flags.checkpointing_steps or flags.checkpointing_minutes)
         self._keep, self._ranks, self._output_dir, self._facts = flags.keep_last_n_checkpoints, ranks, folder, facts
         self._say, self._holds = say, holds
         self._snapshot = Snapshot(pinned=ranks.on_gpu)
@@ -89,6 +92,13 @@ class Keeper:
         """
         if not self.enabled:
             return ["checkpoints: off; a run that is killed begins anew"]
+        blind = self._blind_ranks()
+        if blind:
+            where = f"--output_dir {self._output_dir} is not seen by rank {', '.join(map(str, blind))}"
+            if self._asked:
+                self._ranks.fail(f"{where}, and checkpoints need a folder that all nodes share; choose one")
+            self.enabled = False
+            return [f"checkpoints: off, since {where}; a run that is killed begins anew"]
         size = self._bytes(engine, moments={"adamw": 8, "adamw_8bit": 2, "adafactor": 1}[optim])
 
         def look() -> list[str]:
@@ -111,6 +121,15 @@ class Keeper:
             ]
 
         return self._ranks.from_main(look) if self._ranks.is_main else self._ranks.from_main(list)
+
+    def _blind_ranks(self) -> list[int]:
+        """Those that do not see the claim on the folder, which is on another node's disk then."""
+        claim, patience = Path(self._output_dir) / CLAIM, time.monotonic() + SEEN_AFTER
+        wanted = self._ranks.from_main(claim.exists)
+        while wanted and not claim.exists() and time.monotonic() < patience:  # names spread slowly on a shared disk
+            time.sleep(0.2)
+        seen = self._ranks.gathered(claim.exists())
+        return [rank for rank, sees in enumerate(seen) if wanted and not sees]
 
     def _bytes(self, engine: Engine, moments: int = 0) -> float:
         own = 0

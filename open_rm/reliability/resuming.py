@@ -1,46 +1,63 @@
 """From the same command to the checkpoint it goes on from: found, whole, and of a run that this command would repeat."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from open_rm import alive
 from open_rm.data.pairs import PreferenceData
+from open_rm.errors import UserError
 from open_rm.flags import CheckpointFlags
 from open_rm.ranks import Ranks
 from open_rm.reliability import checkpoints, comparing
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.training.engine import Engine
+from open_rm.training.sinks import read_rows
 
 
 def find(
-    flags: CheckpointFlags, folder: str, begun: dict | None, all_flags: dict, *, ranks: Ranks, say: Callable
+    flags: CheckpointFlags,
+    folder: str,
+    begun: dict | None,
+    all_flags: dict,
+    *,
+    finished: bool,
+    ranks: Ranks,
+    say: Callable,
 ) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. A collective call.
 
     Args:
-        folder: the run's output_dir.  begun: what run.json in it says of a run that is not finished.
+        folder: the run's.  begun, finished: what it holds (publishing/run_folder.Place).
         all_flags: by name, those given now.
 
     Raises:
         UserError: what is there was begun by flags that would train another model, or is damaged.
     """
     wanted = flags.resume_from_checkpoint
+    named = wanted not in ("auto", "never")
 
     def look() -> list:
-        if begun is not None:
-            comparing.changed(begun, all_flags, where=f"the run in {folder}")
-            if begun["finished"]:
-                return []
-            checkpoints.remove_unfinished(folder)
         paths = checkpoints.candidates(wanted, folder)
+        own = checkpoints.committed(folder)
+        if begun is not None and (own or _made_steps(folder)):
+            comparing.changed(begun, all_flags, where=f"the run in {folder}")
+            if named and paths[0].resolve().parent != checkpoints.folder_of(folder).resolve():
+                raise UserError(
+                    f"--output_dir {folder} holds a run, and --resume_from_checkpoint {wanted} is another one's; choose "
+                    "another folder, or leave one of the flags out"
+                )
+        if finished:
+            return []
+        checkpoints.remove_unfinished(folder)
         if begun is not None and not paths:
             say(f"the run in {folder} ended before its first checkpoint; it begins anew")
         return paths
 
     paths = ranks.from_main(look)
     with alive.phase("reading checkpoints", alive.Kind.BUSY):
-        found, lines = checkpoints.first_whole(paths, ranks, named=wanted not in ("auto", "never"))
+        found, lines = checkpoints.first_whole(paths, ranks, named=named)
     say(*lines)
     if found is None:
         return None
@@ -52,6 +69,12 @@ def find(
     lines = ranks.from_main(compare)
     say(*lines)
     return found
+
+
+def _made_steps(folder: str) -> bool:
+    """Whether the record in a folder has a step, which another run would write over."""
+    record = Path(folder) / "metrics.jsonl"
+    return record.exists() and any(row["step"] > 0 for row in read_rows(record))
 
 
 def pairs_per_step(found: Checkpoint | None, own: int, ranks: Ranks, say: Callable) -> int:

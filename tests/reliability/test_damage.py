@@ -152,6 +152,15 @@ def test_a_checkpoint_that_is_named_is_taken_or_refused_but_no_other(nursery, fl
     assert "holds no checkpoint" in sentence
 
 
+def test_a_folder_that_holds_a_run_is_not_gone_on_with_from_another_runs_checkpoint(
+    nursery, flags_for, runs, killed, tmp_path
+):
+    other = runs / "whole"
+    before = (killed / "metrics.jsonl").read_bytes()
+    assert "holds a run, and" in refused(nursery, flags_for(killed, resume_from_checkpoint=other), tmp_path)
+    assert (killed / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
