@@ -16,7 +16,8 @@ Two measurements on one process and one random Llama. How to read the tables:
   step after the first checkpoint to the step after the last, whole periods, and takes `hours` of metrics.jsonl, so that
   waits count; "all steps" begins with the end of the first step, and with it the first checkpoint. "a step" is the mean of
   what the record says of it, without waits: where its ratio is above 1, the thread that writes slows the steps down.
-  Checkpoints follow each other within seconds here: what a run loses goes down as they become rarer.
+  Checkpoints follow each other within seconds here: what a run loses goes down as they become rarer. The runs of a round
+  are half a minute apart, so on a machine that others use the ratio needs many rounds; the share of waits does not.
 - Files land in --folder: name one on the disk that is meant, since a file system in memory syncs for nothing.
 """
 
@@ -285,6 +286,7 @@ def run_recipe(args: CheckpointsArgs, scratch: Path, data: Path, flags: list[str
         "speed_all": speed(0),
         "step_seconds": statistics.mean(row["perf/step_seconds"] for row in timed),
         "waits": sum(waits) / (args.checkpoints_per_run - 1),
+        "share": 100 * sum(waits) / (3600 * (rows[-1]["hours"] - rows[begins]["hours"])),
         "write_seconds": max(row.get("perf/checkpoint_write_seconds", 0.0) for row in timed),
     }
 
@@ -292,8 +294,10 @@ def run_recipe(args: CheckpointsArgs, scratch: Path, data: Path, flags: list[str
 def report_runs(args: CheckpointsArgs, rounds: list[dict]) -> None:
     sides = {name: [results[name] for results in rounds] for name in ("with", "without")}
     titles = {"with": f"a checkpoint every {args.checkpointing_steps} steps", "without": "no checkpoints"}
-    print("\n| run | steps/s | all steps, steps/s | a step, s | waits, s a checkpoint | longest write, s |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "\n| run | steps/s | all steps, steps/s | a step, s | waits, s a checkpoint | waits, % of the time | longest write, s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, results in sides.items():
         columns = [spread([result[key] for result in results], 3) for key in results[0]]
         print(f"| {titles[name]} | {' | '.join(columns)} |")

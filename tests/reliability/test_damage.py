@@ -13,6 +13,9 @@ import pytest
 from conftest import REPOSITORY
 from killing import checkpoint_names, lines_of, record, same_run
 
+from open_rm.flags import Args
+from open_rm.reliability import comparing
+
 
 @pytest.fixture(scope="module")
 def runs(nursery, toy, pairs_cache, tmp_path_factory):
@@ -190,6 +193,12 @@ def test_what_does_not_change_it_is_allowed_and_said(nursery, flags_for, runs, k
     for one, other in zip(record(moved), record(runs / "whole"), strict=True):
         assert one.get("train/rm/loss") == pytest.approx(other.get("train/rm/loss"), abs=1e-5)
     assert len(checkpoint_names(moved)) == 1
+
+
+def test_what_may_change_are_flags():
+    names = set(Args.__dataclass_fields__)
+    assert names >= comparing.FREE and comparing.FREE >= comparing.DECIDE_THE_BEST
+    assert not {"learning_rate", "seed", "optim", "dtype", "num_train_epochs"} & comparing.FREE
 
 
 def test_never_refuses_a_folder_that_holds_a_run(nursery, flags_for, killed, tmp_path):
