@@ -13,8 +13,11 @@ class OneRanksError(UserError):
     """A UserError that one rank alone runs into; the others learn of it from the watchdog."""
 
 
+STOPPED = 75  # a run's status where it was asked to stop: "try again later", as in sysexits.h
+
+
 class LeftAlone(SystemExit):
-    """One rank alone leaves, because it was asked to; the others learn of it from the watchdog."""
+    """One rank alone leaves with STOPPED, because it was asked to; the others learn of it from the watchdog."""
 
 
 def quote_error(error: Exception) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 import tyro
 
 from open_rm.batching.layouts import lay_out
@@ -28,7 +29,7 @@ from open_rm.publishing.saving import Contract
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.shards import Shards
-from open_rm.training.engine_state import Flat, Stretch
+from open_rm.training.engine_state import Flat, Stretch, frozen_mark
 from open_rm.training.plots import draw_curves
 from open_rm.training.progress import Progress
 from open_rm.training.sinks import copy_start
@@ -44,6 +45,8 @@ class ExportArgs:
     """The folder to make."""
     model_name_or_path: str | None = None
     """Where the model is that the run started from. None: where it was."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings. Read that code first."""
 
 
 def export(args: ExportArgs) -> str:
@@ -61,12 +64,20 @@ def export(args: ExportArgs) -> str:
     if args.model_name_or_path is not None:
         flags = dataclasses.replace(flags, model_name_or_path=args.model_name_or_path)
     contract = Contract(**found.state["contract"])
+    if (flags.trust_remote_code or contract.trust_remote_code) and not args.trust_remote_code:
+        raise UserError(
+            f"{found.path}: the run ran Python code of {flags.model_name_or_path}; read that code, and pass "
+            "--trust_remote_code to run it here"
+        )
+    flags = dataclasses.replace(flags, trust_remote_code=args.trust_remote_code)
     dtype = getattr(torch, contract.dtype)
     try:
         tokenizer = tokenizer_of(flags)
         model, _ = load_reward_model(flags, tokenizer, adapter=flags, dtype=dtype, seed=flags.seed)
     except UserError as error:
         raise UserError(f"{error}; if the run's model has moved, pass its place by --model_name_or_path") from error
+    if frozen_mark(model) != found.state["marks"]["frozen weights"]:
+        raise UserError(f"{flags.model_name_or_path} is not the model that the run started from: frozen weights differ")
     fill(model, found)
 
     place = Place(found.state["name"], args.out, None, "main")
@@ -108,7 +119,8 @@ def fill(model: RewardModel, found: Checkpoint) -> None:
     if shards.sizes() != {name: p.numel() for name, p in trained.items()}:
         raise UserError(f"{found.path} is of another model: its trained parameters have other names or sizes")
     for name, p in trained.items():
-        shards.load(Flat(name, (Stretch(name, 0, p.numel(), 0),), p.data.view(-1), {}, True), None)
+        flat = Flat(name, (Stretch(name, 0, p.numel(), 0),), p.data.view(-1), {}, written=True, shape=p.shape)
+        shards.load(flat, None)
 
 
 @torch.no_grad()
@@ -124,6 +136,8 @@ def _probe(model: RewardModel, sequences: list[list[int]], pad_token_id: int) ->
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     given = tyro.cli(ExportArgs, use_underscores=True, prog="python -m open_rm.export")
     try:
         print(export(given))

@@ -46,7 +46,7 @@ from open_rm.publishing import card, proof, pushing, run_folder, saving
 from open_rm.publishing.run_folder import Place
 from open_rm.publishing.saving import Contract
 from open_rm.ranks import Ranks, joined_ranks
-from open_rm.reliability import resuming
+from open_rm.reliability import comparing, resuming
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.keeper import Keeper
 from open_rm.reliability.signals import Interrupted
@@ -109,7 +109,10 @@ def main(args: Args) -> dict[str, float]:
         progress = run.keeper.resume(run.engine, run.found, len(run.train_pairs), run.plan.total_steps)
         # From now on the folder says which run it holds: the same command goes on with it, another one is refused.
         ranks.from_main(lambda: run_folder.write_facts(run.place.folder, run.facts(), finished=False))
-        with Tracker(run.place.folder, run.log, run.facts(), args, **resuming.records(run.found)) as tracker:
+        with (
+            run.keeper,
+            Tracker(run.place.folder, run.log, run.facts(), args, **resuming.records(run.found)) as tracker,
+        ):
             train(run, tracker, progress)
             finish(run, tracker, progress)
         return progress.metrics
@@ -120,14 +123,16 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     log = Log(enabled=ranks.is_main)
     torch.manual_seed(args.seed)
     dtype = compute_dtype(args.dtype, ranks.device)
-    flags, goes_on = dataclasses.asdict(args), args.resume_from_checkpoint != "never"
+    goes_on = args.resume_from_checkpoint != "never"
     # A folder that cannot be written, or a Hub that does not let us in, is found now and not after the last step.
     place = ranks.from_main(
         lambda: run_folder.claim(args, survival.take, trains=not args.cache_dataset_only, goes_on=goes_on)
     )
-    survival.know(place.folder)
-    held = (place.folder, place.begun)
-    found = resuming.find(args, *held, flags, finished=place.finished, ranks=ranks, say=log.say)
+    survival.know(place.folder, named=args.output_dir is not None)
+    found = None
+    if not args.cache_dataset_only:
+        held = (place.folder, place.begun, comparing.plain(args))
+        found = resuming.find(args, *held, finished=place.finished, ranks=ranks, say=log.say)
     if place.finished:
         log.say(
             f"the run in {place.folder} is finished, there is nothing to do; for another one choose another --output_dir"
@@ -199,7 +204,7 @@ def build(prepared: Prepared) -> Run:
     # ---- checkpoints: room for them, and that this run is the one that a found one was begun as
     marks = resuming.marks_of(train_pairs, prepared.held_out_pairs, engine, dtype, margins=args.margin_loss)
     resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
-    facts = {"flags": dataclasses.asdict(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
+    facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "contract": dataclasses.asdict(prepared.contract)}
     facts |= {"plan": plan.numbers(), "labels": train_pairs.labels}
     facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
@@ -219,6 +224,7 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
     with run.survival.stop.at_a_step():
         if progress.evaluation_due:  # at the start: what training has to beat; or one that a stop broke off
             evaluate(run, tracker, progress)
+            keeper.after_step(engine, progress, tracker.positions, stop=run.survival.stop)
         for step in steps if not best.out_of_patience(args, progress) else ():
             for micro in step.micro_batches:
                 with memory.explained(micro, run.train_pairs, run.rules):
@@ -248,7 +254,7 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
                     f"no evaluation was better than that of step {progress.best_step}: ending at step {step.number}"
                 )
                 break
-    keeper.after_training(engine, progress, tracker.positions)
+        keeper.after_training(engine, progress, tracker.positions)
 
 
 def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:

@@ -71,15 +71,22 @@ launch() {
     train_to_the_end "$(output_folder "$@")" "${command[@]}"
 }
 
-output_folder() {  # the value of the last --output_dir among these flags, or nothing
-    local flag value="" next=0
+output_folder() {  # the value of the last --output_dir among these flags, else that of their --config file, or nothing
+    local flag value="" config="" next=0
     for flag in "$@"; do
-        if (( next )); then value=$flag next=0; fi
+        if (( next == 1 )); then value=$flag; elif (( next == 2 )); then config=$flag; fi
+        next=0
         case $flag in
             --output_dir | --output-dir) next=1 ;;
             --output_dir=* | --output-dir=*) value=${flag#*=} ;;
+            --config) next=2 ;;
+            --config=*) config=${flag#*=} ;;
         esac
     done
+    if [[ -z $value && -n $config && -r $config ]]; then
+        value=$(sed -n 's/^output[_-]dir: *//p' "$config")
+        value=${value//[\"\']/}
+    fi
     if [[ $value == '~'/* ]]; then value=$HOME${value#'~'}; fi
     echo "$value"
 }
@@ -130,7 +137,9 @@ train_to_the_end() {
         status=$child_status
         (( status != 0 )) || exit 0
         if [[ -n $told ]]; then
-            if newer_checkpoint "$folder" "$at_first"; then status=75; fi
+            # Torchrun turns the 75 of a run that was stopped while it loaded into 1; it goes on from what it found.
+            if newer_checkpoint "$folder" "$at_first"; then status=75
+            elif (( uses_torchrun )) && [[ -n $latest ]]; then status=75; fi
             break
         fi
         (( status != 75 && RESTARTS > 0 )) || break

@@ -25,7 +25,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull
 
 # A file is run by one process, so the longest come first: none is left over when the others are done.
-LONGEST = ("adapters", "engine", "objectives", "recipe", "families", "layouts_agree", "tracking", "hub", "trl_parity")
+LONGEST = (
+    "kills",
+    "stops",
+    "faults",
+    "damage",
+    "best",
+    "adapters",
+    "engine",
+    "objectives",
+    "recipe",
+    "families",
+    "layouts_agree",
+    "tracking",
+    "hub",
+    "trl_parity",
+)
 
 
 def pytest_collection_modifyitems(items):

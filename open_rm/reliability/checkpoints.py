@@ -5,6 +5,7 @@ state.json                   how far the run is, its flags, marks of its data, p
 manifest.json                sizes and sha256 of these
 """
 
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_rm.errors import UserError, quote_error
-from open_rm.manifest import damage_of
+from open_rm.manifest import MANIFEST, damage_of
 from open_rm.ranks import Ranks
 
 FOLDER = "checkpoints"
@@ -64,10 +65,12 @@ def candidates(wanted: str, output_dir: str, *, flag: str = "--resume_from_check
     Raises:
         UserError: the path that was named holds none.
     """
-    if wanted in ("auto", "never"):
+    if wanted == "auto":
         return committed(output_dir)
-    path = Path(wanted).expanduser()
-    if path.name.startswith("step_") and path.is_dir():
+    if wanted == "never":
+        return []
+    path = Path(wanted).expanduser().resolve()
+    if (path / STATE).exists() or (path / MANIFEST).exists():
         return [path]
     found = committed(str(path)) or (committed(str(path.parent)) if path.name == FOLDER else [])
     if not found:
@@ -88,26 +91,40 @@ def read(path: Path) -> Checkpoint:
         raise UserError(f"{path / STATE}: cannot be read ({quote_error(error)}); name another checkpoint") from error
 
 
-def first_whole(paths: list[Path], ranks: Ranks, *, named: bool) -> tuple[Checkpoint | None, list[str]]:
-    """The first of `paths` that is as it was written, and lines on those that are not. A collective call: the ranks read
-    a share of the files each.
+def damage_by_all(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint. A collective call: the ranks read a share of the files each."""
+    damages = ranks.gathered(damage_of(path, share=(ranks.rank, ranks.world_size)))
+    return next((found for found in damages if found), None)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint, so that it counts as one no more."""
+    aside = path.with_name(f"{path.name}.{why}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{why}-{number}")
+    return path.rename(aside)
+
+
+def first_whole(paths: list[Path], ranks: Ranks, *, named: bool) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """The first of `paths` that is as it was written, and those before it with what is wrong. A collective call.
 
     named: the user named one, so that no other is taken in its place.
 
     Raises:
         UserError: there are some, and none is whole.
     """
-    lines = []
+    damaged = []
     for path in paths:
-        damages = ranks.gathered(damage_of(path, share=(ranks.rank, ranks.world_size)))
-        damage = next((found for found in damages if found), None)
+        damage = damage_by_all(path, ranks)
         if damage is None:
-            return read(path), lines
+            return ranks.from_main(functools.partial(read, path)), damaged
         if named:
             break
-        lines.append(f"checkpoint {path} is damaged ({damage}); the one before it is taken")
+        damaged.append((path, damage))
     if not paths:
-        return None, lines
+        return None, damaged
     way_on = "name another one" if named else "move that folder away to begin anew"
     ranks.fail(f"no checkpoint in {paths[0].parent} is whole ({path.name}: {damage}); {way_on}")
 

@@ -4,7 +4,9 @@ What changes the mathematics is refused by its name; what does not (paths, loggi
 or to save) is allowed and said. Data are compared by their content, not by their names.
 """
 
+import dataclasses
 import hashlib
+import json
 from dataclasses import MISSING
 
 import numpy as np
@@ -53,6 +55,11 @@ FREE = {
 # Where the best evaluation decides what is saved, or when to stop, these decide too.
 DECIDE_THE_BEST = {"num_evals", "eval_steps", "load_best_model_at_end"}
 NOT_WORTH_SAYING = {"resume_from_checkpoint", "run_name"}
+
+
+def plain(flags: object) -> dict:
+    """Flags by name as JSON knows them, so that those of a file can be compared: from Python, a path may be one."""
+    return json.loads(json.dumps(dataclasses.asdict(flags), default=str))
 
 
 def changed(saved: dict, now: dict, *, where: str) -> list[str]:

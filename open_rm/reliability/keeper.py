@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from open_rm import alive
-from open_rm.errors import UserError
+from open_rm.errors import STOPPED, OneRanksError, UserError
 from open_rm.flags import CheckpointFlags
 from open_rm.manifest import commit, written
 from open_rm.ranks import Ranks, all_reduce_sum
@@ -27,12 +27,13 @@ from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint, gib
 from open_rm.reliability.claim import CLAIM
 from open_rm.reliability.shards import Shards, Snapshot
-from open_rm.reliability.signals import STOPPED, Stop
+from open_rm.reliability.signals import Stop
 from open_rm.training.engine import Engine
 from open_rm.training.progress import Progress
 
 DEFAULT_MINUTES = 30.0
 LOOKS_A_SECOND = 20
+CLOSING_SECONDS = 300.0  # most that a run which ends by a mistake waits for the checkpoint that is being written
 SEEN_AFTER = 10.0  # seconds after which a name that one node made is seen by all on a shared file system
 
 
@@ -61,7 +62,7 @@ class Keeper:
         self._number, self._last_at = 0, time.monotonic()
         self._stall = self._seconds = 0.0
         self.committed_step: int | None = None  # main rank: of the newest that this process wrote or went on from
-        self.best_step: int | None = None  # kept besides the newest
+        self._keeps_best = flags.metric_for_best_model is not None
 
     # ---------------------------------------------------------------- when
 
@@ -104,7 +105,7 @@ class Keeper:
         def look() -> list[str]:
             there = checkpoints.committed(self._output_dir)
             have = sum(map(checkpoints.size_of, there))
-            needed = (self._keep + 1 + (self.best_step is not None)) * size - have
+            needed = (self._keep + 1 + self._keeps_best) * size - have
             free = checkpoints.free_bytes(Path(self._output_dir))
             if free < needed:
                 raise UserError(
@@ -173,17 +174,15 @@ class Keeper:
         Raises:
             SystemExit: STOPPED, on all ranks, where one was asked to stop and the checkpoint is committed; 1 where it is not.
         """
-        stopping, is_best = stop.agreed(self._ranks), progress.best_step == progress.step
-        if is_best:
-            self.best_step = progress.step
+        stopping = stop.agreed(self._ranks)
         if not stopping:
-            if self.enabled and (is_best or self.due(progress)):
+            if self.enabled and (progress.best_step == progress.step or self.due(progress)):
                 self.save(engine, progress, positions)
             return
         saved = self.enabled and progress.step > 0 and self.save(engine, progress, positions, wait=True)
         where = f"stopped after step {progress.step} of {progress.total_steps}"
         if saved:
-            self._say(f"{where}; give the same command again to go on from there")
+            self._say(f"{where}; give the same command again{stop.again} to go on from there")
             raise SystemExit(STOPPED)
         self._say(f"{where}; nothing was saved{'' if self.enabled else ', since checkpoints are off'}")
         raise SystemExit(STOPPED if progress.step == 0 else 1)
@@ -264,14 +263,12 @@ class Keeper:
             shutil.rmtree(folder)
         commit(building, folder, files)
         self.committed_step, self._seconds = step, time.perf_counter() - started
-        self._remove_old()
-        return None
-
-    def _remove_old(self) -> None:
-        best = checkpoints.name_of(self.best_step) if self.best_step is not None else None
+        best_step = state["progress"]["best_step"]
+        best = checkpoints.name_of(best_step) if best_step is not None else None
         for path in checkpoints.committed(self._output_dir)[self._keep :]:
-            if path.name != best:
+            if path.name not in (best, folder.name):
                 shutil.rmtree(path, ignore_errors=True)
+        return None
 
     # ---------------------------------------------------------------- going on
 
@@ -280,13 +277,16 @@ class Keeper:
         are then in `engine` and in this process."""
         if found is None:
             return Progress(pairs=pairs, total_steps=total_steps)
-        shards = _opened(found, engine, self._ranks)
-        exact = engine.load(shards)
+        with alive.phase("reading a checkpoint", alive.Kind.BUSY):
+            shards, exact = self._fill(engine, found, moments=True)
         engine.set_schedule(found.state["schedule"])
         own = min(self._ranks.rank, len(shards.files) - 1)
         _set_random_states(shards.files[own].others(), self._ranks)
         progress = Progress.continued(found.state["progress"])
-        self.committed_step, self.best_step = progress.step, progress.best_step
+        if found.path.resolve().parent == checkpoints.folder_of(self._output_dir).resolve():
+            self.committed_step = progress.step
+        elif progress.best_step is not None:  # another run's, which may go away
+            self._ranks.from_main(lambda: self._bring(found, progress.best_step))
         if self._ranks.is_main:
             how = (
                 "bit for bit"
@@ -296,23 +296,59 @@ class Keeper:
             self._say(f"going on after step {progress.step} from {found.path}; weights and moments: {how}")
         return progress
 
+    def _bring(self, found: Checkpoint, best_step: int) -> None:
+        """Copy the best checkpoint of the run that this one goes on from."""
+        name, folder = checkpoints.name_of(best_step), checkpoints.folder_of(self._output_dir)
+        best = found.path.with_name(name)
+        if best.exists() and not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            building = folder / f"{name}{checkpoints.BUILDING}"
+            shutil.copytree(best, building, dirs_exist_ok=True)
+            building.rename(folder / name)
+
     def load_best(self, engine: Engine, progress: Progress) -> None:
-        """Put the weights of the best evaluation into `engine`.
-
-        Raises:
-            UserError: its checkpoint is not there any more, or damaged.
-        """
+        """Put the weights of the best evaluation into `engine`; where its checkpoint is not whole (a disk was full then),
+        the last ones stay, and the log says so."""
         path = checkpoints.folder_of(self._output_dir) / checkpoints.name_of(progress.best_step)
-        found, _ = checkpoints.first_whole([path], self._ranks, named=True)
-        engine.load(_opened(found, engine, self._ranks), moments=False)
-        progress.last_evaluation = found.state["progress"]["last_evaluation"]
+        with alive.phase("reading a checkpoint", alive.Kind.BUSY):
+            damage = checkpoints.damage_by_all(path, self._ranks)
+            if damage is not None:
+                self._say(
+                    f"the best evaluation was that of step {progress.best_step}, whose checkpoint is not whole ({damage}): the "
+                    "last model is saved instead"
+                )
+                return
+            self._fill(engine, checkpoints.read(path), moments=False)
+        progress.last_evaluation = progress.best_evaluation
+        self._say(f"the model of step {progress.best_step} is saved, whose evaluation was the best")
 
+    def _fill(self, engine: Engine, found: Checkpoint, *, moments: bool) -> tuple[Shards | None, bool]:
+        """Read a checkpoint into the engine; a rank that cannot ends all with its sentence."""
+        shards, exact, mistake = None, False, None
+        try:
+            shards = Shards(found.shards())
+            if shards.sizes() != engine.trained_sizes():
+                raise UserError(f"{found.path} is of another model: its trained parameters have other names or sizes")
+            exact = engine.fill(shards, moments=moments)
+        except (UserError, OSError) as error:
+            mistake = str(error)
+        for one in self._ranks.gathered(mistake):
+            if one is not None:
+                self._ranks.fail(one)
+        engine.weights_changed()
+        return shards, exact
 
-def _opened(found: Checkpoint, engine: Engine, ranks: Ranks) -> Shards:
-    shards = Shards(found.shards())
-    if shards.sizes() != engine.trained_sizes():
-        ranks.fail(f"{found.path} is of another model: its trained parameters have other names or sizes")
-    return shards
+    # ---------------------------------------------------------------- the end
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """What is being written is finished where all ranks are well: they leave together, or were asked to."""
+        together = isinstance(error, (UserError, SystemExit)) and not isinstance(error, OneRanksError)
+        if together and self._thread is not None:
+            with alive.phase("writing a checkpoint", alive.Kind.BUSY):
+                self._thread.join(CLOSING_SECONDS)
 
 
 def _on_disk(path: Path) -> None:

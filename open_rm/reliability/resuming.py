@@ -1,5 +1,6 @@
 """From the same command to the checkpoint it goes on from: found, whole, and of a run that this command would repeat."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from open_rm.ranks import Ranks
 from open_rm.reliability import checkpoints, comparing
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.training.engine import Engine
+from open_rm.training.engine_state import frozen_mark
 from open_rm.training.sinks import read_rows
 
 
@@ -38,37 +40,58 @@ def find(
     wanted = flags.resume_from_checkpoint
     named = wanted not in ("auto", "never")
 
-    def look() -> list:
-        paths = checkpoints.candidates(wanted, folder)
+    def look() -> tuple[list, bool]:
         own = checkpoints.committed(folder)
+        if wanted == "never" and own:
+            raise UserError(
+                f"--output_dir {folder} already holds checkpoints of a run; choose another folder, or move that one away"
+            )
         if begun is not None and (own or _made_steps(folder)):
             comparing.changed(begun, all_flags, where=f"the run in {folder}")
-            if named and paths[0].resolve().parent != checkpoints.folder_of(folder).resolve():
-                raise UserError(
-                    f"--output_dir {folder} holds a run, and --resume_from_checkpoint {wanted} is another one's; choose "
-                    "another folder, or leave one of the flags out"
-                )
         if finished:
-            return []
+            return [], False
         checkpoints.remove_unfinished(folder)
+        # A run that was begun from a named checkpoint and has its own by now goes on from those.
+        if named and own and begun is not None and begun["resume_from_checkpoint"] == wanted:
+            return own, False
+        paths = checkpoints.candidates(wanted, folder)
         if begun is not None and not paths:
             say(f"the run in {folder} ended before its first checkpoint; it begins anew")
-        return paths
+            _forget(folder)
+        inside = paths and paths[0].resolve().parent == checkpoints.folder_of(folder).resolve()
+        if named and not inside and begun is not None and begun["resume_from_checkpoint"] != wanted:
+            raise UserError(
+                f"--output_dir {folder} holds a run, and --resume_from_checkpoint {wanted} is another one's; choose "
+                "another folder, or leave one of the flags out"
+            )
+        return paths, named
 
-    paths = ranks.from_main(look)
+    paths, by_name = ranks.from_main(look)
     with alive.phase("reading checkpoints", alive.Kind.BUSY):
-        found, lines = checkpoints.first_whole(paths, ranks, named=named)
-    say(*lines)
+        found, damaged = checkpoints.first_whole(paths, ranks, named=by_name)
     if found is None:
         return None
 
-    def compare() -> list[str]:
+    def take() -> None:
         changed = comparing.changed(found.state["flags"], all_flags, where=str(found.path))
-        return [f"changed since {found.path.name}, and not the mathematics: {', '.join(changed)}"] if changed else []
+        if changed:
+            say(f"changed since {found.path.name}, and not the mathematics: {', '.join(changed)}")
+        for path, damage in damaged:
+            aside = checkpoints.set_aside(path, "damaged")
+            say(f"checkpoint {path} is damaged ({damage}) and now called {aside.name}; the one before it is taken")
+        for path in checkpoints.committed(folder):  # or they would count as the newest, once this run writes its own
+            if by_name and path.name > found.path.name:
+                say(f"checkpoint {path} is later and now called {checkpoints.set_aside(path, 'later').name}")
 
-    lines = ranks.from_main(compare)
-    say(*lines)
+    ranks.from_main(take)
     return found
+
+
+def _forget(folder: str) -> None:
+    """Take away what views show of a run that begins anew: its steps would stand there twice."""
+    shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
+    for offline in Path(folder).glob("wandb/offline-run-*"):
+        shutil.rmtree(offline, ignore_errors=True)
 
 
 def _made_steps(folder: str) -> bool:
@@ -110,7 +133,7 @@ def marks_of(
     return {
         "training data": comparing.data_mark(train, margins=margins),
         "held-out data": comparing.data_mark(held_out),
-        "frozen weights": engine.frozen_mark(),
+        "frozen weights": frozen_mark(engine.module),
         "compute dtype": str(dtype),
     }
 

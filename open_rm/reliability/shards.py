@@ -42,7 +42,9 @@ class Snapshot:
             if not flat.written:
                 continue
             tensors = {WEIGHTS: flat.weights}
-            tensors |= {name: value for name, value in flat.state.items() if torch.is_tensor(value)}
+            for name, value in flat.state.items():
+                if torch.is_tensor(value):  # of one dimension where each weight has an element, whatever holds it
+                    tensors[name] = value.reshape(-1) if value.shape == flat.shape else value
             numbers = {name: value for name, value in flat.state.items() if not torch.is_tensor(value)}
             for name, tensor in tensors.items():
                 label = f"{flat.key}|{name}"
@@ -61,7 +63,7 @@ class Snapshot:
         save_file(self.tensors | others, path, metadata={"index": json.dumps(self.index)})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Source:
     """A flat tensor in a file."""
 
@@ -172,17 +174,20 @@ def _copy_state(twin: _Source, flat: Flat, optimizer: torch.optim.Optimizer) -> 
         make_state(optimizer, flat.weights)
     for name in twin.names:
         if name != WEIGHTS:
-            _put(flat.state, name, twin.whole(name), flat.weights.device)
+            _put(flat, name, twin.whole(name))
     flat.state.update(twin.numbers)
 
 
-def _put(state: dict, name: str, value: torch.Tensor, device: torch.device) -> None:
+def _put(flat: Flat, name: str, value: torch.Tensor) -> None:
     """In place where there is such a tensor: others may hold it too."""
-    old = state.get(name)
+    if value.dim() == 1 and len(value) == len(flat.weights):
+        value = value.view(flat.shape)
+    old = flat.state.get(name)
     if torch.is_tensor(old) and old.shape == value.shape and old.dtype == value.dtype:
         old.copy_(value)
     else:
-        state[name] = value.to(device)
+        # A copy: what is read from a file may lie in the file's memory, where several tensors would be one.
+        flat.state[name] = value.to(flat.weights.device, copy=True)
 
 
 def _gather_state(pieces: list, flat: Flat, optimizer: torch.optim.Optimizer) -> None:
@@ -192,7 +197,7 @@ def _gather_state(pieces: list, flat: Flat, optimizer: torch.optim.Optimizer) ->
     like = [name for name in first.names if name != WEIGHTS and not name.startswith(("absmax", "qmap"))]
     for name in like:
         if first.whole(name).dim() == 0:  # a counter of steps
-            _put(flat.state, name, first.whole(name), flat.weights.device)
+            _put(flat, name, first.whole(name))
             continue
         if any(len(source.whole(name)) != len(source.whole(WEIGHTS)) for source, *_ in pieces):
             raise UserError(f"the optimizer's {name} has another form than the weights and cannot be divided anew")
@@ -203,7 +208,7 @@ def _gather_state(pieces: list, flat: Flat, optimizer: torch.optim.Optimizer) ->
         if f"absmax{number}" in flat.state:
             _quantize(values, flat.state, number)
         else:
-            _put(flat.state, name, values, flat.weights.device)
+            _put(flat, name, values)
     flat.state.update(first.numbers)
 
 

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from open_rm.errors import LeftAlone
+from open_rm.errors import STOPPED, LeftAlone
 from open_rm.ranks import Ranks, all_reduce_sum
 
-STOPPED = 75  # "try again later", as in sysexits.h: give the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOMENT = 1.0  # seconds in which several signals are one request
 PATIENCE = 5.0  # seconds that a process outside training has to leave by itself
@@ -35,8 +34,10 @@ class Stop:
 
     def __init__(self):
         self.asked: str | None = None  # the signal's name
+        self.again = ""  # what the same command needs besides to go on; survival.py knows
         self._at = 0.0
         self._training = False
+        self._leaves = False  # the main thread has taken notice, and may finish what it writes
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
@@ -99,6 +100,7 @@ class Stop:
 
     def _leave_outside_training(self, number, frame) -> None:
         if not self._training:
+            self._leaves = True
             raise LeftAlone(STOPPED)
 
     def _listen(self, ours: socket.socket, over: threading.Event) -> None:
@@ -106,7 +108,7 @@ class Stop:
             try:
                 numbers = ours.recv(64)
             except BlockingIOError:
-                if self.asked and not self._training and time.monotonic() - self._at > PATIENCE:
+                if self.asked and not (self._training or self._leaves) and time.monotonic() - self._at > PATIENCE:
                     os._exit(STOPPED)  # the main thread waits somewhere; nothing is lost
                 continue
             for number in numbers:

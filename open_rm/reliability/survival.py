@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from open_rm.errors import LeftAlone
+from open_rm.errors import STOPPED, LeftAlone
 from open_rm.ranks import Ranks
 from open_rm.reliability import watchdog
 from open_rm.reliability.claim import Claim
-from open_rm.reliability.signals import STOPPED, Stop
+from open_rm.reliability.signals import Stop
 
 PARTING_SECONDS = 5.0
 
@@ -25,9 +25,11 @@ class Survival:
         """Claim an output folder for this run (main rank)."""
         self._claim = Claim.take(Path(folder))
 
-    def know(self, folder: str) -> None:
-        """Where the run's folder is, for what every rank writes when it is ended."""
-        watchdog.keep_stacks_in(folder)
+    def know(self, folder: str, *, named: bool) -> None:
+        """Where the run's folder is, for what every rank writes when it is ended. named: by --output_dir; else the same
+        command would look elsewhere."""
+        self.stop.again = "" if named else f" with --output_dir {folder}"
+        watchdog.keep_stacks_in(folder, self.stop.again)
 
     def holds(self) -> bool:
         """Whether it is still this run's."""

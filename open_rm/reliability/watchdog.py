@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from open_rm import alive
 from open_rm.alive import Kind, Sign
-from open_rm.errors import LeftAlone, OneRanksError, UserError
+from open_rm.errors import STOPPED, LeftAlone, OneRanksError, UserError
 from open_rm.reliability.judging import KILLED, UNHEARD, Seen, has_not_moved, judge
 from open_rm.reliability.lines import WRITING, Line, close_in_children, record, say
 from open_rm.reliability.pulse import AwakeClock, Pulse
@@ -31,6 +31,8 @@ from open_rm.reliability.pulse import AwakeClock, Pulse
 STALLED = 76
 KNOWN_TO_ALL = (UserError, SystemExit)  # every rank raises these together, so nobody is left waiting
 OF_ONE = (OneRanksError, LeftAlone)  # but these
+STOP = "a request to stop"  # in the place of a failure: the others leave too, with STOPPED and without stacks
+LEAVING = 2.0  # seconds that a rank's main thread has to leave by itself when another one was asked to stop
 ADDRESS = "watchdog"  # where the store keeps the main rank's
 TELLING = 2.0  # how long the main rank stays for the others to hear a verdict
 PARTING = (
@@ -40,12 +42,16 @@ MEETING = 5.0  # how long a rank waits for its first word with the main one befo
 STRANGER = 10.0  # how long a connection may stay open without the token
 
 _folder: Path | None = None
+_again = ""
 
 
-def keep_stacks_in(folder: Path | str) -> None:
-    """Write stacks to <folder>/stalled/ from now on; before, they go to stderr."""
-    global _folder
-    _folder = Path(folder) / "stalled"
+def keep_stacks_in(folder: Path | str, again: str = "") -> None:
+    """Write stacks to <folder>/stalled/ from now on; before, they go to stderr.
+
+    again: what the same command needs besides to go on, for the sentence.
+    """
+    global _folder, _again
+    _folder, _again = Path(folder) / "stalled", again
 
 
 @contextlib.contextmanager
@@ -70,8 +76,10 @@ def watched(rank: int, world_size: int, store: Any, timeout: float) -> Iterator[
     except BaseException as error:
         if isinstance(error, KNOWN_TO_ALL) and not isinstance(error, OF_ONE):
             raise
-        failure = "an error of its own" if isinstance(error, OF_ONE) else type(error).__name__
-        if world_size > 1 and _folder is not None:
+        failure = "an error of its own" if isinstance(error, OneRanksError) else type(error).__name__
+        if isinstance(error, LeftAlone):
+            failure = STOP
+        elif world_size > 1 and _folder is not None:
             # The others leave as soon as they hear of it, and a launcher then kills this rank, perhaps before Python
             # has shown the traceback.
             record(_stacks_of(rank), "".join(traceback.format_exception(error)))
@@ -88,7 +96,7 @@ def _sentence(what: str, who_ends: str) -> str:
     where = f"are in {_folder}/" if _folder else "are above, in each rank's output"
     return (
         f"error: {what}; {who_ends}. Stacks of each rank that could still write {where}; "
-        "give the same command again to go on from the last checkpoint"
+        f"give the same command again{_again} to go on from the last checkpoint"
     )
 
 
@@ -131,6 +139,13 @@ class _Watch:
             key.data()
         self.clock.advance()
 
+    def leave_soon(self) -> None:
+        """Another rank was asked to stop where there was no step to agree on: this one leaves too."""
+        if not self._leaving.wait(LEAVING):
+            if self.rank == 0:
+                say("another rank was asked to stop; all ranks leave")
+            os._exit(STOPPED)
+
     def end(self, sentence: str, aloud: bool = True) -> NoReturn:
         self.last_words(sentence, aloud)
         os._exit(STALLED)
@@ -172,6 +187,7 @@ class _Main(_Watch):
         self._ranks = [Seen(rank) for rank in range(world_size)]
         self._ranks[0].host = self.host
         self._lines: dict[Line, Seen | float] = {}  # a stranger: when it came
+        self._stopping = False  # one of the others was asked to
         self._answer: dict[str, Any] = {}  # to every sign: nothing, or how this run ended
         self._token = secrets.token_hex(16)
         both = socket.has_dualstack_ipv6()
@@ -191,13 +207,19 @@ class _Main(_Watch):
             if isinstance(came, float) and self.clock.now - came > STRANGER:
                 self._drop(line)
         self._ranks[0].sign, self._ranks[0].heard = self.pulse.sign(), self.clock.now
-        if verdict := judge(self._ranks, self.clock.now, self.timeout):
+        if self._stopping:
+            self._send_all({"stop": True})
+            self.leave_soon()
+        elif verdict := judge(self._ranks, self.clock.now, self.timeout):
             self._tell(verdict)
             os._exit(STALLED)
 
     def farewell(self) -> None:
         """Tell the others that this rank leaves. After a failure they end too, and its own traceback follows."""
-        if self.failure:
+        if self.failure == STOP:
+            self._send_all({"stop": True})
+            self._listen_while(lambda: self._lines, LEAVING + PARTING)
+        elif self.failure:
             own = self._ranks[0]
             own.sign, own.gone, own.manner = alive.look(), self.clock.now, _failed(self.failure)
             while not (verdict := judge(self._ranks, self.clock.now, self.timeout)):
@@ -261,6 +283,8 @@ class _Main(_Watch):
         seen.sign, seen.heard = Sign(**(sign | {"kind": Kind(sign["kind"])})), self.clock.now
         if message.get("goodbye"):
             seen.left = line.closed = True
+        elif message.get("stop"):
+            seen.left = line.closed = self._stopping = True
         elif "failed" in message:
             seen.gone, seen.manner, line.closed = self.clock.now, message["failed"], True
         else:
@@ -316,6 +340,8 @@ class _Other(_Watch):
         if self._line is None:
             return
         word = {"failed": _failed(self.failure)} if self.failure else {"goodbye": True}
+        if self.failure == STOP:
+            word = {"stop": True}
         self._line.send({"sign": asdict(alive.look())} | word)
         until = time.monotonic() + PARTING
         while not self._line.closed and time.monotonic() < until:  # it closes when it has read that
@@ -345,6 +371,8 @@ class _Other(_Watch):
                 time.sleep(PARTING)
                 os._exit(STALLED)
             self._main_left = self._main_left or "goodbye" in message
+            if "stop" in message:
+                self.leave_soon()
         if self._line.closed and self._met.is_set() and not self._main_left:
             self._end_without_main(f"ended without a word {KILLED}")
         if self._line.closed or self._main_left:

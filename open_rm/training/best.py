@@ -34,6 +34,7 @@ def judge(flags: CheckpointFlags, progress: Progress) -> bool:
     better = progress.best_value is None or (value < progress.best_value if lower else value > progress.best_value)
     if math.isfinite(value) and better:
         progress.best_step, progress.best_value, progress.worse = progress.step, value, 0
+        progress.best_evaluation = progress.last_evaluation
         return True
     progress.worse += 1
     return False

@@ -32,7 +32,7 @@ def skip_or_end(
         after = f" ({flags.max_skipped_steps} such steps were left out before)" if flags.max_skipped_steps else ""
         ranks.fail(
             f"training diverged at step {step.number}, after episode {progress.episode}: {what}{after}; the step was not "
-            f"applied. {advice[0].upper()}{advice[1:]}, and see the last lines of {tracker.record}"
+            f"applied. {advice[0].upper()}{advice[1:]}, and see the last lines of {tracker.record}; other flags need another --output_dir"
         )
     if ranks.is_main:
         row = {"step": step.number, "loss": means["loss"], "grad_norm": means["grad_norm"]}

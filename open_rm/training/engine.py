@@ -6,8 +6,6 @@ What it holds between two steps is read and filled as flat tensors (engine_state
 """
 
 import contextlib
-import hashlib
-import json
 import math
 
 import torch
@@ -132,12 +130,16 @@ class Engine:
         """What this rank holds of the weights and moments that are trained."""
         return flats_of(self._engine, self.optimizer, self.stage)
 
-    def load(self, shards, *, moments: bool = True) -> bool:
-        """Fill them from a checkpoint (reliability/shards.py); returns whether all was copied bit for bit. A collective
-        call. moments: false for the weights alone."""
-        exact = [shards.load(flat, self.optimizer if moments else None) for flat in self.flats()]
+    def fill(self, shards, *, moments: bool = True) -> bool:
+        """Fill them from a checkpoint (reliability/shards.py); returns whether all was copied bit for bit.
+
+        moments: false for the weights alone.  `weights_changed` has to follow on all ranks.
+        """
+        return all([shards.load(flat, self.optimizer if moments else None) for flat in self.flats()])
+
+    def weights_changed(self) -> None:
+        """After `fill`: the weights that the model computes with follow. A collective call."""
         weights_changed(self._engine, self.stage)
-        return all(exact)
 
     def schedule_state(self) -> dict:
         """Where the learning rate stands, as plain numbers."""
@@ -153,15 +155,6 @@ class Engine:
         """Elements of each parameter that is trained."""
         named = self.module.named_parameters()
         return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad}
-
-    def frozen_mark(self) -> str:
-        """One value of each frozen weight in a hash, to tell another base model; meaningful on the main rank."""
-        digest = hashlib.sha256()
-        for name, p in self.module.named_parameters():
-            if not p.requires_grad:
-                values = getattr(p, "ds_tensor", p).detach().flatten()[:1].float().tolist()
-                digest.update(json.dumps([name, values]).encode())
-        return digest.hexdigest()
 
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """The complete weights on the main rank's CPU, None elsewhere. A collective call."""

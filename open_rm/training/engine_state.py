@@ -5,7 +5,9 @@ each group of parameters, of which a rank holds its part; ZeRO 3 one for each su
 is gathered to read or to write it. Frozen weights are not in it: they are those that the run starts from.
 """
 
+import hashlib
 import itertools
+import json
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,7 @@ class Flat:
 
     key: equal where the same elements lie in the same order, so that all of it can be copied as it is.
     weights: float32, one-dimensional, a view.  state: the optimizer's own, to be changed in place.
+    shape: of moments that have an element for each weight.
     written: by this rank; one rank writes what several hold.
     """
 
@@ -37,6 +40,7 @@ class Flat:
     weights: torch.Tensor
     state: dict
     written: bool
+    shape: tuple[int, ...]
 
 
 def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> list[Flat]:
@@ -72,7 +76,14 @@ def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> 
                     stretches.append(Stretch(names[id(p)], start, stop, at))
             flats.append((number, stretches, weights))
     return [
-        Flat(f"zero{stage}/{number}/{rank} of {size}", tuple(stretches), weights.data, optimizer.state[weights], True)
+        Flat(
+            f"zero{stage}/{number}/{rank} of {size}",
+            tuple(stretches),
+            weights.data,
+            optimizer.state[weights],
+            written=True,
+            shape=weights.shape,
+        )
         for number, stretches, weights in flats
     ]
 
@@ -101,7 +112,7 @@ def _replicated(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rank:
             writer = written.index(min(written))
             written[writer] += p.numel()
             stretch = Stretch(name, 0, p.numel(), 0)
-            flats.append(Flat(name, (stretch,), p.data.view(-1), optimizer.state[p], writer == rank))
+            flats.append(Flat(name, (stretch,), p.data.view(-1), optimizer.state[p], writer == rank, p.shape))
     return flats
 
 
@@ -116,6 +127,16 @@ def weights_changed(deepspeed_engine, stage: int) -> None:
             zero._reassign_or_swap_out_partitioned_parameters(number)
         if zero.persistent_parameters:  # small ones, which every rank keeps whole
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def frozen_mark(module: torch.nn.Module) -> str:
+    """One value of each frozen weight in a hash, to tell another base model; under ZeRO-3 the main rank's."""
+    digest = hashlib.sha256()
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            values = getattr(p, "ds_tensor", p).detach().flatten()[:1].float().tolist()
+            digest.update(json.dumps([name, values]).encode())
+    return digest.hexdigest()
 
 
 def make_state(optimizer: torch.optim.Optimizer, weights: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ class Progress:
     pairs: of an epoch.  episode: pairs seen.  training_seconds: of the loop, evaluations aside.  flops: that the model needed.
     last_train, last_evaluation: metrics by the names under which they are logged.
     skipped: steps that were no numbers and were not applied.  evaluation_due: the evaluation at this step is still to be made.
-    best_step, best_value: of the best evaluation so far.  worse: evaluations since then.
+    best_step, best_value, best_evaluation: of the best evaluation so far.  worse: evaluations since then.
     """
 
     pairs: int
@@ -29,6 +29,7 @@ class Progress:
     evaluation_due: bool = True
     best_step: int | None = None
     best_value: float | None = None
+    best_evaluation: dict[str, float] = field(default_factory=dict)
     worse: int = 0
     started: float = field(default_factory=time.perf_counter)
 

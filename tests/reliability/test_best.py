@@ -159,6 +159,19 @@ def test_an_export_says_what_is_wrong_in_one_sentence(nursery, flags_for, toy, t
     assert export(folder, tmp_path / "out", "--model_name_or_path", toy / "model").returncode == 0
 
 
+def test_an_export_onto_another_base_is_refused(nursery, flags_for, toy, tmp_path):
+    import safetensors.torch
+
+    folder, other = tmp_path / "run", shutil.copytree(toy / "model", tmp_path / "other")
+    nursery.start(flags_for(folder, use_peft=True), tmp_path / "log").finish()
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    safetensors.torch.save_file(
+        {name: 1.5 * value for name, value in weights.items()}, other / "model.safetensors", metadata={"format": "pt"}
+    )
+    done = export(folder, tmp_path / "out", "--model_name_or_path", other)
+    assert done.returncode == 1 and "frozen weights differ" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_run_json_says_how_to_repeat_the_run_from_its_first_step_on(nursery, flags_for, tmp_path):
     folder = tmp_path / "run"
     started = nursery.start(flags_for(folder), tmp_path / "log")

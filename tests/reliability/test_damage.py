@@ -104,6 +104,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(nursery, flags
     output = nursery.start(flags_for(killed, keep_last_n_checkpoints=3), tmp_path / "log").finish()
     [said] = [line for line in output.splitlines() if "is damaged" in line]
     assert names[-1] in said and DAMAGES[damage] in said and said.endswith("the one before it is taken")
+    assert (killed / "checkpoints" / f"{names[-1]}.damaged").exists()
     assert f"going on after step {int(names[-2][5:])}" in output
     same_run(runs / "whole", killed)
 
@@ -122,13 +123,28 @@ def test_a_tampered_checkpoint_is_refused_and_nothing_in_it_runs(nursery, flags_
     before = sorted(killed.rglob("*"))
     assert str(newest(killed)) in refused(nursery, flags_for(killed, keep_last_n_checkpoints=3), tmp_path)
     assert not (tmp_path / "it ran").exists() and before == sorted(killed.rglob("*"))
-    exported = subprocess.run(
-        [sys.executable, "-m", "open_rm.export", newest(killed), tmp_path / "out"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    exported = export(newest(killed), tmp_path / "out")
     assert exported.returncode == 1 and exported.stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "it ran").exists()
+
+
+def export(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "open_rm.export", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_code_that_a_checkpoint_says_to_trust_is_not_run_by_an_export(killed, toy, tmp_path):
+    model = shutil.copytree(toy / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "code.Model", "AutoConfig": "code.Config"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'it ran')!r}).touch()")
+    state = json.loads((newest(killed) / "state.json").read_text())
+    state["flags"] |= {"trust_remote_code": True, "model_name_or_path": str(model)}
+    state["contract"]["trust_remote_code"] = True
+    put_in(newest(killed), "state.json", json.dumps(state).encode())
+    exported = export(newest(killed), tmp_path / "out")
+    assert exported.returncode == 1 and "--trust_remote_code" in exported.stderr and "Traceback" not in exported.stderr
     assert not (tmp_path / "it ran").exists()
 
 
@@ -193,6 +209,50 @@ def test_what_does_not_change_it_is_allowed_and_said(nursery, flags_for, runs, k
     for one, other in zip(record(moved), record(runs / "whole"), strict=True):
         assert one.get("train/rm/loss") == pytest.approx(other.get("train/rm/loss"), abs=1e-5)
     assert len(checkpoint_names(moved)) == 1
+
+
+def test_a_damaged_newest_checkpoint_does_not_cost_the_good_ones(nursery, flags_for, killed, tmp_path):
+    """With one kept, the damaged one counted as the newest, and the one just written was removed."""
+    names = checkpoint_names(killed)
+    flip_a_bit(newest(killed))
+    flags = flags_for(killed, keep_last_n_checkpoints=1, checkpointing_steps=None)
+    slow = "import open_rm.training.engine as e, time; s = e.Engine.step; e.Engine.step = lambda *a, **k: (time.sleep(0.1), s(*a, **k))[1]"
+    before = int(names[-2][5:])
+    started = nursery.start(flags, tmp_path / "log", env={"TEST_PATCH": slow})
+    started.wait_for(lambda: record(killed)[-1]["step"] == before + 1, "a step")
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [75]
+    [name] = checkpoint_names(killed)
+    assert before < int(name[5:]) <= int(names[-1][5:])
+
+
+def test_a_run_from_a_named_checkpoint_goes_on_by_the_same_command(nursery, flags_for, runs, killed, tmp_path):
+    middle = killed / "checkpoints" / checkpoint_names(killed)[1]
+    for folder in (tmp_path / "elsewhere", killed):  # in a folder of its own; back in its run's
+        flags = flags_for(folder, resume_from_checkpoint=middle, keep_last_n_checkpoints=2)
+        started = nursery.start(flags, tmp_path / "log")
+        later = f"step_{int(middle.name[5:]) + 8:08d}"
+        started.wait_for(lambda f=folder, name=later: name in checkpoint_names(f), "two more checkpoints")
+        started.kill()
+        output = nursery.start(flags, tmp_path / f"{folder.name}.log").finish()
+        assert f"going on after step {int(middle.name[5:])} " not in output and "going on after step" in output
+        same_run(runs / "whole", folder)
+
+
+def test_tokenizing_alone_leaves_a_run_in_its_folder_alone(nursery, flags_for, killed, tmp_path):
+    building = killed / "checkpoints" / "step_00000099.1.tmp"
+    building.mkdir()
+    before = sorted(killed.rglob("*"))
+    flags = flags_for(killed, cache_dataset_only=True, learning_rate="5e-4")
+    assert "stopping (--cache_dataset_only)" in nursery.start(flags, tmp_path / "log").finish()
+    assert sorted(killed.rglob("*")) == before
+
+
+def test_a_path_from_python_is_text_in_a_checkpoint(tmp_path):
+    flags = comparing.plain(Args(output_dir=tmp_path, dataset_mixer_list=["x", "1.0"]))
+    assert flags["output_dir"] == str(tmp_path) and not comparing.changed(
+        flags, json.loads(json.dumps(flags)), where=""
+    )
 
 
 def test_what_may_change_are_flags():

@@ -50,6 +50,18 @@ def test_a_step_that_is_no_number_on_one_rank_is_not_applied_and_ends_the_run(nu
     same_run(whole, folder)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_diverges_finishes_the_checkpoint_that_is_being_written(nursery, flags_for, tmp_path, processes):
+    slow = (
+        "\nimport open_rm.reliability.shards as s, time; write = s.Snapshot.write\n"
+        "s.Snapshot.write = lambda *a: (time.sleep(2), write(*a))[1]"
+    )
+    folder, env = tmp_path / "run", {"TEST_PATCH": nan_at(6)["TEST_PATCH"] + slow}
+    started = nursery.start(flags_for(folder, processes), tmp_path / "log", processes=processes, env=env)
+    assert started.statuses() == [1] * processes, started.output
+    assert checkpoint_names(folder) == ["step_00000004"] and not list((folder / "checkpoints").glob("*.tmp"))
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_skipped_steps_are_counted_shown_and_written_with_the_places_of_their_pairs(
     nursery, flags_for, tmp_path, stage

@@ -74,21 +74,63 @@ def test_several_signals_within_a_moment_are_one_request(nursery, flags_for, tmp
     assert started.statuses() == [STOPPED]
 
 
+def slow_evaluations(while_there) -> str:
+    """Half a second a forward while a file is there, and ranks ask each other after each."""
+    return f"""
+import open_rm.evaluation.held_out as h, open_rm.reliability.signals as s, time, pathlib
+score, s.FORWARDS_BETWEEN = h.score_pairs, 1
+def slower(rewards_of, *rest):
+    def call(**inputs):
+        if pathlib.Path({str(while_there)!r}).exists(): time.sleep(0.5)
+        return rewards_of(**inputs)
+    return score(call, *rest)
+h.score_pairs = slower
+"""
+
+
+def test_a_stop_during_the_first_evaluation_begins_anew_and_the_record_is_the_same(nursery, flags_for, tmp_path, whole):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    (tmp_path / "slow").touch()
+    started = nursery.start(flags_for(folder), log, env={"TEST_PATCH": slow_evaluations(tmp_path / "slow")})
+    started.wait_for(lambda: (folder / "metrics.jsonl").exists(), "the first evaluation")
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED] and lines_of(folder) == 0
+    nursery.start(flags_for(folder), log).finish()
+    same_run(whole(), folder)
+
+
+def test_a_stop_during_the_best_evaluation_keeps_its_checkpoint(nursery, flags_for, tmp_path, whole):
+    """It is made when the run goes on, and is the best: later ones are worse."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = {"metric_for_best_model": "loss", "load_best_model_at_end": True, "keep_last_n_checkpoints": 1}
+    worse = (
+        "\nimport open_rm.training.best as b; judge = b.judge\n"
+        "def worse(flags, progress):\n"
+        "    if progress.step > 10: progress.last_evaluation['eval/rm/loss'] += 1.0\n"
+        "    return judge(flags, progress)\n"
+        "b.judge = worse"
+    )
+    slow = tmp_path / "slow"
+    started = nursery.start(flags_for(folder, **flags), log, env={"TEST_PATCH": slow_evaluations(slow) + worse})
+    started.wait_for(lambda: lines_of(folder) >= 5, "row 5")
+    slow.touch()
+    started.wait_for(lambda: record(folder)[-1]["step"] == 10, "the evaluation at step 10")
+    time.sleep(0.3)
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED]
+    output = nursery.start(flags_for(folder, **flags), log, env={"TEST_PATCH": worse}).finish()
+    assert "the model of step 10 is saved" in output
+    undisturbed = tmp_path / "undisturbed"
+    nursery.start(flags_for(undisturbed, **flags), log, env={"TEST_PATCH": worse}).finish()
+    same_run(undisturbed, folder)
+
+
 def test_a_stop_during_an_evaluation_breaks_it_off_and_it_is_made_when_the_run_goes_on(
     nursery, flags_for, tmp_path, whole
 ):
     folder, log = tmp_path / "run", tmp_path / "log"
     small = {"per_device_eval_batch_size": 1, "max_tokens_per_micro_batch": 60}  # many forwards
-    slow = f"""
-import open_rm.evaluation.held_out as h, open_rm.reliability.signals as s, time, pathlib
-score, s.FORWARDS_BETWEEN = h.score_pairs, 1
-def slower(rewards_of, *rest):
-    def call(**inputs):
-        if pathlib.Path({str(tmp_path / "slow")!r}).exists(): time.sleep(0.5)
-        return rewards_of(**inputs)
-    return score(call, *rest)
-h.score_pairs = slower
-"""
+    slow = slow_evaluations(tmp_path / "slow")
     started = nursery.start(flags_for(folder, **small), log, env={"TEST_PATCH": slow})
     started.wait_for(lambda: lines_of(folder) >= 5, "row 5")
     (tmp_path / "slow").touch()
@@ -111,6 +153,56 @@ def test_a_stop_before_the_first_step_leaves_nothing_behind(nursery, flags_for, 
     started.send(signal.SIGTERM)
     assert started.statuses() == [STOPPED] and time.monotonic() - asked < 10
     assert not folder.exists() and "Traceback" not in started.output
+
+
+def test_all_ranks_that_are_stopped_while_they_load_leave_nothing_behind(nursery, flags_for, tmp_path):
+    folder = tmp_path / "run"
+    waits = "import open_rm.reward_modeling as r, time; r.load_reward_model = lambda *a, **k: time.sleep(600)"
+    started = nursery.start(flags_for(folder, 2), tmp_path / "log", processes=2, env={"TEST_PATCH": waits})
+    started.wait_for(lambda: "steps of 16 pairs" in started.output, "the model's turn")
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED] * 2
+    assert not folder.exists() and "Traceback" not in started.output and "error" not in started.output
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_rank_that_is_stopped_while_all_load_takes_the_others_with_it(nursery, flags_for, tmp_path, asked):
+    waits = "import open_rm.reward_modeling as r, time; r.load_reward_model = lambda *a, **k: time.sleep(600)"
+    started = nursery.start(flags_for(tmp_path / "run", 2), tmp_path / "log", processes=2, env={"TEST_PATCH": waits})
+    started.wait_for(lambda: "steps of 16 pairs" in started.output, "the model's turn")
+    sent = time.monotonic()
+    started.send(signal.SIGTERM, asked)
+    assert started.statuses() == [STOPPED] * 2, started.output
+    assert time.monotonic() - sent < 30 and "Traceback" not in started.output
+
+
+def test_a_stop_while_the_last_checkpoint_is_written_waits_for_it(nursery, flags_for, tmp_path):
+    folder = tmp_path / "run"
+    slow = (
+        "import open_rm.reliability.shards as s, time; write = s.Snapshot.write\n"
+        "s.Snapshot.write = lambda *a: (time.sleep(2.5), write(*a))[1]"
+    )
+    started = nursery.start(flags_for(folder, checkpointing_steps=30), tmp_path / "log", env={"TEST_PATCH": slow})
+    started.wait_for(lambda: list((folder / "checkpoints").glob("step_00000038*.tmp")), "the last save")
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED]
+    assert checkpoint_names(folder)[-1] == "step_00000038" and not (folder / "config.json").exists()
+
+
+def test_without_an_output_dir_the_sentence_says_which_one_to_give(nursery, flags_for, tmp_path):
+    flags = [
+        flag for flag in flags_for(tmp_path / "unused") if flag != "--output_dir" and flag != str(tmp_path / "unused")
+    ]
+    elsewhere = f"import os; os.chdir({str(tmp_path)!r})\n" + SLOWER
+    started = nursery.start(flags, tmp_path / "log", env={"TEST_PATCH": elsewhere})
+    started.wait_for(lambda: "step 1/38" in started.output, "steps")
+    started.send(signal.SIGTERM)
+    assert started.statuses() == [STOPPED]
+    said = next(line for line in started.output.splitlines() if "give the same command again" in line)
+    folder = said.rpartition("with --output_dir ")[2].split()[0]
+    assert checkpoint_names(tmp_path / folder)
+    again = nursery.start([*flags, "--output_dir", folder], tmp_path / "log2", env={"TEST_PATCH": elsewhere})
+    assert "going on after step" in again.finish()
 
 
 def test_under_torchrun_a_run_stops_and_goes_on(nursery, flags_for, tmp_path, whole):
