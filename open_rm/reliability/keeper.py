@@ -117,7 +117,7 @@ class Keeper:
             often = [f"every {self.every_steps} steps"] if self.every_steps else []
             often += [f"every {self.every_seconds / 60:g} minutes"] if self.every_seconds else []
             return [
-                f"checkpoints: {' and '.join(often)}, {gib(size)} each, the last {self._keep} are kept in "
+                f"checkpoints: {' and '.join(often)}, {gib(size)} each, the newest kept ({self._keep}) in "
                 f"{checkpoints.folder_of(self._output_dir)}"
             ]
 

@@ -19,6 +19,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import text
 
+from open_rm.manifest import sync_folder
+
 COPIED_AT_ONCE = 1 << 20
 
 
@@ -158,15 +160,6 @@ def whole_lines_before(path: Path, position: int) -> int:
             return file.read(position).rfind(b"\n") + 1
     except OSError:
         return 0
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def copy_start(source: Path, target: Path, position: int) -> None:
