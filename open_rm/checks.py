@@ -14,6 +14,7 @@ from open_rm.flags import (
     AdapterFlags,
     Args,
     BatchFlags,
+    CheckpointFlags,
     DataFlags,
     Must,
     ObjectiveFlags,
@@ -33,6 +34,7 @@ def check_args(args: Args) -> None:
     check_optimizer(args, starts_at_zero=args.use_peft or args.score_init == "zeros")
     check_adapter(args, freeze_backbone=args.freeze_backbone, trust_remote_code=args.trust_remote_code)
     check_outputs(run=args, tracking=args, trains=not args.cache_dataset_only)
+    check_checkpoints(args, evaluates=bool(args.dataset_mixer_eval_list))
     check_batching(args, attn_implementation=args.attn_implementation)
     check_data(args)
     if args.chat_template_name is not None:
@@ -130,6 +132,17 @@ def check_outputs(*, run: RunFlags, tracking: TrackingFlags, trains: bool) -> No
         raise UserError("--cache_dataset_only trains no model for --push_to_hub; remove one of them")
     if tracking.wandb_entity and not tracking.with_tracking:
         raise UserError("--wandb_entity does nothing without --with_tracking; add or remove it")
+
+
+def check_checkpoints(flags: CheckpointFlags, *, evaluates: bool) -> None:
+    """The best evaluation, and what needs it."""
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(flags, name) and flags.metric_for_best_model is None:
+            raise UserError(f"--{name} compares evaluations; say by what, e.g. --metric_for_best_model accuracy")
+    if flags.metric_for_best_model is not None and not evaluates:
+        raise UserError("--metric_for_best_model needs held-out data; name some with --dataset_mixer_eval_list")
+    if flags.load_best_model_at_end and flags.checkpointing_minutes == 0 and not flags.checkpointing_steps:
+        raise UserError("--load_best_model_at_end needs checkpoints, which --checkpointing_minutes 0 switches off")
 
 
 def check_batching(flags: BatchFlags, *, attn_implementation: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that is shown to a user as a sentence instead of a traceback, and how it quotes a library."""
+"""The exception that is shown to a user as a sentence instead of a traceback, and how it quotes a library."""
 
 
 class UserError(Exception):
@@ -7,6 +7,17 @@ class UserError(Exception):
     The message is one clear sentence or two: where (file, row or flag), what is wrong, what to do.
     The recipe prints it and exits with status 1; anything else that is raised is our bug and keeps its traceback.
     """
+
+
+class OneRanksError(UserError):
+    """A UserError that one rank alone runs into; the others learn of it from the watchdog."""
+
+
+STOPPED = 75  # a run's status where it was asked to stop: "try again later", as in sysexits.h
+
+
+class LeftAlone(SystemExit):
+    """One rank alone leaves with STOPPED, because it was asked to; the others learn of it from the watchdog."""
 
 
 def quote_error(error: Exception) -> str:

@@ -29,6 +29,8 @@ def _is_switch(given: object) -> bool:
 BARRIER_EDGE = 1e-3  # how near to its bound the log barrier itself goes; see training/losses.py
 Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
 CountOrNone = Annotated[int | None, Must("at least 1", lambda n: n is None or n >= 1)]
+PathOrWord = Annotated[str, Must("auto, never, or a path", lambda text: bool(text))]
+AmountOrNone = Annotated[float | None, Must("at least 0, and finite", lambda x: x is None or 0 <= x < math.inf)]
 Number = Annotated[int, Must("at least 0", lambda n: n >= 0)]
 Amount = Annotated[float, Must("at least 0, and finite", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Must("above 0, and finite", lambda x: 0 < x < math.inf)]
@@ -253,6 +255,32 @@ class BatchFlags:
 
 
 @dataclass(frozen=True)
+class CheckpointFlags:
+    """What a run survives: kills, hangs, steps that are no numbers."""
+
+    checkpointing_steps: CountOrNone = None
+    """Write a checkpoint, from which a killed run goes on, every so many optimizer steps."""
+    checkpointing_minutes: AmountOrNone = None
+    """The same by the clock. None: 30, or never where --checkpointing_steps is given. 0: never."""
+    keep_last_n_checkpoints: Count = 2
+    """Checkpoints that are kept, the best besides."""
+    resume_from_checkpoint: PathOrWord = "auto"
+    """auto: the same command goes on with the run of its --output_dir. never: refuse a folder that holds one. Or a checkpoint,
+    or another run's folder, to go on from."""
+    metric_for_best_model: str | None = None
+    """Metric of the evaluations by which they are compared: accuracy, loss (lower is better), reward_margin, or <source>/accuracy
+    and so on. The best one's checkpoint is kept."""
+    load_best_model_at_end: bool = False
+    """Save the model of the best evaluation instead of the last."""
+    early_stopping_patience: CountOrNone = None
+    """End after so many evaluations in a row that were no better than the best."""
+    stall_timeout: Amount = 10.0
+    """Minutes after which a rank that does not move on ends the whole run. 0: never."""
+    max_skipped_steps: Number = 0
+    """Steps whose loss or gradient is no number that are left out; the next one ends the run."""
+
+
+@dataclass(frozen=True)
 class TrackingFlags:
     """What is shown and recorded of a run."""
 
@@ -270,6 +298,7 @@ class TrackingFlags:
 @dataclass(frozen=True)
 class Args(
     TrackingFlags,
+    CheckpointFlags,
     RunFlags,
     BatchFlags,
     ScheduleFlags,

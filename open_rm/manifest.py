@@ -29,23 +29,50 @@ def appearing(folder: Path) -> Iterator[Path]:
     try:
         building.mkdir()
         yield building
-        files = {path.name: [path.stat().st_size, content_hash([path])] for path in sorted(building.iterdir())}
-        (building / MANIFEST).write_text(json.dumps(files))
+        (building / MANIFEST).write_text(json.dumps({path.name: written(path) for path in sorted(building.iterdir())}))
         os.rename(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a folder that `appearing` made; None where every file is as it was written."""
+def written(path: Path) -> list:
+    """What the manifest says of a file: size and sha256."""
+    return [path.stat().st_size, content_hash([path])]
+
+
+def commit(building: Path, folder: Path, files: dict[str, list]) -> None:
+    """Let `building`, whose files are on the disk and described by `written`, appear as `folder`, which a power cut keeps."""
+    with (building / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(files, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(building)
+    os.rename(building, folder)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def damage_of(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a folder that was made here; None where every file is as it was written.
+
+    share: (k, n): of every n files the content of one alone is read, so that n processes together read all.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text())
         if not files:
             return f"{MANIFEST} names no file"
-        for name, (size, content) in files.items():
+        for number, (name, (size, content)) in enumerate(files.items()):
             if (folder / name).stat().st_size != size:
                 return f"{name} has another size than written"
-            if content_hash([folder / name]) != content:
+            if number % share[1] == share[0] and content_hash([folder / name]) != content:
                 return f"{name} has another content than written"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename).name} is missing"

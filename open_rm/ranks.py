@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from open_rm import alive
 from open_rm.errors import UserError
 
 # DeepSpeed reads these when it is imported; without a GPU it would otherwise probe for one and warn.
@@ -67,7 +68,8 @@ class Ranks:
             except BaseException as raised:
                 error = raised
         both = [(value, error is not None)]
-        with self._said_while_waiting():
+        waits = contextlib.nullcontext() if self.is_main else alive.phase("waiting for the main rank", alive.Kind.WAITS)
+        with waits, self._said_while_waiting():
             try:
                 dist.broadcast_object_list(both, src=0)
             except Exception as lost:  # a device that broke, or a rank that is gone, must not hide what was the cause
@@ -86,9 +88,19 @@ class Ranks:
         self.from_main(lambda: kept.append(build()))
         if not self.is_main and self.local_rank == 0:
             kept.append(build())
-        with self._said_while_waiting():
+        with alive.phase("waiting for the other ranks", alive.Kind.WAITS), self._said_while_waiting():
             dist.barrier()
         return kept[0] if kept else build()
+
+    def gathered(self, value: Any) -> list:
+        """The values of all ranks, on every rank (they are pickled: small things only)."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def store(self, name: str) -> dist.Store:
+        """Where ranks leave small texts for each other without waiting, under names of its own."""
+        return dist.PrefixStore(f"open_rm/{name}", dist.distributed_c10d._get_default_store())
 
     def fail(self, sentence: str) -> NoReturn:
         """End the run for a reason that every rank knows; the main rank tells it."""

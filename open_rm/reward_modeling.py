@@ -7,7 +7,7 @@ From Python, `main(Args(...))` does the same. An *episode* is one pair seen; a *
 
     main        the chapters below, between joining and leaving the other processes
     prepare     data, plan, model, engine: whatever can fail does so here, before the first step
-    train       the loop: forward, loss, backward, step
+    train       the loop: forward, loss, backward, step; checkpoints, from which the same command goes on
     evaluate    held-out pairs, each scored once; called by `train` before the first step, at times, and after the last
     finish      save, prove that every client reads the same rewards, draw, describe, push
 
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from open_rm import alive
 from open_rm.batching import feeding
 from open_rm.batching.rules import BatchRules
 from open_rm.data.building import read_both
@@ -45,7 +46,12 @@ from open_rm.publishing import card, proof, pushing, run_folder, saving
 from open_rm.publishing.run_folder import Place
 from open_rm.publishing.saving import Contract
 from open_rm.ranks import Ranks, joined_ranks
-from open_rm.training import ds_config
+from open_rm.reliability import comparing, resuming
+from open_rm.reliability.checkpoints import Checkpoint
+from open_rm.reliability.keeper import Keeper
+from open_rm.reliability.signals import Interrupted
+from open_rm.reliability.survival import Survival, surviving
+from open_rm.training import best, divergence, ds_config, memory
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
 from open_rm.training.metrics import Meter
@@ -56,21 +62,33 @@ from open_rm.training.tracking import Log, Tracker
 
 
 @dataclass(frozen=True)
-class Run:
-    """What `prepare` made and the other chapters read. It is this file's own: a room is given the parts it needs."""
+class Prepared:
+    """What is known before there is a model: data, and how everything is to be read and computed."""
 
     args: Args
     ranks: Ranks  # which process this is
+    survival: Survival  # whether a stop was asked for; the claim on the folder
     place: Place  # the run's name, its folder, its repository
+    found: Checkpoint | None  # what is gone on from
     log: Log
+    config: object  # the model's, of transformers
+    dtype: torch.dtype  # that is computed in
     tokenizer: PreTrainedTokenizerBase
+    layout: families.Layout
     train_pairs: PreferenceData
     held_out_pairs: PreferenceData | None  # None: nothing is evaluated
     contract: Contract  # how a client has to read the saved folder
+
+
+@dataclass(frozen=True)
+class Run(Prepared):
+    """What the loop and what follows it need. It is this file's own: a room is given the parts it needs."""
+
     plan: Plan  # which pairs each step takes; warm-up; when to evaluate
     rules: BatchRules  # how pairs lie in memory
     model: RewardModel
     engine: Engine  # the model being trained
+    keeper: Keeper  # its checkpoints
 
     def facts(self) -> dict:
         """Flags and what followed from them: for run.json, the trackers and the model card."""
@@ -83,23 +101,43 @@ class Run:
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save, check and push; returns the last metrics of training and evaluation."""
     check_args(args)  # again for those who call from Python; it takes milliseconds
-    with joined_ranks() as ranks:
-        run = prepare(args, ranks)
-        if run is None:
+    with joined_ranks() as ranks, surviving(ranks, args.stall_timeout) as survival:
+        prepared = prepare(args, ranks, survival)
+        if prepared is None:
             return {}
-        with Tracker(run.place.folder, run.log, run.facts(), args) as tracker:
-            progress = train(run, tracker)
+        run = build(prepared)
+        progress = run.keeper.resume(run.engine, run.found, len(run.train_pairs), run.plan.total_steps)
+        # From now on the folder says which run it holds: the same command goes on with it, another one is refused.
+        ranks.from_main(lambda: run_folder.write_facts(run.place.folder, run.facts(), finished=False))
+        with (
+            run.keeper,
+            Tracker(run.place.folder, run.log, run.facts(), args, **resuming.records(run.found)) as tracker,
+        ):
+            train(run, tracker, progress)
             finish(run, tracker, progress)
         return progress.metrics
 
 
-def prepare(args: Args, ranks: Ranks) -> Run | None:
-    """Everything before the first step, the cheapest first; None where nothing is to be trained (--cache_dataset_only)."""
+def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
+    """Folder and data, the cheapest first; None where there is nothing to train."""
     log = Log(enabled=ranks.is_main)
     torch.manual_seed(args.seed)
     dtype = compute_dtype(args.dtype, ranks.device)
+    goes_on = args.resume_from_checkpoint != "never"
     # A folder that cannot be written, or a Hub that does not let us in, is found now and not after the last step.
-    place = ranks.from_main(lambda: run_folder.claim(args, trains=not args.cache_dataset_only))
+    place = ranks.from_main(
+        lambda: run_folder.claim(args, survival.take, trains=not args.cache_dataset_only, goes_on=goes_on)
+    )
+    survival.know(place.folder, named=args.output_dir is not None)
+    found = None
+    if not args.cache_dataset_only:
+        held = (place.folder, place.begun, comparing.plain(args))
+        found = resuming.find(args, *held, finished=place.finished, ranks=ranks, say=log.say)
+    if place.finished:
+        log.say(
+            f"the run in {place.folder} is finished, there is nothing to do; for another one choose another --output_dir"
+        )
+        return None
     if args.use_slow_tokenizer:
         log.say("--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers")
 
@@ -118,7 +156,8 @@ def prepare(args: Args, ranks: Ranks) -> Run | None:
         families.check_together(args.model_name_or_path, config, tokenizer, args)
         return config, tokenizer, layout, *read_both(args, tokenizer, seed=args.seed, show_progress=ranks.is_main)
 
-    config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
+    with alive.phase("reading data", alive.Kind.BUSY):
+        config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
     log.say(*train_pairs.lines, *(held_out_pairs.lines if held_out_pairs else ["eval: no held-out data was named"]))
     contract = Contract.of(args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
 
@@ -133,9 +172,17 @@ def prepare(args: Args, ranks: Ranks) -> Run | None:
     if args.cache_dataset_only:
         log.say(f"cached in {args.dataset_local_cache_dir}; stopping (--cache_dataset_only)")
         return None
+    data = (train_pairs, held_out_pairs)
+    return Prepared(args, ranks, survival, place, found, log, config, dtype, tokenizer, layout, *data, contract)
 
+
+def build(prepared: Prepared) -> Run:
+    """Plan, model and engine; where a run goes on, what it may go on with."""
+    args, ranks, log, found, dtype = (getattr(prepared, name) for name in ("args", "ranks", "log", "found", "dtype"))
+    train_pairs, layout, tokenizer = prepared.train_pairs, prepared.layout, prepared.tokenizer
     # ---- plan: all numbers that follow from flags and data
-    pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    own = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    pairs_per_step = resuming.pairs_per_step(found, own, ranks, log.say)
     plan = make_plan(args, train_pairs.table, pairs_per_step, seed=args.seed, grouped=args.group_by_prompt)
     rules = feeding.rules_of(
         args, layout.name, tokenizer.pad_token_id, max_token_length=args.max_token_length, on_gpu=ranks.on_gpu
@@ -143,67 +190,89 @@ def prepare(args: Args, ranks: Ranks) -> Run | None:
     log.say(plan.describe(), rules.describe(layout.why_not_shared))
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
-    width, bf16 = config.get_text_config().hidden_size, dtype == torch.bfloat16
-    deepspeed_config = ds_config.fill_config(args, width=width, bf16=bf16, max_grad_norm=args.max_grad_norm)
-    how = {"layout": layout.name, "dtype": dtype, "seed": args.seed, "deepspeed_config": deepspeed_config}
-    model, lines = load_reward_model(args, tokenizer, adapter=args, **how)
-    kernels = apply_fused_kernels(model, ranks.device)  # patches the model in place
-    log.say(*lines, kernels, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
-    engine = Engine(model, args, deepspeed_config, ranks, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps)
-    rules = feeding.with_attention_cost(rules, model_shape(model))  # how much more a long sequence costs its rank
-    return Run(args, ranks, place, log, tokenizer, train_pairs, held_out_pairs, contract, plan, rules, model, engine)
+    with alive.phase("loading the model", alive.Kind.BUSY):
+        width, bf16 = prepared.config.get_text_config().hidden_size, dtype == torch.bfloat16
+        deepspeed_config = ds_config.fill_config(args, width=width, bf16=bf16, max_grad_norm=args.max_grad_norm)
+        how = {"layout": layout.name, "dtype": dtype, "seed": args.seed, "deepspeed_config": deepspeed_config}
+        model, lines = load_reward_model(args, tokenizer, adapter=args, **how)
+        kernels = apply_fused_kernels(model, ranks.device)  # patches the model in place
+        log.say(*lines, kernels, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
+        numbers = {"total_steps": plan.total_steps, "warmup_steps": plan.warmup_steps}
+        engine = Engine(model, args, deepspeed_config, ranks, **numbers)
+        rules = feeding.with_attention_cost(rules, model_shape(model))  # how much more a long sequence costs its rank
+
+    # ---- checkpoints: room for them, and that this run is the one that a found one was begun as
+    marks = resuming.marks_of(train_pairs, prepared.held_out_pairs, engine, dtype, margins=args.margin_loss)
+    resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
+    facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
+    facts |= {"pairs_per_step": pairs_per_step, "contract": dataclasses.asdict(prepared.contract)}
+    facts |= {"plan": plan.numbers(), "labels": train_pairs.labels}
+    facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
+    keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
+    log.say(*keeper.check_room(engine, args.optim))
+    known = {field.name: getattr(prepared, field.name) for field in dataclasses.fields(prepared)}
+    return Run(**known, plan=plan, rules=rules, model=model, engine=engine, keeper=keeper)
 
 
-def train(run: Run, tracker: Tracker) -> Progress:
-    """The loop. Returns how far it came, with the last metrics of training and evaluation."""
-    args, ranks, engine, plan = run.args, run.ranks, run.engine, run.plan
+def train(run: Run, tracker: Tracker, progress: Progress) -> None:
+    """The loop; `progress` says where it begins, and afterwards how far it came."""
+    args, ranks, engine, plan, keeper = run.args, run.ranks, run.engine, run.plan, run.keeper
     meter = Meter(ranks, model_shape(run.model), engine.dtype)
-    progress = Progress(pairs=len(run.train_pairs), total_steps=plan.total_steps)
     margins = run.train_pairs.margins() if args.margin_loss else None
-    evaluate(run, tracker, progress)  # before any step: what training has to beat
-
     draws = plan.draw(run.train_pairs.table)  # the pairs of each step, decided by (seed, epoch, step) alone
-    for step in feeding.training_steps(draws, run.train_pairs, run.rules, ranks, margins=margins):
-        for micro in step.micro_batches:
-            rewards = engine(**micro.batch.inputs(ranks.device))  # [2 B] float32: B chosen, then B rejected
-            # [B] each; [0] where this rank has no pair left and computes one only to keep in step with the others
-            chosen, rejected = micro.sides(rewards)
-            terms = loss_terms(chosen, rejected, micro.margins, args)  # name -> [B]; their sum is a pair's loss
-            # The engine adds gradients over micro-batches and ranks and never averages, so each part is divided by the
-            # pairs of the whole step on all ranks: how a step is cut and dealt does not change the mathematics.
-            engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
-            meter.add(chosen, rejected, terms, micro.batch)
-
-        means = meter.reduce(step.pairs)  # over all ranks
-        lr = engine.learning_rate
-        # A loss that is no number is stopped before the weights; a norm shows only with the step, and ends the run too.
-        grad_norm = engine.step() if math.isfinite(means["loss"]) else math.nan
-        if not math.isfinite(grad_norm):
-            advice = "lower --learning_rate or add warm-up"
-            if progress.episode == 0:  # no weight has moved yet
-                advice = "check the model's weights, and the factors of the objective; else " + advice
-            ranks.fail(
-                f"training diverged at step {step.number}, after episode {progress.episode}: loss {means['loss']}, "
-                f"gradient norm {grad_norm}; {advice}, and see the last lines of {tracker.record}"
-            )
-        performance = meter.performance(step, flops_before=progress.flops)
-        progress.advance(step, means | {"lr": lr, "grad_norm": grad_norm}, performance)
-        tracker.training(progress)  # the step is whole here: weights, schedule, progress, record
-        if step.number in plan.evaluation_steps:
+    steps = feeding.training_steps(draws, run.train_pairs, run.rules, ranks, margins=margins, after=progress.step)
+    with run.survival.stop.at_a_step():
+        if progress.evaluation_due:  # at the start: what training has to beat; or one that a stop broke off
             evaluate(run, tracker, progress)
-    return progress
+            keeper.after_step(engine, progress, tracker.positions, stop=run.survival.stop)
+        for step in steps if not best.out_of_patience(args, progress) else ():
+            for micro in step.micro_batches:
+                with memory.explained(micro, run.train_pairs, run.rules):
+                    rewards = engine(**micro.batch.inputs(ranks.device))  # [2 B] float32: B chosen, then B rejected
+                    # [B] each; [0] where this rank has no pair left and computes one only to keep in step with others
+                    chosen, rejected = micro.sides(rewards)
+                    terms = loss_terms(chosen, rejected, micro.margins, args)  # name -> [B]; their sum is a pair's loss
+                    # The engine adds gradients over micro-batches and ranks and never averages, so each part is divided
+                    # by the pairs of the whole step on all ranks: how a step is cut does not change the mathematics.
+                    engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
+                meter.add(chosen, rejected, terms, micro.batch)
+
+            means = meter.reduce(step.pairs)  # over all ranks
+            lr = engine.learning_rate
+            grad_norm = engine.step(drop=not math.isfinite(means["loss"]))  # a step that is no number is not applied
+            performance = meter.performance(step, flops_before=progress.flops) | keeper.figures()
+            means |= {"lr": lr, "grad_norm": grad_norm}
+            if not math.isfinite(grad_norm):
+                divergence.skip_or_end(args, step, means, progress, tracker, data=run.train_pairs, ranks=ranks)
+            progress.advance(step, means, performance)
+            tracker.training(progress)  # the step is whole here: weights, schedule, progress, record
+            if step.number in plan.evaluation_steps:
+                evaluate(run, tracker, progress)
+            keeper.after_step(engine, progress, tracker.positions, stop=run.survival.stop)
+            if best.out_of_patience(args, progress):
+                run.log.say(
+                    f"no evaluation was better than that of step {progress.best_step}: ending at step {step.number}"
+                )
+                break
+        keeper.after_training(engine, progress, tracker.positions)
 
 
 def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:
     """Held-out pairs, each scored once; sample pairs, the same each time, so that one can watch a reward move."""
-    args, pairs = run.args, run.held_out_pairs
+    args, pairs, ranks = run.args, run.held_out_pairs, run.ranks
+    progress.evaluation_due = pairs is not None
     if pairs is None:
         return
-    with run.engine.evaluating():
-        result = held_out.evaluate(run.engine, pairs, run.rules.for_evaluation(), run.ranks)
-    progress.last_evaluation = result.metrics
+    rewards_of = run.survival.stop.interruptible(run.engine, ranks)
+    with run.engine.evaluating(), alive.phase(f"evaluation at step {progress.step}", alive.Kind.STEPS):
+        try:
+            result = held_out.evaluate(rewards_of, pairs, run.rules.for_evaluation(), ranks)
+        except Interrupted:
+            return  # it is due still, and made when the run goes on
+    progress.evaluation_due, progress.last_evaluation = False, result.metrics
+    best.judge(args, progress)
     tracker.evaluation(progress)
-    if run.ranks.is_main and args.num_sample_pairs:
+    if ranks.is_main and args.num_sample_pairs:
         rows = held_out.sample_table(result, pairs, run.tokenizer, count=args.num_sample_pairs, seed=args.seed)
         tracker.samples(progress, rows)
 
@@ -211,29 +280,34 @@ def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:
 def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
     """Save, prove that every client reads the same rewards, draw, describe, push."""
     args, place, log = run.args, run.place, run.log
+    if args.load_best_model_at_end and progress.best_step is not None:
+        run.keeper.load_best(run.engine, progress)
     with run.engine.evaluating():  # rewards of a few pairs, which the saved folder has to give too
         pairs = run.held_out_pairs or run.train_pairs
         probe = held_out.probe(run.engine, pairs, run.rules.for_evaluation(), run.ranks)
     state = run.engine.gathered_state()  # whole weights, on the main rank's CPU
 
     def save_prove_push() -> None:
-        saving.save_reward_model(run.model, state, run.tokenizer, place.folder, run.contract)
-        run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines})
-        curves = draw_curves(tracker.record, title=place.name)
-        tracker.figure(curves, progress)
-        facts = run.facts() | {"total_flops": f"{progress.flops:.3e}"}
-        card.write_card(place, run.contract, facts, progress.results, data=run.train_pairs.labels)
+        with run_folder.disk_explained(place.folder, run.keeper.committed_step):
+            saving.save_reward_model(run.model, state, run.tokenizer, place.folder, run.contract)
+            curves = draw_curves(tracker.record, title=place.name)
+            tracker.figure(curves, progress)
+            facts = run.facts() | {"total_flops": f"{progress.flops:.3e}"}
+            card.write_card(place, run.contract, facts, progress.results, data=run.train_pairs.labels)
         log.say(f"saved in {place.folder} after {progress.hours * 60:.1f} min; curves: {curves}")
         # Fused kernels and trusted code change transformers in this process, so the proof then needs one of its own.
         patched = run.ranks.on_gpu or args.trust_remote_code
         verdict = proof.check_reload(place.folder, probe, run.tokenizer, run.contract, fresh_process=patched)
         log.say(verdict)
+        run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=not args.push_to_hub)
         if args.push_to_hub:
             private = args.hf_repo_private
             url = pushing.push_folder(place.folder, place.repo_id, revision=place.revision, private=private)
             log.say(f"pushed to {url}")
+            run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=True)
 
-    run.ranks.from_main(save_prove_push)
+    with alive.phase("saving the model", alive.Kind.BUSY):
+        run.ranks.from_main(save_prove_push)
 
 
 if __name__ == "__main__":

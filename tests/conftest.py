@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull
 
 # A file is run by one process, so the longest come first: none is left over when the others are done.
-LONGEST = ("adapters", "engine", "objectives", "recipe", "families", "layouts_agree", "tracking", "hub", "trl_parity")
+LONGEST = (
+    "kills",
+    "stops",
+    "faults",
+    "damage",
+    "best",
+    "adapters",
+    "engine",
+    "objectives",
+    "recipe",
+    "families",
+    "layouts_agree",
+    "tracking",
+    "hub",
+    "trl_parity",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -156,6 +172,70 @@ def toy_flags(toy: Path, output_dir: Path, **overrides) -> list[str]:
         values = [] if value is True else value if isinstance(value, list) else [value]
         result += [f"--{name}", *map(str, values)]
     return result
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Forks runs that tests kill (forking.py)."""
+    from forking import Nursery
+
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="session")
+def pairs_cache(tmp_path_factory):
+    """Tokenized once for all runs."""
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture
+def flags_for(toy, pairs_cache):
+    """`flags_of_a_long_run` on the toy."""
+    return functools.partial(flags_of_a_long_run, toy, pairs_cache)
+
+
+def flags_of_a_long_run(toy: Path, pairs_cache: Path, output_dir: Path, processes: int = 1, **overrides) -> list[str]:
+    """Flags of a run of 38 steps of 16 pairs, which crosses epochs, warms up, evaluates five times and writes a checkpoint
+    every 4 steps."""
+    own = {
+        "dataset_local_cache_dir": pairs_cache,
+        "per_device_train_batch_size": 16 // processes,
+        "total_episodes": 600,
+        "num_evals": 3,
+        "warm_up_steps": 10,
+        "checkpointing_steps": 4,
+    }
+    return toy_flags(toy, output_dir, **own | overrides)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them: their names, their addresses, and what cuts it."""
+    if not shutil.which("ip") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"rm{os.getpid()}{side}" for side in "ab"]
+    addresses = ["10.213.7.1", "10.213.7.2"]
+
+    def ip(*words: str, check: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
+
+    added = [ip("netns", "add", name, check=False) for name in names]
+    if any(done.returncode for done in added):
+        for name in names:
+            ip("netns", "del", name, check=False)
+        pytest.skip(f"no network namespaces here: {added[0].stderr.strip()}")
+    try:
+        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("link", "set", name, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names, addresses, lambda: ip("-n", names[1], "link", "set", names[1], "down")
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

@@ -174,10 +174,10 @@ def own_names(group) -> list[str]:
     return [field.name for field in dataclasses.fields(group)]
 
 
-def test_the_groups_have_80_flags_together_and_share_none():
-    assert len(GROUPS) == 9 and set(GROUPS.values()) == set(Args.__bases__)
+def test_the_groups_have_89_flags_together_and_share_none():
+    assert len(GROUPS) == 10 and set(GROUPS.values()) == set(Args.__bases__)
     names = [name for group in GROUPS.values() for name in own_names(group)]
-    assert len(names) == len(set(names)) == 80
+    assert len(names) == len(set(names)) == 89
     assert set(own_names(Args)) == set(names)
 
 

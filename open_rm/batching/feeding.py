@@ -8,6 +8,7 @@ tokens are 64 MiB on one rank, less on many.
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from open_rm import alive
 from open_rm.batching.dealing import Part, attention_cost, deal_step, micro_batch_budget
 from open_rm.batching.layouts import Batch, lay_out
 from open_rm.batching.prefetch import prefetch
@@ -65,6 +67,7 @@ class Step:
     """One optimizer step on this rank.
 
     number: from 1.  pairs: of all ranks together, what the loss is divided by.  imbalance: max over mean cost of the ranks.
+    indices: [pairs] into the data, of all ranks.
     asked: time.perf_counter() when the loop asked for it.  waited: seconds until it was there.
     """
 
@@ -72,6 +75,7 @@ class Step:
     pairs: int
     micro_batches: list[MicroBatch]
     imbalance: float
+    indices: np.ndarray
     asked: float = 0.0
     waited: float = 0.0
 
@@ -83,14 +87,18 @@ def training_steps(
     ranks: Ranks,
     *,
     margins: np.ndarray | None = None,
+    after: int = 0,
 ) -> Iterator[Step]:
-    """The steps whose pairs are drawn (steps.draw_steps). margins: [pairs of the data], or None."""
+    """The steps whose pairs are drawn (steps.draw_steps).
+
+    margins: [pairs of the data], or None.  after: steps that were made before; their draws are passed over.
+    """
 
     def made() -> Iterator[Step]:
-        for number, indices in enumerate(draws, start=1):
+        for number, indices in enumerate(itertools.islice(draws, after, None), start=after + 1):
             deal = deal_step(indices, data.table, rules, ranks.world_size)
             own = list(micro_batches(deal.ranks[ranks.rank], data, rules, margins))
-            yield Step(number, len(indices), own, deal.imbalance)
+            yield Step(number, len(indices), own, deal.imbalance, indices)
 
     with contextlib.closing(prefetch(made(), depth=STEPS_AHEAD)) as ready:
         while True:
@@ -98,7 +106,8 @@ def training_steps(
             step = next(ready, None)
             if step is None:
                 return
-            yield dataclasses.replace(step, asked=asked, waited=time.perf_counter() - asked)
+            with alive.phase(f"training step {step.number}", alive.Kind.STEPS):
+                yield dataclasses.replace(step, asked=asked, waited=time.perf_counter() - asked)
 
 
 def micro_batches(

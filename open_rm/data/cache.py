@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from open_rm import alive
 from open_rm.errors import UserError
 from open_rm.manifest import appearing, damage_of
 
@@ -62,6 +63,7 @@ def _locked(path: Path, flag: str):
         try:
             return lock.acquire(timeout=min(MESSAGE_SECONDS, PATIENCE_SECONDS))
         except Timeout:
+            alive.beat()  # it waits for a process that works, for hours perhaps
             waited = time.monotonic() - started
             if waited >= PATIENCE_SECONDS:
                 raise UserError(

@@ -77,10 +77,17 @@ def evaluate(
 
 def probe(rewards_of: Callable[..., torch.Tensor], data: PreferenceData, rules: BatchRules, ranks: Ranks) -> Probe:
     """Rewards of a few pairs, spread evenly over the set. A collective call; see `score_pairs`."""
-    indices = np.unique(np.linspace(0, len(data) - 1, PROBES).astype(int))
-    rewards = score_pairs(rewards_of, data, indices, rules, ranks)
-    sequences = [side.tolist() for pair in data.pairs(indices) for side in pair]
-    return Probe(sequences, rewards.flatten().tolist())
+    rewards = score_pairs(rewards_of, data, _probe_indices(data), rules, ranks)
+    return Probe(probed(data), rewards.flatten().tolist())
+
+
+def probed(data: PreferenceData) -> list[list[int]]:
+    """The token ids that `probe` computes rewards of: chosen, rejected, chosen, ..."""
+    return [side.tolist() for pair in data.pairs(_probe_indices(data)) for side in pair]
+
+
+def _probe_indices(data: PreferenceData) -> np.ndarray:
+    return np.unique(np.linspace(0, len(data) - 1, PROBES).astype(int))
 
 
 def _means(rewards: torch.Tensor) -> dict[str, float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
+from open_rm import alive
 from open_rm.errors import UserError
 
 # Only what belongs to a model; tracking folders and sample texts of the training data stay at home.
@@ -28,7 +29,7 @@ PUSHED = [
     "*.png",
     "metrics.jsonl",
 ]
-NOT_PUSHED = ["wandb/*", "tensorboard/*"]
+NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", ".claim*"]
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 2.0
 SILENCE_SECONDS = 300.0  # the client alone would wait for ever for a server that has stopped answering
@@ -111,7 +112,9 @@ def _persistently(call: Callable):
     get_session().timeout = SILENCE_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return call()
+            # The Hub has patience of its own here, and a server that is slow is no rank that hangs.
+            with alive.phase("talking to the Hub", alive.Kind.WAITS):
+                return call()
         except HUB_ERRORS as error:
             status = _status(error)
             passing = status is None or status >= 500 or status == 429

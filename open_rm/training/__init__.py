@@ -3,9 +3,15 @@
 losses      per-pair objectives
 plan        numbers that follow from flags and data: steps, warm-up, when to evaluate
 engine      DeepSpeed behind `backward` and `step`, with optimizer and schedule
+engine_state  its weights and moments as flat tensors, whatever divides them
 ds_config   DeepSpeed's settings: a file for the memory layout, flags for the rest
 metrics     sums over pairs, one reduce a step; what a step took
 progress    how far the run is
-tracking    the log, metrics.jsonl, samples.jsonl, TensorBoard, wandb
+tracking    the log, and what is recorded of a run: into every sink, resumed where a checkpoint left it
+sinks       metrics.jsonl, samples.jsonl, skipped.jsonl, TensorBoard; what cannot be written does not end the run
+wandb_run   wandb, online or offline, which may fail
 plots       curves.png
+divergence  a step that is no number
+best        the best evaluation, early stopping
+memory      out of memory, explained
 """

@@ -2,16 +2,19 @@
 
 What it adds to DeepSpeed is exactness: gradients are summed, not averaged, over ranks and micro-batches, so the loss
 that the recipe divides by the pairs of the whole step is the loss that is stepped on.
-What is not covered here: saving and resuming the engine's own state.
+What it holds between two steps is read and filled as flat tensors (engine_state.py), which checkpoints keep.
 """
 
 import contextlib
+import math
 
 import torch
 import transformers
 
+from open_rm import alive
 from open_rm.flags import OptimizerFlags
 from open_rm.ranks import Ranks  # before deepspeed: it says which device DeepSpeed is for
+from open_rm.training.engine_state import Flat, flats_of, weights_changed
 
 import deepspeed  # isort: skip
 
@@ -62,6 +65,7 @@ class Engine:
         return self._engine.module
 
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+        alive.beat()
         return self._engine(**inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -72,24 +76,45 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self, *, drop: bool = False) -> float:
         """Clip, update the weights, clear the gradients, move the learning rate on.
 
-        Returns the global gradient norm before clipping.
-        """
-        norm = self._clip() if self.stage == 0 else None
-        self._engine.step()
-        self._schedule.step()
-        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+        drop: leave weights and moments as they are; so it is, too, where the norm of the gradients is no number.
 
-    def _clip(self) -> float:
+        Returns:
+            the global gradient norm before clipping; inf or NaN where the step was dropped.
+        """
+        norm = self._plain_step(drop) if self.stage == 0 else self._zero_step(drop)
+        self._schedule.step()
+        return norm
+
+    def _plain_step(self, drop: bool) -> float:
         # ZeRO's optimizers clip and report the norm; plain data-parallel training reports none, every rank has all
         # gradients, and the norm that is wanted anyway serves for clipping.
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if drop or not math.isfinite(norm):
+            self._engine.zero_grad()
+            return math.nan
         if 0 < self._clip_to < norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_to, norm)
+        self._engine.step()
         return norm.item()
+
+    def _zero_step(self, drop: bool) -> float:
+        zero = self._engine.optimizer
+        if not drop:
+            self._engine.step()
+        else:  # ZeRO drops a step, and clears its buffers, where it finds that its norm is no number
+            infinite = torch.full((1,), math.inf, device=self.ranks.device)
+            lies = {"_get_norm_groups": [infinite[0]], "get_grads_for_norm": ([infinite], {})}
+            name = next((name for name in lies if hasattr(zero, name)), "scaled_global_norm")
+            setattr(zero, name, lambda *_, **__: lies.get(name, infinite[0]))
+            try:
+                self._engine.step()
+            finally:
+                delattr(zero, name)
+        return math.inf if zero.overflow else float(self._engine.get_global_grad_norm())
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -100,6 +125,36 @@ class Engine:
                 yield
         finally:
             self._engine.train()
+
+    def flats(self) -> list[Flat]:
+        """What this rank holds of the weights and moments that are trained."""
+        return flats_of(self._engine, self.optimizer, self.stage)
+
+    def fill(self, shards, *, moments: bool = True) -> bool:
+        """Fill them from a checkpoint (reliability/shards.py); returns whether all was copied bit for bit.
+
+        moments: false for the weights alone.  `weights_changed` has to follow on all ranks.
+        """
+        return all([shards.load(flat, self.optimizer if moments else None) for flat in self.flats()])
+
+    def weights_changed(self) -> None:
+        """After `fill`: the weights that the model computes with follow. A collective call."""
+        weights_changed(self._engine, self.stage)
+
+    def schedule_state(self) -> dict:
+        """Where the learning rate stands, as plain numbers."""
+        return {"last_epoch": self._schedule.last_epoch, "_last_lr": self._schedule.get_last_lr()}
+
+    def set_schedule(self, state: dict) -> None:
+        """Go on where `schedule_state` stood."""
+        self._schedule.load_state_dict(self._schedule.state_dict() | state | {"_step_count": state["last_epoch"] + 1})
+        for group, lr in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
+            group["lr"] = lr
+
+    def trained_sizes(self) -> dict[str, int]:
+        """Elements of each parameter that is trained."""
+        named = self.module.named_parameters()
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad}
 
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """The complete weights on the main rank's CPU, None elsewhere. A collective call."""

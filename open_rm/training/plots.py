@@ -49,8 +49,11 @@ def draw_curves(record: Path, *, title: str) -> Path:
 
 
 def _draw(axis, rows, key: str, metric: str, colour: str, named: bool) -> None:
-    train = [(row[key], row[f"train/rm/{metric}"]) for row in rows if f"train/rm/{metric}" in row]
-    held_out = [(row[key], row[f"eval/rm/{metric}"]) for row in rows if f"eval/rm/{metric}" in row]
+    # a number that was not finite is null in the record, and left out here
+    train, held_out = (
+        [(row[key], row[name]) for row in rows if row.get(name) is not None]
+        for name in (f"train/rm/{metric}", f"eval/rm/{metric}")
+    )
     prefix = f"{metric.removesuffix('_rewards')} " if named else ""
     if train:
         x, y = zip(*train, strict=True)

@@ -1,5 +1,6 @@
 """How far a run is: with the engine's state and the random states, all that a checkpoint has to keep."""
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ class Progress:
 
     pairs: of an epoch.  episode: pairs seen.  training_seconds: of the loop, evaluations aside.  flops: that the model needed.
     last_train, last_evaluation: metrics by the names under which they are logged.
+    skipped: steps that were no numbers and were not applied.  evaluation_due: the evaluation at this step is still to be made.
+    best_step, best_value, best_evaluation: of the best evaluation so far.  worse: evaluations since then.
     """
 
     pairs: int
@@ -22,6 +25,12 @@ class Progress:
     flops: float = 0.0
     last_train: dict[str, float] = field(default_factory=dict)
     last_evaluation: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    evaluation_due: bool = True
+    best_step: int | None = None
+    best_value: float | None = None
+    best_evaluation: dict[str, float] = field(default_factory=dict)
+    worse: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     def advance(self, step: Step, means: dict[str, float], performance: dict[str, float]) -> None:
@@ -50,6 +59,17 @@ class Progress:
     def eta_seconds(self) -> float:
         """Until the last step, evaluations aside."""
         return self.training_seconds / max(1, self.step) * (self.total_steps - self.step)
+
+    def saved(self) -> dict:
+        """All of it but the clock, for a checkpoint; `continued` is the way back."""
+        kept = {name: value for name, value in dataclasses.asdict(self).items() if name != "started"}
+        return kept | {"hours": self.hours}
+
+    @classmethod
+    def continued(cls, saved: dict) -> "Progress":
+        """Where a checkpoint stood; the hours go on from there."""
+        rest = {name: value for name, value in saved.items() if name != "hours"}
+        return cls(**rest, started=time.perf_counter() - 3600 * saved["hours"])
 
     def position(self) -> dict[str, float]:
         """What every line of metrics says about when it was written."""

@@ -1,12 +1,14 @@
 """What a run says and records: the log on the console, metrics.jsonl, samples.jsonl, TensorBoard, wandb.
 
 metrics.jsonl is the record: one JSON object per line, flushed at once, so that a killed run keeps it. The others are
-views. Only floats and sample tables come here; averages over ranks are made before (see metrics.py).
+views. Only floats and sample tables come here; averages over ranks are made before (see metrics.py). A run that is resumed
+goes on with the record of its checkpoint, without a gap or a repeat; no sink that fails ends the training.
 """
 
 import contextlib
-import json
+import math
 import os
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -14,14 +16,23 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
 from open_rm.flags import TrackingFlags
 from open_rm.training.progress import Progress
+from open_rm.training.sinks import Board, RowFile, copy_start, read_rows
+from open_rm.training.wandb_run import WandbRun, offline_folders, start_wandb
 
 BAR_CELLS = 20
 LOG_COLUMNS = 170
 SECONDS_BETWEEN_LINES = 0.5
+ROW_FILES = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more. rich would end the process, in the middle of a step that other ranks wait for."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Log:
@@ -31,7 +42,7 @@ class Log:
         self.enabled = enabled
         self.lines: list[str] = []
         # In a log file there is no terminal to ask for a width, and 80 columns would break tables apart.
-        self._console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else LOG_COLUMNS)
+        self._console = _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else LOG_COLUMNS)
 
     def say(self, *lines: str) -> None:
         """Print at once, and remember for run.json: what was read, dropped, chosen, switched off, and why."""
@@ -43,40 +54,99 @@ class Log:
         """Print a line of progress or a table, which are not worth remembering."""
         if not self.enabled:
             return
-        if isinstance(what, Table):
-            self._console.print(what, markup=False)
-        else:
-            self._console.print(what, markup=False, soft_wrap=True)
-        self._console.file.flush()
+        with contextlib.suppress(OSError):  # of a console that is a file on a full disk
+            if isinstance(what, Table):
+                self._console.print(what, markup=False)
+            else:
+                self._console.print(what, markup=False, soft_wrap=True)
+            self._console.file.flush()
 
 
 class Tracker:
     """The sinks of the main rank, open for the length of a `with`; where the log is off every call does nothing."""
 
-    def __init__(self, output_dir: str, log: Log, settings: dict, flags: TrackingFlags):
+    def __init__(
+        self,
+        output_dir: str,
+        log: Log,
+        settings: dict,
+        flags: TrackingFlags,
+        resumed: dict | None = None,
+        positions_from: str | Path | None = None,
+    ):
         """Open the sinks.
 
         Args:
-            output_dir: metrics.jsonl, samples.jsonl, tensorboard/ and wandb/ are written here.
+            output_dir: metrics.jsonl, samples.jsonl, skipped.jsonl, tensorboard/ and wandb/ are written here.
             settings: the run's flags and derived numbers, run_name among them, shown by wandb and TensorBoard. No secrets.
+            resumed: what `positions` gave for a checkpoint, and its "episode"; None for a new run.
+            positions_from: the folder in which they were, where that is another one.
         """
         self.log = log
         self.record = Path(output_dir) / "metrics.jsonl"
-        self._wandb = None
+        self._resumed, self._wandb = resumed, None
+        self._wandb_id = resumed and resumed.get("wandb_run")
+        self._older_wandb: list[Path] = []
         self._last_line = 0.0
         if not log.enabled:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        source = Path(positions_from or folder)
+        moved = resumed is not None and source.resolve() != folder.resolve()
         with contextlib.ExitStack() as opened:  # what was opened is closed again where a later sink cannot be
-            self._metrics = opened.enter_context(self.record.open("w", encoding="utf-8"))
-            self._samples = opened.enter_context((folder / "samples.jsonl").open("w", encoding="utf-8"))
-            self._board = opened.enter_context(SummaryWriter(str(folder / "tensorboard")))
-            self._board.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in settings.items()))
+            self._files = {name: self._row_file(opened, folder, name, source if moved else None) for name in ROW_FILES}
+            self._board = self._open_board(opened, folder, moved, settings)
             if flags.with_tracking:
-                self._wandb, line = start_wandb(folder, settings, flags)
-                log.say(line)
+                self._open_wandb(folder, settings, flags)
             self._opened = opened.pop_all()
+
+    def _row_file(self, opened: contextlib.ExitStack, folder: Path, name: str, source: Path | None) -> RowFile:
+        """Open a row file where the checkpoint left it, or from its start."""
+        position = None if self._resumed is None else self._resumed["files"].get(name, 0)
+        if source is not None:
+            copy_start(source / name, folder / name, position)
+        file = RowFile(folder / name, self.log.say, position=position, lazy=name == "skipped.jsonl")
+        opened.callback(file.close)
+        if not file.whole:
+            rows = file.rows()
+            start = f"after step {rows[-1]['step']}" if rows else "from the start"
+            self.log.say(
+                f"{(source or folder) / name} is shorter than its checkpoint says, or missing: the record {start} up to "
+                f"the checkpoint (episode {self._resumed['episode']}) is lost; what comes now is appended"
+            )
+        return file
+
+    def _open_board(self, opened: contextlib.ExitStack, folder: Path, moved: bool, settings: dict) -> Board:
+        """Open TensorBoard, without what was shown behind the checkpoint; in another folder with what was shown before."""
+        episode = self._resumed["episode"] if self._resumed else 0
+        start = 0 if moved else episode
+        board = Board(folder / "tensorboard", self.log.say, purge_from=start if self._resumed else None)
+        opened.callback(board.close)
+        board.note("settings", [f"{key}: {value}" for key, value in settings.items()], episode)
+        # Purging takes the checkpoint's own episode too, because an evaluation behind it has the same one.
+        rows = [row for row in self._files["metrics.jsonl"].rows() if row["episode"] >= start] if self._resumed else []
+        for row in rows:
+            values = {name: value for name, value in row.items() if name != "step"}
+            ago = 3600 * (rows[-1]["hours"] - row["hours"])
+            board.scalars(values, row["episode"], seconds_ago=ago)
+        return board
+
+    def _open_wandb(self, folder: Path, settings: dict, flags: TrackingFlags) -> None:
+        """Start wandb, or go on with the checkpoint's run and send what it has not got."""
+        known = {"run_id": self._wandb_id} if self._wandb_id else {}
+        older = offline_folders(folder, self._wandb_id) if known else []
+        run, line = start_wandb(folder, settings, flags, **known)
+        self.log.say(line)
+        self._wandb = WandbRun(run, folder, self.log.say)
+        if getattr(run, "disabled", False):  # wandb takes everything and keeps nothing
+            return
+        self._wandb_id = getattr(run, "id", None)
+        if self._resumed is not None:
+            metrics, samples, _ = self._files.values()
+            self._wandb.replay(metrics.rows(), samples.rows())
+            if getattr(run, "offline", False) and metrics.whole and samples.whole:
+                self._older_wandb = older
 
     def __enter__(self) -> "Tracker":
         return self
@@ -86,8 +156,22 @@ class Tracker:
         if not self.log.enabled:
             return
         with self._opened:
-            if self._wandb is not None:
-                self._wandb.finish(exit_code=0 if kind is None else 1)
+            # Only now is the last offline folder on the disk to its end, and the older ones hold nothing that it has not.
+            if self._wandb is not None and self._wandb.finish(exit_code=0 if kind is None else 1):
+                for older in self._older_wandb:
+                    shutil.rmtree(older, ignore_errors=True)
+
+    def positions(self) -> dict:
+        """Where the record stands, for a checkpoint: what is counted here is safe on the disk. The main rank's alone.
+
+        Raises:
+            OSError: rows wait that could not be written, and a run that went on from here would have a gap there.
+        """
+        files = {name: file.position() for name, file in self._files.items()} if self.log.enabled else {}
+        for file in self._files.values() if self.log.enabled else ():
+            if file.waiting:
+                raise OSError(f"{file.waiting} rows of {file.path} wait to be written")
+        return {"files": files, "wandb_run": self._wandb_id}
 
     def training(self, progress: Progress) -> None:
         """A step was made: record it, and show a line, at most two a second."""
@@ -97,7 +181,7 @@ class Tracker:
             return
         self._last_line = time.monotonic()
         done = round(BAR_CELLS * progress.step / progress.total_steps)
-        m = {name.rpartition("/")[2]: value for name, value in progress.last_train.items()}
+        m = _shown(progress.last_train)
         self.log.show(
             f"[{'#' * done}{'.' * (BAR_CELLS - done)}] step {progress.step}/{progress.total_steps}  "
             f"episode {progress.episode}  loss {m['loss']:.4f}  accuracy {m['accuracy']:.3f}  "
@@ -114,7 +198,8 @@ class Tracker:
             if name.startswith("eval/rm/"):
                 group, _, metric = name.removeprefix("eval/rm/").rpartition("/")
                 groups.setdefault(group or "all", {})[metric] = value
-        for group, m in groups.items():
+        for group, metrics in groups.items():
+            m = _shown(metrics)
             self.log.show(
                 f"evaluation at step {progress.step}, {group}: accuracy {m['accuracy']:.3f}  loss {m['loss']:.4f}  "
                 f"margin {m['reward_margin']:+.3f}  chosen {m['chosen_rewards']:+.3f}  "
@@ -126,36 +211,40 @@ class Tracker:
         if not self.log.enabled:
             return
         row = progress.position() | metrics
-        self._metrics.write(json.dumps({"step": progress.step, **row}) + "\n")
-        self._metrics.flush()
-        for name, value in row.items():
-            self._board.add_scalar(name, value, progress.episode)
+        self._files["metrics.jsonl"].write({"step": progress.step, **row})
+        self._board.scalars(row, progress.episode)
         if self._wandb is not None:
-            self._wandb.log(row, step=progress.step)
+            self._wandb.log(row, progress.step)
 
     def samples(self, progress: Progress, rows: list[dict]) -> None:
         """Sample pairs with their rewards: whole in samples.jsonl and wandb; shortened on the console, where the table
         stands at the first and the last evaluation."""
         if not self.log.enabled:
             return
-        for row in rows:
-            self._samples.write(json.dumps({"step": progress.step, **row}, ensure_ascii=False) + "\n")
-        self._samples.flush()
+        self._files["samples.jsonl"].write(*({"step": progress.step, **row} for row in rows))
         if progress.step in (0, progress.total_steps):
             self.log.show(_sample_table(rows, title=f"sample pairs at step {progress.step}"))
         if self._wandb is not None:
-            import wandb
+            self._wandb.table(rows, progress.step)
 
-            columns = list(rows[0])
-            data = [[row[column] for column in columns] for row in rows]
-            self._wandb.log({"preference_samples": wandb.Table(columns=columns, data=data)}, step=progress.step)
+    def skipped(self, progress: Progress, row: dict) -> None:
+        """A step was left out: what is known of it in skipped.jsonl, and a line."""
+        if not self.log.enabled:
+            return
+        row = {"step": progress.step, **row}  # a row may name the step that was left out, which is not made yet
+        self._files["skipped.jsonl"].write(row)
+        facts = "  ".join(f"{name} {_shorten(str(value))}" for name, value in row.items() if name != "step")
+        self.log.show(f"skipped at step {row['step']}: {facts}")
 
     def figure(self, path: Path, progress: Progress) -> None:
         """Show a picture that was written to `path` in wandb."""
         if self._wandb is not None:
-            import wandb
+            self._wandb.picture(path, progress.step)
 
-            self._wandb.log({path.stem: wandb.Image(str(path))}, step=progress.step)
+
+def _shown(metrics: dict[str, float | None]) -> dict[str, float]:
+    """By the last part of their names; what is not there is shown as nan."""
+    return {name.rpartition("/")[2]: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def _sample_table(rows: list[dict], title: str) -> Table:
@@ -167,49 +256,12 @@ def _sample_table(rows: list[dict], title: str) -> Table:
     return table
 
 
-def start_wandb(folder: Path, settings: dict, flags: TrackingFlags):
-    """Start a wandb run; offline where there is no key or no server. Returns (run, line for the log)."""
-    import wandb
-
-    # Its own console capture would copy everything printed into the run file.
-    options = dict(project=flags.wandb_project_name, entity=flags.wandb_entity, name=settings["run_name"])
-    options |= dict(config=settings, dir=str(folder))
-    quiet = {"console": "off", "silent": True}
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not _has_wandb_key():
-        mode, reason = "offline", "there is no API key (set WANDB_API_KEY)"
-    elif mode in ("offline", "disabled"):
-        reason = f"WANDB_MODE={mode}"
-    else:
-        try:
-            run = wandb.init(**options, settings=wandb.Settings(**quiet, init_timeout=30))
-            return run, f"wandb: online, {run.url}"
-        except Exception as error:  # whatever a tracking server does, the run goes on
-            mode, reason = "offline", f"the server does not answer ({type(error).__name__})"
-    run = wandb.init(**options, mode=mode, settings=wandb.Settings(**quiet))
-    if mode == "disabled":
-        return run, f"wandb: disabled, because {reason}"
-    return run, f"wandb: {mode}, because {reason}; send it later with: wandb sync {folder}/wandb/offline-run-*"
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="ignore")
-
-
 def _shorten(text: str, limit: int = 160) -> str:
-    text = " ".join(text.split())
+    printable = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is not
+    text = " ".join(printable.split())
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The lines of a metrics.jsonl, None for a number that was not finite; a last line cut off by a kill is left out."""
+    return read_rows(path)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import alone
@@ -71,7 +72,7 @@ def add(meter, chosen, rejected, **changes):
 
 def counts_of(meter, clock) -> dict[str, float]:
     """What the meter counted in the step that was reduced last, from what it says of a step of two seconds."""
-    step = Step(number=1, pairs=7, micro_batches=[], imbalance=1.0, asked=clock.now - 2.0)
+    step = Step(number=1, pairs=7, micro_batches=[], imbalance=1.0, indices=np.arange(7), asked=clock.now - 2.0)
     perf = meter.performance(step, flops_before=0.0)
     tokens = perf["perf/tokens_per_second"] * 2.0
     computed = perf["perf/distinct_token_fraction"] * tokens
@@ -127,7 +128,7 @@ def test_perf_metrics_are_what_their_names_say(meter, clock):
     for tokens, computed, positions in ((40, 30, 50), (20, 18, 30)):
         add(meter, torch.zeros(4), torch.zeros(4), tokens=tokens, computed=computed, positions=positions)
     meter.reduce(8)
-    step = Step(number=3, pairs=8, micro_batches=[], imbalance=1.02, asked=clock.now, waited=0.1)
+    step = Step(number=3, pairs=8, micro_batches=[], imbalance=1.02, indices=np.arange(8), asked=clock.now, waited=0.1)
     clock.now += 2.0
     flops = sum(training_flops(tokens=tokens, area=90, shape=SHAPE, read=7) for tokens in (30, 18))
     assert meter.performance(step, flops_before=400.0) == {

@@ -42,6 +42,8 @@ TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "loss_ranking", "lr", "g
         "rank_imbalance",
         "mfu",
         "total_flops",
+        "checkpoint_stall_seconds",
+        "checkpoint_write_seconds",
     )
 }
 # Of the toy's 240 training pairs, 80 in steps of 8; evaluated at steps 0, 3, 7 (num_evals 2, evenly spaced) and 10.

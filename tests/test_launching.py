@@ -1,0 +1,583 @@
+"""Signals, restarts and Slurm: what the launch scripts make of a run that is stopped or breaks.
+
+The training is a stand-in that does what a plan says, one line of Python an attempt; torchrun is the real one.
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import OF_A_GROUP, REPOSITORY
+
+SBATCH = "scripts/train/slurm/reward_modeling.sbatch"
+
+# What `set_up_python` asks is answered by yes; torchrun runs; all else is the training, here and as torchrun's rank.
+PYTHON = """\
+#!/bin/bash
+case "$1 $2" in
+    "- "*) exit 0 ;;
+    "-m torch.distributed.run") cd "$HERE" ;;
+    "-m open_rm.reward_modeling") exec {python} -S "$HERE/open_rm/reward_modeling.py" "$@" ;;
+esac
+exec {python} "$@"
+"""
+
+TRAINING = '''\
+import os, signal, sys, time
+from pathlib import Path
+
+here = Path(os.environ["HERE"])
+rank = os.environ.get("RANK", "0")
+attempt = sum(1 for _ in here.glob(f"attempt_{rank}_*"))
+(here / f"attempt_{rank}_{attempt}").write_text(str(os.getpid()))
+
+
+def commit(step, takes=0):
+    """On all ranks: none is left before the checkpoint stands, as torchrun would end the others."""
+    building = here / f"out/checkpoints/step_{step:08d}.tmp"
+    if rank == "0":
+        building.mkdir(parents=True)
+        time.sleep(takes)
+        building.rename(building.with_suffix(""))
+    while not building.with_suffix("").exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+
+
+def note(number, frame):
+    with open(here / f"heard_{rank}", "a") as file:
+        file.write(signal.Signals(number).name + "\\n")
+
+
+def listen(kinds=("SIGTERM", "SIGINT", "SIGUSR1")):
+    """Until a signal comes; further ones are written down too."""
+    for kind in kinds:
+        signal.signal(getattr(signal, kind), note)
+    ready()
+    until = time.monotonic() + 90  # nothing is left of a test that failed
+    while not (here / f"heard_{rank}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def ready():
+    (here / f"ready_{rank}").touch()
+
+
+lines = os.environ["PLAN"].splitlines()
+exec(lines[attempt] if attempt < len(lines) else "sys.exit(99)")
+'''
+
+RECIPE = """\
+set -euo pipefail
+cd {repository}
+source scripts/launch.sh
+GLOBAL_BATCH=8
+PER_DEVICE=1
+launch "$@"
+"""
+
+
+class Place:
+    """A folder with a stand-in python, a recipe and the output folder of a run."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.output = folder, folder / "out"
+        (folder / "open_rm").mkdir()
+        (folder / "open_rm/__init__.py").touch()
+        (folder / "open_rm/reward_modeling.py").write_text(TRAINING)
+        (folder / "recipe.sh").write_text(RECIPE.format(repository=shlex.quote(str(REPOSITORY))))
+        self.script("python", PYTHON.format(python=shlex.quote(sys.executable)))
+
+    def script(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def environment(self, variables: dict) -> dict:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in OF_A_GROUP and not name.startswith(("SLURM_", "PET_"))
+        }
+        path = f"{self.folder}:{kept['PATH']}"
+        return kept | {"HERE": str(self.folder), "PYTHON": str(self.folder / "python"), "PATH": path} | variables
+
+    def start(self, *plan: str, command=None, flags=None, **variables: str) -> subprocess.Popen:
+        flags = ["--output_dir", str(self.output)] if flags is None else flags
+        return subprocess.Popen(
+            [*(command or ["bash", str(self.folder / "recipe.sh")]), *flags],
+            env=self.environment({"PLAN": "\n".join(plan), **variables}),
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *plan: str, **kwargs) -> tuple[int, str, str]:
+        return ended(self.start(*plan, **kwargs))
+
+    def commit(self, step: int) -> None:
+        (self.output / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+
+    def wait_for(self, name: str) -> str:
+        """What a file of this folder holds, once it is there."""
+        until = time.monotonic() + 60
+        while not (self.folder / name).exists():
+            assert time.monotonic() < until, f"{name} did not appear"
+            time.sleep(0.02)
+        return (self.folder / name).read_text()
+
+    def heard(self, rank: int = 0) -> list[str]:
+        return self.wait_for(f"heard_{rank}").split()
+
+    @property
+    def attempts(self) -> int:
+        return len(list(self.folder.glob("attempt_0_*")))
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def call(function: str, *arguments: str) -> str:
+    """What a function of launch.sh prints."""
+    command = ["bash", "-euc", 'source scripts/launch.sh; "$@"', "-", function, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_the_latest_checkpoint_is_the_highest_step_that_was_committed(place):
+    assert call("latest_checkpoint", "") == call("latest_checkpoint", str(place.output)) == ""
+    for name in ("step_00000009", "step_00000080", "step_99999999.tmp", "step_x", "step_00000090.damaged", "other"):
+        (place.output / "checkpoints" / name).mkdir(parents=True)
+    assert call("latest_checkpoint", str(place.output)) == "step_00000080\n"
+    place.commit(123456789)  # more digits than the others
+    assert call("latest_checkpoint", str(place.output)) == "step_123456789\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        (["--seed", "1"], ""),
+        (["--output_dir", "a b", "--seed", "1"], "a b"),
+        (["--output_dir=a", "--output-dir", "b"], "b"),
+        (["--output-dir", "a", "--output_dir=b=c"], "b=c"),
+        (["--output_dir=~/a"], f"{os.path.expanduser('~')}/a"),
+    ],
+)
+def test_the_output_folder_is_the_last_that_the_flags_name(flags, folder):
+    assert call("output_folder", *flags) == f"{folder}\n"
+
+
+@pytest.mark.parametrize("status", [0, 1, 75, 76])
+def test_the_status_of_a_run_without_signals_is_its_own(place, status):
+    assert place.run(f"print('trained'); sys.exit({status})")[:2] == (status, "trained\n")
+
+
+@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_reaches_the_training_once_and_its_checkpoint_is_waited_for(place, kind):
+    process = place.start("listen(); commit(7, takes=0.5); sys.exit(1)")
+    place.wait_for("ready_0")
+    os.killpg(process.pid, getattr(signal, kind))  # as Ctrl-C at a terminal: the group of the script
+    status, _, err = ended(process)
+    assert (status, place.heard()) == (75, ["SIGTERM" if kind == "SIGHUP" else kind])
+    assert "passed on to the training" in err and "stopped at step_00000007; the same command" in err
+
+
+def test_a_second_signal_is_passed_on_too(place):
+    process = place.start("listen(); time.sleep(1); sys.exit(3)")
+    place.wait_for("ready_0")
+    process.send_signal(signal.SIGUSR1)
+    place.heard()
+    process.send_signal(signal.SIGTERM)
+    assert (ended(process)[0], place.heard()) == (3, ["SIGUSR1", "SIGTERM"])
+
+
+@pytest.mark.parametrize(("own", "status"), [(0, 0), (1, 1), (75, 75), (76, 76)])
+def test_a_run_told_to_stop_that_saves_nothing_ends_with_its_own_status(place, own, status):
+    place.commit(7)  # was there before
+    process = place.start(f"listen(); sys.exit({own})", "sys.exit(98)", RESTARTS="3")
+    place.wait_for("ready_0")
+    process.terminate()
+    assert (ended(process)[0], place.attempts) == (status, 1)
+
+
+def test_a_run_that_does_not_listen_yet_ends_at_the_first_signal(place):
+    process = place.start("ready(); time.sleep(60)")
+    place.wait_for("ready_0")
+    process.terminate()
+    status, _, err = ended(process)
+    assert status == 128 + signal.SIGTERM and "Terminated" not in err
+
+
+def test_a_run_that_breaks_is_started_again_while_it_saves_checkpoints(place):
+    plan = ["commit(10); sys.exit(1)", "commit(20); os.kill(os.getpid(), 9)", "print('trained')"]
+    status, out, err = place.run(*plan, RESTARTS="5")
+    assert (status, out, place.attempts) == (0, "trained\n", 3)
+    assert err.splitlines() == [
+        "the run ended with status 1 after step_00000010; restart 1 of 5",
+        "the run ended with status 137 after step_00000020; restart 2 of 5",
+    ]
+
+
+def test_a_run_that_breaks_each_time_at_the_same_step_ends(place):
+    status, _, err = place.run("commit(10); sys.exit(76)", "sys.exit(76)", "sys.exit(98)", RESTARTS="5")
+    assert (status, place.attempts) == (76, 2)
+    assert "ended with status 76 and without a new checkpoint, so it is not started again" in err
+
+
+@pytest.mark.parametrize(("restarts", "attempts"), [({}, 1), ({"RESTARTS": "0"}, 1), ({"RESTARTS": "2"}, 3)])
+def test_a_run_is_started_again_so_often_and_no_more(place, restarts, attempts):
+    plan = [f"commit({step}); sys.exit(1)" for step in range(10, 20)]
+    assert (place.run(*plan, **restarts)[0], place.attempts) == (1, attempts)
+
+
+def test_a_run_that_was_told_to_stop_is_not_started_again(place):
+    plan = ["commit(10); sys.exit(1)", "listen(); sys.exit(1)", "sys.exit(98)"]
+    process = place.start(*plan, RESTARTS="5")
+    place.wait_for("ready_0")
+    process.terminate()
+    assert (ended(process)[0], place.attempts) == (75, 2)  # newer than at the start of the script
+
+
+def test_a_run_that_stopped_by_itself_is_not_started_again(place):
+    assert (place.run("commit(10); sys.exit(75)", RESTARTS="5")[0], place.attempts) == (75, 1)
+
+
+def test_restarts_need_an_output_folder(place):
+    status, _, err = place.run("commit(10); sys.exit(5)", flags=[], RESTARTS="5")
+    assert (status, place.attempts) == (5, 1)
+    assert err.startswith("RESTARTS=5 has no effect without --output_dir")
+
+
+@pytest.mark.parametrize("restarts", ["-1", "many"])
+def test_restarts_are_a_count(place, restarts):
+    expected = (1, "", f"error: RESTARTS is a count of 0 or more, not '{restarts}'\n")
+    assert place.run(RESTARTS=restarts) == expected
+
+
+def test_several_tasks_on_a_node_of_several_are_refused(place):
+    status, out, err = place.run(NNODES="2", MASTER_ADDR="h", GPUS="4", SLURM_NTASKS_PER_NODE="4")
+    assert (status, out) == (1, "")
+    assert err == "error: each node runs this once and starts its 4 ranks; ask Slurm for --ntasks-per-node=1, not 4\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "port"),
+    [({}, "29500"), ({"SLURM_JOB_ID": "12345678"}, "29678"), ({"SLURM_JOB_ID": "1", "MASTER_PORT": "4"}, "4")],
+)
+def test_two_jobs_on_a_node_have_ports_of_their_own(place, variables, port):
+    out = place.run(DRY="1", NNODES="2", SLURM_NTASKS_PER_NODE="1", **variables)[1]
+    assert f"--master_port {port} " in out
+
+
+def test_two_nodes_start_again_though_one_is_late(place):
+    # the first node still has the last attempt's store when the second is back
+    broken = "commit(7); rank == '0' and time.sleep(1.5); sys.exit(1)"
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "RESTARTS": "2"}
+    nodes = [place.start(broken, "commit(9); sys.exit(0)", NODE_RANK=node, **where) for node in "01"]
+    for status, _, err in map(ended, nodes):
+        assert (status, place.attempts) == (0, 2)
+        assert "ended with status 1 after step_00000007; restart 1 of 2" in err
+
+
+def alive(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the ranks of torchrun are found in /proc")
+def test_torchruns_ranks_are_told_and_its_agent_is_not(place):
+    plan = "listen(); time.sleep(0.5); commit(7, takes=1); sys.exit(75)"
+    process = place.start(plan, GPUS="2")
+    for rank in (0, 1):
+        place.wait_for(f"ready_{rank}")
+    pid = place.wait_for("attempt_0_0")
+    agent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    for kind in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # where Slurm signals every process of a step
+        os.kill(agent, kind)
+    time.sleep(0.5)
+    assert not (place.folder / "heard_0").exists()
+    process.send_signal(signal.SIGUSR1)
+    status, _, err = ended(process)
+    assert (status, place.heard(0)[0], place.heard(1)[0]) == (75, "SIGUSR1", "SIGUSR1")
+    assert "stopped at step_00000007" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the ranks of torchrun are found in /proc")
+def test_torchruns_ranks_that_do_not_listen_yet_end_at_the_first_signal(place):
+    process = place.start("ready(); time.sleep(60)", GPUS="2")
+    pids = [place.wait_for(f"ready_{rank}") or place.wait_for(f"attempt_{rank}_0") for rank in (0, 1)]
+    process.send_signal(signal.SIGINT)
+    before = time.monotonic()
+    assert ended(process)[0] == 1
+    assert time.monotonic() - before < 20 and not any(alive(pid) for pid in pids)
+
+
+SRUN = """\
+#!/bin/bash
+# what it was asked, then the task in its place: a signal to srun is one to the task
+printf '%s\\n' "$@" > "$HERE/srun.args"
+while [[ $1 != bash ]]; do shift; done
+exec "$@"
+"""
+
+SCONTROL = """\
+#!/bin/bash
+case "$1" in
+    show) echo "   JobState=${STATE:-RUNNING} Reason=None" ;;
+    requeue) echo "$2" >> "$HERE/requeued" ;;
+esac
+"""
+
+
+class Job(Place):
+    """The same as a Slurm job, with stand-ins for its commands."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.script("srun", SRUN)
+        self.script("scontrol", SCONTROL)
+
+    def start(self, *plan: str, **kwargs) -> subprocess.Popen:
+        slurm = {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+        return super().start(*plan, command=["bash", SBATCH, str(self.folder / "recipe.sh")], **(slurm | kwargs))
+
+    @property
+    def requeued(self) -> list[str]:
+        file = self.folder / "requeued"
+        return file.read_text().split() if file.exists() else []
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_job_that_finishes_is_done(job):
+    status, out, _ = job.run("commit(10); sys.exit(0)")
+    assert (status, job.requeued, out.splitlines()[-1]) == (0, [], "finished")
+    logs = f"{job.output}.logs"
+    asked = (job.folder / "srun.args").read_text().splitlines()
+    assert asked[:3] == ["--kill-on-bad-exit=1", "--output", f"{logs}/node_%n.log"] and Path(logs).is_dir()
+    assert f"job 77, start 1, from the beginning; logs in {logs}" in out
+
+
+@pytest.mark.parametrize("kind", ["SIGUSR1", "SIGTERM"])
+def test_a_job_before_its_time_limit_saves_a_checkpoint_and_is_requeued(job, kind):
+    job.commit(5)
+    process = job.start("listen(); commit(7, takes=0.5); sys.exit(1)", SLURM_RESTART_COUNT="2")
+    job.wait_for("ready_0")
+    process.send_signal(getattr(signal, kind))
+    status, out, _ = ended(process)
+    assert (status, job.heard(), job.requeued) == (75, ["SIGUSR1"], ["77"])
+    assert "job 77, start 3, from step_00000005" in out
+    assert out.splitlines()[-1] == "status 75, step_00000007: requeued, to go on from there"
+
+
+@pytest.mark.parametrize(
+    ("plan", "status", "requeued"),
+    [
+        ("commit(10); sys.exit(76)", 76, ["77"]),  # broke, but got on
+        ("commit(10); os.kill(os.getpid(), 9)", 137, ["77"]),
+        ("sys.exit(75)", 75, ["77"]),
+        ("sys.exit(76)", 76, []),  # would break again
+        ("sys.exit(1)", 1, []),
+    ],
+)
+def test_a_job_that_broke_is_requeued_if_it_saved_a_checkpoint(job, plan, status, requeued):
+    job.commit(5)
+    assert (job.run(plan)[0], job.requeued) == (status, requeued)
+
+
+@pytest.mark.parametrize("before", [None, 5])
+def test_a_job_stopped_twice_at_the_same_checkpoint_ends(job, before):
+    if before:
+        job.commit(before)
+    plan = ["ready(); time.sleep(60)", "sys.exit(75)", "commit(7); sys.exit(75)", "sys.exit(75)"]
+    process = job.start(*plan)  # it is told while it loads, and says nothing of its own
+    job.wait_for("ready_0")
+    process.send_signal(signal.SIGUSR1)
+    assert (ended(process)[0], job.requeued) == (128 + signal.SIGUSR1, ["77"])
+    status, out, _ = job.run(*plan)
+    assert (status, job.requeued) == (75, ["77"]) and "no new checkpoint: not requeued" in out
+    job.run(*plan)
+    job.run(*plan)
+    assert job.requeued == ["77"] * 3  # it got on, and was stopped for the first time there
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT"])
+def test_a_job_that_slurm_is_ending_is_not_requeued(job, state):
+    status, out, _ = job.run("commit(10); sys.exit(75)", STATE=state)
+    assert (status, job.requeued) == (75, [])
+    assert "Slurm is ending the job" in out
+
+
+def test_one_of_an_array_is_requeued_alone_and_has_its_number_in_its_flags(job):
+    array = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}  # the last of an array has the array's job id
+    flags = ["--seed", "%a", f"--output_dir={job.folder}/seed_%a"]
+    assert (job.run("sys.exit(75)", flags=flags, **array)[0], job.requeued) == (75, ["77_3"])
+    asked = (job.folder / "srun.args").read_text().splitlines()
+    assert asked[-3:] == ["--seed", "3", f"--output_dir={job.folder}/seed_3"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"SLURM_JOB_ID": ""}, "output/slurm_JOB_ID"),
+        ({}, "output/slurm_77"),
+        ({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"}, "output/slurm_70_2"),
+    ],
+)
+def test_a_dry_job_prints_its_commands(job, variables, folder):
+    status, out, _ = job.run(flags=["--seed", "3"], DRY="1", NNODES="2", GPUS="4", **variables)
+    step, _, command, then = out.splitlines()
+    assert (status, job.attempts) == (0, 0)
+    flags = ["--seed", "3", "--output_dir", folder]
+    assert shlex.split(step)[-4:] == shlex.split(command)[-4:] == flags and step.startswith("srun ")
+    assert "--nnodes 2" in command and f"a new checkpoint in {folder}" in then
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "sentence"),
+    [
+        ([], {}, "the first argument is the recipe"),
+        (["no/recipe.sh"], {}, "not 'no/recipe.sh'"),
+        (["scripts/train/tulu3/reward_modeling_8b.sh"], {}, "there is no Slurm job; submit this with sbatch"),
+        ([], {"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository; run sbatch in its root"),
+    ],
+)
+def test_a_job_submitted_wrongly_is_refused_in_one_sentence(place, arguments, variables, sentence):
+    process = Place.start(place, command=["bash", SBATCH], flags=arguments, **variables)
+    status, out, err = ended(process)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
+
+
+SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+
+SLURM = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+SlurmctldPort={ports[0]}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SchedulerParameters=sched_interval=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
+PartitionName=main Nodes=n1,n2 Default=YES
+"""
+
+
+def wait_until(true) -> None:
+    until = time.monotonic() + 90
+    while not true():
+        assert time.monotonic() < until, "it did not come to that in 90 s"
+        time.sleep(0.2)
+
+
+def asked_slurm(folder: Path, *command: str, **kwargs) -> str:
+    environment = kwargs.pop("env", dict(os.environ)) | {"SLURM_CONF": str(folder / "slurm.conf")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **kwargs).stdout
+
+
+@pytest.fixture
+def slurm():
+    """A real Slurm of two nodes on this machine; the folder with its slurm.conf."""
+    missing = [name for name in ("slurmctld", "slurmd", "srun", "munged") if shutil.which(name, path=SBIN) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"no Slurm to start here: {f'no {missing[0]}' if missing else 'not root'}")
+    with tempfile.TemporaryDirectory(prefix="slurm_") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)  # a short one, for the socket
+        for part in ("state", "n1", "n2"):
+            (folder / part).mkdir()
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
+        conf = folder / "slurm.conf"
+        conf.write_text(SLURM.format(host=socket.gethostname(), folder=folder, ports=free_ports(3)))
+        munge = [
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={folder}/munge.socket",
+            f"--key-file={folder}/munge.key",
+        ]
+        munge += [f"--{part}-file={folder}/munge.{part}" for part in ("pid", "log", "seed")]
+        daemons = [
+            munge,
+            ["slurmctld", "-D", "-f", conf],
+            *(["slurmd", "-D", "-f", conf, "-N", n] for n in ("n1", "n2")),
+        ]
+        for command in daemons:
+            daemon = subprocess.Popen(
+                list(map(str, command)),
+                env=os.environ | {"PATH": SBIN},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+            if command is munge:
+                wait_until(lambda: (folder / "munge.socket").exists())
+        wait_until(lambda: asked_slurm(folder, "sinfo", "--noheader", "--format=%T:%D") == "idle:2\n")
+        yield folder
+        asked_slurm(folder, "scancel", "--full", "--signal=KILL", "--state=RUNNING")  # what a failed test has left
+        wait_until(lambda: asked_slurm(folder, "squeue", "--noheader", "--states=RUNNING,COMPLETING") == "")
+
+
+def test_a_real_job_on_two_nodes_is_stopped_requeued_and_finishes(place, slurm):
+    log = place.folder / "job.log"
+    ask = functools.partial(asked_slurm, slurm, cwd=REPOSITORY)
+    plan = ["listen(); commit(7, takes=2); sys.exit(75)", "commit(9); sys.exit(0)"]
+    variables = {"PLAN": "\n".join(plan), "MASTER_ADDR": "127.0.0.1", "SLURM_CONF": str(slurm / "slurm.conf")}
+    flags = ["--parsable", "--nodes=2", f"--output={log}", SBATCH, str(place.folder / "recipe.sh")]
+    number = ask("sbatch", *flags, "--output_dir", str(place.output), env=place.environment(variables)).strip()
+    for rank in (0, 1):
+        place.wait_for(f"ready_{rank}")
+    ask("scancel", "--batch", "--signal=USR1", number)  # what --signal=B:USR1@300 does 300 s before the end
+    wait_until(lambda: log.exists() and "finished" in log.read_text())
+    text = log.read_text()
+    assert "status 75, step_00000007: requeued, to go on from there" in text
+    assert f"job {number}, start 2, from step_00000007" in text
+    assert (place.heard(0)[0], place.heard(1)[0], place.attempts) == ("SIGUSR1", "SIGUSR1", 2)
+    for node in (0, 1):
+        assert "stopped at step_00000007" in (place.folder / f"out.logs/node_{node}.log").read_text()
