@@ -205,7 +205,8 @@ def build(prepared: Prepared) -> Run:
     marks = resuming.marks_of(train_pairs, prepared.held_out_pairs, engine, dtype, margins=args.margin_loss)
     resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
-    facts |= {"pairs_per_step": pairs_per_step, "contract": dataclasses.asdict(prepared.contract)}
+    facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own}
+    facts |= {"contract": dataclasses.asdict(prepared.contract)}
     facts |= {"plan": plan.numbers(), "labels": train_pairs.labels}
     facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
@@ -288,6 +289,7 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
     state = run.engine.gathered_state()  # whole weights, on the main rank's CPU
 
     def save_prove_push() -> None:
+        run.survival.check_held()
         with run_folder.disk_explained(place.folder, run.keeper.committed_step):
             saving.save_reward_model(run.model, state, run.tokenizer, place.folder, run.contract)
             curves = draw_curves(tracker.record, title=place.name)

@@ -105,11 +105,7 @@ def disk_explained(folder: str, last_checkpoint: int | None) -> Iterator[None]:
             if full
             else quote_error(error)
         )
-        kept = (
-            "no checkpoint was written"
-            if last_checkpoint is None
-            else f"the checkpoint of step {last_checkpoint} is whole"
-        )
-        raise UserError(
-            f"{folder}: the model cannot be saved ({why}); {kept}. Mend that and give the same command again"
-        ) from error
+        kept = "no checkpoint was written, so that the same command trains anew"
+        if last_checkpoint is not None:
+            kept = f"the checkpoint of step {last_checkpoint} is whole: mend that and give the same command again"
+        raise UserError(f"{folder}: the model cannot be saved ({why}); {kept}") from error

@@ -9,6 +9,7 @@ pulse        when a rank last moved on, in seconds in which it ran
 lines        messages over a connection, and the last words of a rank
 keeper       checkpoints: when, written behind the training, committed, kept
 shards       an engine's state in files of ranks, and back on any number of them
+random_states  of torch, numpy and Python, as tensors
 checkpoints  on the disk: found, verified, chosen
 comparing    what may differ between a run and the command that goes on with it
 resuming     from the same command to the checkpoint that it goes on from

@@ -8,14 +8,12 @@ written at a time.
 import errno
 import json
 import os
-import random
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from open_rm import alive
@@ -26,6 +24,7 @@ from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint, gib
 from open_rm.reliability.claim import CLAIM
+from open_rm.reliability.random_states import random_states, set_random_states
 from open_rm.reliability.shards import Shards, Snapshot
 from open_rm.reliability.signals import Stop
 from open_rm.training.engine import Engine
@@ -34,6 +33,7 @@ from open_rm.training.progress import Progress
 DEFAULT_MINUTES = 30.0
 LOOKS_A_SECOND = 20
 CLOSING_SECONDS = 300.0  # most that a run which ends by a mistake waits for the checkpoint that is being written
+SLOW_DISK_SECONDS = 3600.0  # a disk that takes longer counts as hanging
 SEEN_AFTER = 10.0  # seconds after which a name that one node made is seen by all on a shared file system
 
 
@@ -62,6 +62,7 @@ class Keeper:
         self._number, self._last_at = 0, time.monotonic()
         self._stall = self._seconds = 0.0
         self.committed_step: int | None = None  # main rank: of the newest that this process wrote or went on from
+        self._lost = False  # main rank: another run has taken the folder over
         self._keeps_best = flags.metric_for_best_model is not None
 
     # ---------------------------------------------------------------- when
@@ -126,10 +127,12 @@ class Keeper:
     def _blind_ranks(self) -> list[int]:
         """Those that do not see the claim on the folder, which is on another node's disk then."""
         claim, patience = Path(self._output_dir) / CLAIM, time.monotonic() + SEEN_AFTER
-        wanted = self._ranks.from_main(claim.exists)
-        while wanted and not claim.exists() and time.monotonic() < patience:  # names spread slowly on a shared disk
+        wanted = self._ranks.from_main(lambda: _content(claim))
+        while (
+            wanted and _content(claim) != wanted and time.monotonic() < patience
+        ):  # files spread slowly on a shared disk
             time.sleep(0.2)
-        seen = self._ranks.gathered(claim.exists())
+        seen = self._ranks.gathered(_content(claim) == wanted)
         return [rank for rank, sees in enumerate(seen) if wanted and not sees]
 
     def _bytes(self, engine: Engine, moments: int = 0) -> float:
@@ -158,7 +161,7 @@ class Keeper:
             building = self._ranks.from_main(lambda: self._begin(progress, size, state, positions))
             if building is not None:
                 self._snapshot.take(engine.flats())
-                work = (Path(building), state, _random_states(self._ranks), time.perf_counter())
+                work = (Path(building), state, random_states(self._ranks), time.perf_counter())
                 self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
                 self._thread.start()
             self._last_at = time.monotonic()
@@ -174,11 +177,18 @@ class Keeper:
         Raises:
             SystemExit: STOPPED, on all ranks, where one was asked to stop and the checkpoint is committed; 1 where it is not.
         """
+        if self._lost:
+            stop.asked = stop.asked or "a lost claim"
         stopping = stop.agreed(self._ranks)
         if not stopping:
             if self.enabled and (progress.best_step == progress.step or self.due(progress)):
                 self.save(engine, progress, positions)
             return
+        if self._ranks.from_main(lambda: self._lost):
+            self._ranks.fail(
+                f"another run has taken {self._output_dir} over while this one stood still; this one ends after step "
+                f"{progress.step}"
+            )
         saved = self.enabled and progress.step > 0 and self.save(engine, progress, positions, wait=True)
         where = f"stopped after step {progress.step} of {progress.total_steps}"
         if saved:
@@ -188,13 +198,18 @@ class Keeper:
         raise SystemExit(STOPPED if progress.step == 0 else 1)
 
     def after_training(self, engine: Engine, progress: Progress, positions: Callable[[], dict]) -> None:
-        """A run that was long enough for checkpoints gets one of its last step, so that a kill while the model is saved
-        costs nothing; then wait until all is committed."""
-        if self._ranks.from_main(lambda: self.committed_step is not None or self._thread is not None):
+        """One of the last step, so that a kill while the model is saved, or a Hub that is gone, costs nothing; then wait until
+        all is committed."""
+        if self.enabled:
             self.save(engine, progress, positions, wait=True)
 
     def _join(self) -> None:
         if self._thread is not None:
+            # A slow disk that takes long to have all of it shows neither processor time nor bytes.
+            until = time.monotonic() + SLOW_DISK_SECONDS
+            while self._thread.is_alive() and time.monotonic() < until:
+                self._thread.join(1.0)
+                alive.beat()
             self._thread.join()
             self._thread = None
 
@@ -202,11 +217,11 @@ class Keeper:
         """The folder to write into, or None where nothing can be written: training goes on, and the last one is kept."""
         folder = checkpoints.folder_of(self._output_dir)
         building = folder / f"{checkpoints.name_of(progress.step)}.{self._number}{checkpoints.BUILDING}"
-        free = checkpoints.free_bytes(folder)
-        if free < size:
-            self._say(self._failed(progress.step, f"{gib(size)} are needed and {gib(free)} are free in {folder}"))
-            return None
         try:
+            free = checkpoints.free_bytes(folder)
+            if free < size:
+                self._say(self._failed(progress.step, f"{gib(size)} are needed and {gib(free)} are free in {folder}"))
+                return None
             state |= {"progress": progress.saved(), "sinks": positions() | {"episode": progress.episode}}
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(building, ignore_errors=True)
@@ -255,7 +270,8 @@ class Keeper:
         path.write_text(json.dumps(state), encoding="utf-8")
         _on_disk(path)
         files = {report["name"]: report["file"] for report in reports} | {path.name: written(path)}
-        if not self._holds():
+        self._lost = not self._holds()
+        if self._lost:
             return f"another run has taken {self._output_dir}"
         step = state["progress"]["step"]
         folder = building.with_name(checkpoints.name_of(step))
@@ -281,7 +297,7 @@ class Keeper:
             shards, exact = self._fill(engine, found, moments=True)
         engine.set_schedule(found.state["schedule"])
         own = min(self._ranks.rank, len(shards.files) - 1)
-        _set_random_states(shards.files[own].others(), self._ranks)
+        set_random_states(shards.files[own].others(), self._ranks)
         progress = Progress.continued(found.state["progress"])
         if found.path.resolve().parent == checkpoints.folder_of(self._output_dir).resolve():
             self.committed_step = progress.step
@@ -318,7 +334,7 @@ class Keeper:
                     "last model is saved instead"
                 )
                 return
-            self._fill(engine, checkpoints.read(path), moments=False)
+            self._fill(engine, self._ranks.from_main(lambda: checkpoints.read(path)), moments=False)
         progress.last_evaluation = progress.best_evaluation
         self._say(f"the model of step {progress.best_step} is saved, whose evaluation was the best")
 
@@ -351,6 +367,13 @@ class Keeper:
                 self._thread.join(CLOSING_SECONDS)
 
 
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 def _on_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -360,23 +383,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.strerror})"
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _random_states(ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Of torch, numpy and Python, as bytes: dropout of adapters draws from torch's."""
-    kind, keys, *position = np.random.get_state()
-    rest = json.dumps([kind, position, random.getstate()]).encode()
-    states = {"random/torch": torch.get_rng_state(), "random/numpy": torch.from_numpy(keys.astype(np.int64))}
-    states["random/rest"] = torch.frombuffer(bytearray(rest), dtype=torch.uint8)
-    if ranks.on_gpu:
-        states["random/cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return states
-
-
-def _set_random_states(states: dict[str, torch.Tensor], ranks: Ranks) -> None:
-    kind, position, own = json.loads(states["random/rest"].numpy().tobytes())
-    np.random.set_state((kind, states["random/numpy"].numpy().astype(np.uint32), *position))
-    random.setstate((own[0], tuple(own[1]), own[2]))
-    torch.set_rng_state(states["random/torch"])
-    if ranks.on_gpu and "random/cuda" in states:
-        torch.cuda.set_rng_state(states["random/cuda"], ranks.device)

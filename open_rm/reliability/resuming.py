@@ -17,6 +17,9 @@ from open_rm.training.engine import Engine
 from open_rm.training.engine_state import frozen_mark
 from open_rm.training.sinks import read_rows
 
+# What a finished run may lack although the same model was trained. hf_repo_id and the like say where it was pushed.
+OF_THE_RESULT = ("push_to_hub", "hf_entity", "hf_repo_revision", "merge_adapter")
+
 
 def find(
     flags: CheckpointFlags,
@@ -49,6 +52,7 @@ def find(
         if begun is not None and (own or _made_steps(folder)):
             comparing.changed(begun, all_flags, where=f"the run in {folder}")
         if finished:
+            _check_finished(folder, begun, all_flags)
             return [], False
         checkpoints.remove_unfinished(folder)
         # A run that was begun from a named checkpoint and has its own by now goes on from those.
@@ -68,7 +72,7 @@ def find(
 
     paths, by_name = ranks.from_main(look)
     with alive.phase("reading checkpoints", alive.Kind.BUSY):
-        found, damaged = checkpoints.first_whole(paths, ranks, named=by_name)
+        found, damaged = checkpoints.first_whole(paths, ranks, named=by_name and len(paths) == 1)
     if found is None:
         return None
 
@@ -77,14 +81,26 @@ def find(
         if changed:
             say(f"changed since {found.path.name}, and not the mathematics: {', '.join(changed)}")
         for path, damage in damaged:
-            aside = checkpoints.set_aside(path, "damaged")
-            say(f"checkpoint {path} is damaged ({damage}) and now called {aside.name}; the one before it is taken")
+            named_now = ""
+            if path.parent == checkpoints.folder_of(folder):
+                named_now = f" and now called {checkpoints.set_aside(path, 'damaged').name}"
+            say(f"checkpoint {path} is damaged ({damage}){named_now}; the one before it is taken")
         for path in checkpoints.committed(folder):  # or they would count as the newest, once this run writes its own
             if by_name and path.name > found.path.name:
                 say(f"checkpoint {path} is later and now called {checkpoints.set_aside(path, 'later').name}")
 
     ranks.from_main(take)
     return found
+
+
+def _check_finished(folder: str, begun: dict, all_flags: dict) -> None:
+    """Refuse a command that wants something else of a finished run than it gave."""
+    differ = [f"--{name}" for name in OF_THE_RESULT if begun.get(name) != all_flags[name]]
+    if differ:
+        raise UserError(
+            f"the run in {folder} is finished, without {', '.join(differ)} as they are now; push its model with python -m "
+            "open_rm.hub, make another folder of its checkpoint with python -m open_rm.export, or choose another --output_dir"
+        )
 
 
 def _forget(folder: str) -> None:
@@ -109,15 +125,12 @@ def pairs_per_step(found: Checkpoint | None, own: int, ranks: Ranks, say: Callab
     if found is None or found.state["pairs_per_step"] == own:
         return own
     before = found.state["pairs_per_step"]
-    if found.state["world_size"] == ranks.world_size:
+    if found.state["world_size"] == ranks.world_size and found.state["pairs_by_flags"] != own:
         ranks.fail(
             f"{found.path} was trained in steps of {before} pairs and the flags make {own}; give "
             "--per_device_train_batch_size and --gradient_accumulation_steps as before, or choose another --output_dir"
         )
-    say(
-        f"steps of {before} pairs as before: the flags would make {own} on {ranks.world_size} ranks, and "
-        f"{found.state['world_size']} ranks began"
-    )
+    say(f"steps of {before} pairs as before: the flags would make {own} on {ranks.world_size} ranks, and others began")
     return before
 
 

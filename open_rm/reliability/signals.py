@@ -73,6 +73,11 @@ class Stop:
         self._training = True
         try:
             yield
+        except BaseException:
+            self._leaves = (
+                True  # by a stop that was agreed on, or an error: either closes what is open, in its own time
+            )
+            raise
         finally:
             self._training = False
         if self.asked:

@@ -123,6 +123,27 @@ def test_another_number_of_ranks_goes_on_with_the_same_steps(nursery, flags_for,
                 assert one[name] == pytest.approx(other[name], abs=1e-5), (one["step"], name)
 
 
+def test_a_run_that_goes_on_on_fewer_ranks_does_so_again_and_again(nursery, flags_for, tmp_path):
+    """The step stays what it was, though the flags make another one on each number of ranks."""
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    nursery.start(flags_for(whole, 2), log, processes=2).finish()
+    flags = flags_for(killed, 2)
+    for processes, rows in ((2, 10), (1, 18), (1, 26), (2, 34)):
+        kill_at_a_row(nursery.start(flags, log, processes=processes), killed, rows)
+    nursery.start(flags, log).finish()
+    assert [row["step"] for row in record(killed)] == [row["step"] for row in record(whole)]
+    for one, other in zip(record(killed), record(whole), strict=True):
+        assert one.get("train/rm/loss") == pytest.approx(other.get("train/rm/loss"), abs=1e-5), one["step"]
+
+
+def test_a_finished_run_does_not_swallow_what_it_was_not_asked_before(nursery, flags_for, tmp_path):
+    folder = tmp_path / "run"
+    nursery.start(flags_for(folder), tmp_path / "log").finish()
+    started = nursery.start(flags_for(folder, push_to_hub=True), tmp_path / "again", env={"HF_TOKEN": "hf_none"})
+    assert started.statuses() == [1]
+    assert "is finished, without --push_to_hub" in started.output and "python -m open_rm.hub" in started.output
+
+
 @pytest.mark.parametrize(
     ("stages", "processes"), [((0, 3), (1, 1)), ((2, 0), (2, 1)), ((3, 0), (2, 2)), ((2, 3), (1, 2))]
 )

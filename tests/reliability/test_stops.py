@@ -189,6 +189,25 @@ def test_a_stop_while_the_last_checkpoint_is_written_waits_for_it(nursery, flags
     assert checkpoint_names(folder)[-1] == "step_00000038" and not (folder / "config.json").exists()
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_stop_that_takes_longer_than_a_moment_closes_everything(nursery, flags_for, tmp_path, asked):
+    """Real models take minutes to save; the process was once ended five seconds after the signal."""
+    folder = tmp_path / "run"
+    slow = (
+        SLOWER + "\nimport open_rm.reliability.shards as s\nwrite = s.Snapshot.write\n"
+        "s.Snapshot.write = lambda *a: (time.sleep(7), write(*a))[1]\n"
+        "import open_rm.training.tracking as t\nleave = t.Tracker.__exit__\n"
+        "t.Tracker.__exit__ = lambda *a: (time.sleep(1), leave(*a), print('CLOSED', flush=True))[1]"
+    )
+    flags = flags_for(folder, 2, checkpointing_steps=1000)
+    started = nursery.start(flags, tmp_path / "log", processes=2, env={"TEST_PATCH": slow})
+    started.wait_for(lambda: lines_of(folder) > 4, "steps")
+    started.send(signal.SIGTERM, asked)
+    assert started.statuses() == [STOPPED] * 2, started.output
+    assert started.output.count("CLOSED") == 2 and "ended without a word" not in started.output
+    assert len(checkpoint_names(folder)) == 1 and not list(folder.glob(".claim*"))
+
+
 def test_without_an_output_dir_the_sentence_says_which_one_to_give(nursery, flags_for, tmp_path):
     flags = [
         flag for flag in flags_for(tmp_path / "unused") if flag != "--output_dir" and flag != str(tmp_path / "unused")
