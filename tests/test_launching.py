@@ -87,6 +87,12 @@ launch "$@"
 """
 
 
+def take_signals() -> None:
+    """Tests that run under nohup or in the background ignore these, and bash cannot trap what it was born to ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Place:
     """A folder with a stand-in python, a recipe and the output folder of a run."""
 
@@ -121,6 +127,7 @@ class Place:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=take_signals,
         )
 
     def run(self, *plan: str, **kwargs) -> tuple[int, str, str]:

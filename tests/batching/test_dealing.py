@@ -308,7 +308,7 @@ def test_distinct_token_fraction_is_counted_token_by_token():
             some = torch.zeros(part.counted)
             meter.add(some, some, {"ranking": some}, real_batch(layout, pairs, table, part.indices))
         meter.reduce(30)
-        step = Step(number=1, pairs=30, micro_batches=[], imbalance=plan.imbalance)
+        step = Step(number=1, pairs=30, micro_batches=[], imbalance=plan.imbalance, indices=np.arange(30))
         fractions[layout] = meter.performance(step, flops_before=0)["perf/distinct_token_fraction"]
     assert fractions == {"padded": 1.0, "packed": 1.0, "shared_prefix": pytest.approx(distinct / tokens)}
     assert 0.5 < fractions["shared_prefix"] < 0.75
