@@ -49,6 +49,7 @@ from open_rm.reliability import checkpoints
 from open_rm.reliability.keeper import Keeper
 from open_rm.training.ds_config import fill_config
 from open_rm.training.engine import Engine
+from open_rm.training.engine_state import trained_sizes
 from open_rm.training.progress import Progress
 
 REPOSITORY = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ def measure_saves(args: CheckpointsArgs, scratch: Path) -> list[dict]:
     """Every side saves once a round, in turn; the first round, which warms up, is in it."""
     with joined_ranks() as ranks:
         engine = make_engine(args, scratch / "model", ranks)
-        size = sum(engine.trained_sizes().values())
+        size = sum(trained_sizes(engine.module).values())
         print(f"{size / 1e6:.1f}M parameters, ZeRO stage {engine.stage}, {ranks.device.type}\n", flush=True)
         ours = Ours(engine, ranks, scratch / "ours")
         sides = {

@@ -24,12 +24,13 @@ from open_rm.manifest import damage_of
 from open_rm.model.loading import load_reward_model
 from open_rm.model.reward_model import RewardModel
 from open_rm.publishing import card, proof, saving
-from open_rm.publishing.run_folder import MODELS, Place, disk_explained
+from open_rm.publishing.pushing import MODELS
+from open_rm.publishing.run_folder import Place, disk_explained
 from open_rm.publishing.saving import Contract
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.shards import Shards
-from open_rm.training.engine_state import Flat, Stretch, frozen_mark
+from open_rm.training.engine_state import Flat, Stretch, frozen_mark, trained_sizes
 from open_rm.training.plots import draw_curves
 from open_rm.training.progress import Progress
 from open_rm.training.sinks import copy_start
@@ -114,13 +115,11 @@ def _whole(path: str) -> Checkpoint:
 
 def fill(model: RewardModel, found: Checkpoint) -> None:
     """Put a checkpoint's weights into a model that was loaded as the run loaded it."""
-    shards = Shards(found.shards())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if shards.sizes() != {name: p.numel() for name, p in trained.items()}:
-        raise UserError(f"{found.path} is of another model: its trained parameters have other names or sizes")
-    for name, p in trained.items():
-        flat = Flat(name, (Stretch(name, 0, p.numel(), 0),), p.data.view(-1), {}, written=True, shape=p.shape)
-        shards.load(flat, None)
+    shards = Shards(found.shards(), trained_sizes(model))
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            flat = Flat(name, (Stretch(name, 0, p.numel(), 0),), p.data.view(-1), {}, written=True, shape=p.shape)
+            shards.load(flat, None)
 
 
 @torch.no_grad()

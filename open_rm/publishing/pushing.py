@@ -29,6 +29,7 @@ PUSHED = [
     "*.png",
     "metrics.jsonl",
 ]
+MODELS = ("config.json", "adapter_config.json")  # a folder that holds one of these holds a model or an adapter
 NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", ".claim*"]
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 2.0
@@ -131,7 +132,7 @@ def _persistently(call: Callable):
 
 def check_folder(folder: str) -> None:
     """Refuse a folder that holds neither a model nor an adapter."""
-    if not any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((Path(folder) / name).is_file() for name in MODELS):
         raise UserError(f"there is no model in {folder}; name a folder that holds config.json or adapter_config.json")
 
 

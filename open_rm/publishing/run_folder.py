@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from open_rm.errors import UserError, quote_error
 from open_rm.flags import RunFlags
 from open_rm.publishing import pushing
+from open_rm.publishing.pushing import MODELS
+from open_rm.reliability.checkpoints import free_bytes, gib
 
 FACTS, RECORD = "run.json", "metrics.jsonl"
-MODELS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,7 @@ def disk_explained(folder: str, last_checkpoint: int | None) -> Iterator[None]:
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if not full and number not in (errno.EROFS, errno.EPERM, errno.EACCES, errno.EIO, errno.ESTALE):
             raise
-        free = os.statvfs(folder)
-        why = (
-            f"the disk is full, {free.f_bavail * free.f_frsize / 2**20:.0f} MiB are free"
-            if full
-            else quote_error(error)
-        )
+        why = f"the disk is full, {gib(free_bytes(Path(folder)))} are free" if full else quote_error(error)
         kept = "no checkpoint was written, so that the same command trains anew"
         if last_checkpoint is not None:
             kept = f"the checkpoint of step {last_checkpoint} is whole: mend that and give the same command again"

@@ -86,7 +86,9 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, {"step": state["progress"]["step"], **state})
+        if not isinstance(state["progress"]["step"], int):
+            raise TypeError("its step is no number")
+        return Checkpoint(path, state)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path / STATE}: cannot be read ({quote_error(error)}); name another checkpoint") from error
 

@@ -28,6 +28,7 @@ from open_rm.reliability.random_states import random_states, set_random_states
 from open_rm.reliability.shards import Shards, Snapshot
 from open_rm.reliability.signals import Stop
 from open_rm.training.engine import Engine
+from open_rm.training.engine_state import trained_sizes
 from open_rm.training.progress import Progress
 
 DEFAULT_MINUTES = 30.0
@@ -122,15 +123,14 @@ class Keeper:
                 f"{checkpoints.folder_of(self._output_dir)}"
             ]
 
-        return self._ranks.from_main(look) if self._ranks.is_main else self._ranks.from_main(list)
+        return self._ranks.from_main(look)
 
     def _blind_ranks(self) -> list[int]:
         """Those that do not see the claim on the folder, which is on another node's disk then."""
         claim, patience = Path(self._output_dir) / CLAIM, time.monotonic() + SEEN_AFTER
         wanted = self._ranks.from_main(lambda: _content(claim))
-        while (
-            wanted and _content(claim) != wanted and time.monotonic() < patience
-        ):  # files spread slowly on a shared disk
+        # Files spread slowly on a shared disk.
+        while wanted and _content(claim) != wanted and time.monotonic() < patience:
             time.sleep(0.2)
         seen = self._ranks.gathered(_content(claim) == wanted)
         return [rank for rank, sees in enumerate(seen) if wanted and not sees]
@@ -342,9 +342,7 @@ class Keeper:
         """Read a checkpoint into the engine; a rank that cannot ends all with its sentence."""
         shards, exact, mistake = None, False, None
         try:
-            shards = Shards(found.shards())
-            if shards.sizes() != engine.trained_sizes():
-                raise UserError(f"{found.path} is of another model: its trained parameters have other names or sizes")
+            shards = Shards(found.shards(), trained_sizes(engine.module))
             exact = engine.fill(shards, moments=moments)
         except (UserError, OSError) as error:
             mistake = str(error)

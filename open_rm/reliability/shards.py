@@ -124,17 +124,21 @@ class ShardFile:
 class Shards:
     """All ranks' files of a checkpoint."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: list[Path], sizes: dict[str, int]):
+        """sizes: elements of each parameter that is trained (engine_state.trained_sizes).
+
+        Raises:
+            UserError: they are of another model, or no such files.
+        """
         self.files = [ShardFile(path) for path in paths]
         self._twins = {source.key: source for file in self.files for source in file.sources}
         self._holding: dict[str, list[tuple[_Source, Stretch]]] = {}
         for source in self._twins.values():
             for stretch in source.stretches:
                 self._holding.setdefault(stretch.name, []).append((source, stretch))
-
-    def sizes(self) -> dict[str, int]:
-        """Elements of each parameter that is held."""
-        return {name: sum(s.stop - s.start for _, s in parts) for name, parts in self._holding.items()}
+        if sizes != {name: sum(s.stop - s.start for _, s in parts) for name, parts in self._holding.items()}:
+            where = paths[0].parent if paths else "the checkpoint"
+            raise UserError(f"{where} is of another model: its trained parameters have other names or sizes")
 
     def load(self, flat: Flat, optimizer: torch.optim.Optimizer | None) -> bool:
         """Fill a rank's flat tensor, its moments too where an optimizer is given. Returns whether bit for bit.

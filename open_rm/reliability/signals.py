@@ -74,9 +74,8 @@ class Stop:
         try:
             yield
         except BaseException:
-            self._leaves = (
-                True  # by a stop that was agreed on, or an error: either closes what is open, in its own time
-            )
+            # By a stop that was agreed on, or an error: either closes what is open, in its own time.
+            self._leaves = True
             raise
         finally:
             self._training = False

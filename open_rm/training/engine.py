@@ -151,11 +151,6 @@ class Engine:
         for group, lr in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
             group["lr"] = lr
 
-    def trained_sizes(self) -> dict[str, int]:
-        """Elements of each parameter that is trained."""
-        named = self.module.named_parameters()
-        return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad}
-
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """The complete weights on the main rank's CPU, None elsewhere. A collective call."""
         if self.stage == 3:

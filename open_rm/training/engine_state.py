@@ -129,6 +129,11 @@ def weights_changed(deepspeed_engine, stage: int) -> None:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+def trained_sizes(module: torch.nn.Module) -> dict[str, int]:
+    """Elements of each parameter that is trained."""
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in module.named_parameters() if p.requires_grad}
+
+
 def frozen_mark(module: torch.nn.Module) -> str:
     """One value of each frozen weight in a hash, to tell another base model; under ZeRO-3 the main rank's."""
     digest = hashlib.sha256()
