@@ -1,41 +1,23 @@
-"""The processes of a run: which one this is, what one of them does for the others, and sums over all.
-
-gloo on the CPU, nccl on a GPU; alone, a process is a group of one, so that nothing below has to ask.
-"""
+"""The ranks of a run: which one this process is, what one of them does for the others, sums over all; how one that fails ends."""
 
 import contextlib
-import ctypes
-import functools
-import itertools
-import logging
 import os
-import socket
 import sys
 import threading
 import time
-import warnings
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import transformers
 
-from open_rm import alive
-from open_rm.errors import UserError
+from open_rm import alive, process_group
+from open_rm.errors import LeftAlone, OneRanksError, UserError
 
-# DeepSpeed reads these when it is imported; without a GPU it would otherwise probe for one and warn.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-
-# Tokenizing a large data set on one rank may take long; the others wait for it in a collective.
-COLLECTIVE_TIMEOUT = timedelta(hours=4)
 WAITING_SECONDS = 60.0
-GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-_GROUP_NUMBERS = itertools.count()  # every rank counts the groups that it has joined alike
+AGREEING_SECONDS = 10.0  # in which every rank finds the mistake that one has found, if all of them do
 
 
 @dataclass(frozen=True)
@@ -61,41 +43,47 @@ class Ranks:
         A user's mistake found there is told once, by the main rank, and ends the others too instead of leaving them
         waiting; so does any other error, whose traceback the main rank keeps.
         """
-        value, error = None, None
+        value, error, ending = None, None, None
         if self.is_main:
             try:
                 value = work()
             except BaseException as raised:
-                error = raised
-        both = [(value, error is not None)]
-        waits = contextlib.nullcontext() if self.is_main else alive.phase("waiting for the main rank", alive.Kind.WAITS)
-        with waits, self._said_while_waiting():
+                error = self._marked(raised, of_all=_may_be_of_all(raised))
+                ending = self._marked(SystemExit(1), of_all=error.of_all)
+        both, group = [(value, ending)], process_group.waiting()
+        device = None if group is None else torch.device("cpu")  # else torch would take the GPU
+        with self._waiting_for("the other ranks" if self.is_main else "the main rank"):
             try:
-                dist.broadcast_object_list(both, src=0)
+                dist.broadcast_object_list(both, src=0, group=group, device=device)
             except Exception as lost:  # a device that broke, or a rank that is gone, must not hide what was the cause
                 if error is None:
                     raise
+                if error.of_all:
+                    self._marked(error, of_all=False)
                 raise error from lost
-        value, failed = both[0]
-        if failed:
-            raise error or SystemExit(1)
+        value, ending = both[0]
+        if ending is not None:
+            raise error or ending
         return value
 
     def main_first(self, build: Callable[[], Any]) -> Any:
         """Run `build` on the main rank, then on one rank of each other node, then on all: they find what it left in the
-        cache."""
-        kept = []  # a value that is built is not sent around: it may be large
+        cache. Where it fails on one of these, no rank goes on."""
+        kept, error = [], None  # a value that is built is not sent around: it may be large
         self.from_main(lambda: kept.append(build()))
         if not self.is_main and self.local_rank == 0:
-            kept.append(build())
-        with alive.phase("waiting for the other ranks", alive.Kind.WAITS), self._said_while_waiting():
-            dist.barrier()
+            try:
+                kept.append(build())
+            except Exception as raised:
+                error = raised
+        self._end_with(error)
         return kept[0] if kept else build()
 
     def gathered(self, value: Any) -> list:
         """The values of all ranks, on every rank (they are pickled: small things only)."""
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self._waiting_for("the other ranks"):
+            dist.all_gather_object(values, value, group=process_group.waiting())
         return values
 
     def store(self, name: str) -> dist.Store:
@@ -104,106 +92,111 @@ class Ranks:
 
     def fail(self, sentence: str) -> NoReturn:
         """End the run for a reason that every rank knows; the main rank tells it."""
-        raise UserError(sentence) if self.is_main else SystemExit(1)
+        raise self._marked(UserError(sentence) if self.is_main else SystemExit(1), of_all=True)
+
+    def all_leave(self, error: BaseException) -> bool:
+        """Whether every rank leaves for the reason that `error` is this one's, so that nobody waits for it in a collective.
+
+        `from_main`, `main_first` and `fail` say so of what they raise. SystemExit is a stop, agreed on after a step. Of any
+        other UserError the ranks ask each other: most are of files and flags that all read. The rest is this rank's own.
+        """
+        if not hasattr(error, "of_all"):
+            of_all = _may_be_of_all(error)
+            if of_all and isinstance(error, UserError) and self.world_size > 1:
+                of_all = self._all_come_here()
+            self._marked(error, of_all=of_all)
+        return error.of_all
+
+    def _marked(self, error: BaseException, *, of_all: bool) -> BaseException:
+        """The error, with whether every rank ends for its reason. One that is this rank's own is told here and now: as soon as
+        the others hear of it they end, and a launcher then this process."""
+        error.of_all = of_all
+        if not of_all and self.world_size > 1 and not isinstance(error, SystemExit):
+            words = "".join(traceback.format_exception(error))
+            if isinstance(error, UserError):
+                words = f"error: {error}\n" if self.is_main else f"[rank {self.rank}] {error}\n"
+            print(words, end="", file=sys.stderr, flush=True)
+        return error
+
+    def _all_come_here(self) -> bool:
+        """The same answer on every rank that asks: the first one that knows leaves it for the others."""
+        store, until = self.store("failing"), time.monotonic() + AGREEING_SECONDS
+        names = [str(rank) for rank in range(self.world_size)]
+        try:
+            store.set(names[self.rank], "a UserError")
+            while not (all_here := store.check(names)) and time.monotonic() < until:
+                time.sleep(0.05)
+            return store.compare_set("all", "", str(all_here)) == b"True"
+        except RuntimeError:  # the store went with its process
+            return False
+
+    def _end_with(self, error: Exception | None) -> None:
+        """Ranks that may fail alone meet here; one that did ends all. A mistake of the user is told by the main rank."""
+        mistake = error is not None and _may_be_of_all(error)
+        if error is not None and not mistake:
+            self._marked(error, of_all=False)  # told before the others come here, which may take long
+        ends = self.gathered((error is not None, f"rank {self.rank}: {error}" if mistake else None))
+        if error is not None and not mistake:
+            raise error
+        if any(failed and sentence is None for failed, sentence in ends):
+            raise self._marked(SystemExit(1), of_all=False)
+        for failed, sentence in ends:
+            if failed:
+                self.fail(sentence)
 
     @contextlib.contextmanager
-    def _said_while_waiting(self) -> Iterator[None]:
-        """Ranks that wait for the main one for long say so, every WAITING_SECONDS; COLLECTIVE_TIMEOUT ends it."""
+    def _waiting_for(self, whom: str) -> Iterator[None]:
+        """A wait that lasts is said every WAITING_SECONDS; WAITING_TIMEOUT ends it."""
         over = threading.Event()
 
         def say() -> None:
             started = time.monotonic()
             while not over.wait(WAITING_SECONDS):
                 waited = time.monotonic() - started
-                print(
-                    f"[rank {self.rank}] waiting for the main rank, {waited:.0f} s so far", file=sys.stderr, flush=True
-                )
+                print(f"[rank {self.rank}] waiting for {whom}, {waited:.0f} s so far", file=sys.stderr, flush=True)
 
-        if not self.is_main:
+        if self.world_size > 1:
             threading.Thread(target=say, daemon=True).start()
         try:
-            yield
+            with alive.phase(f"waiting for {whom}", alive.Kind.WAITS):
+                yield
         finally:
             over.set()
 
 
+def _may_be_of_all(error: BaseException) -> bool:
+    """Whether an error is of a kind that all ranks may end with together. Where a bug or a device ends one, nobody leaves the
+    group: that would wait for the others."""
+    return isinstance(error, (UserError, SystemExit)) and not isinstance(error, (OneRanksError, LeftAlone))
+
+
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Join the process group that torchrun described in the environment, or form a group of one; leave it at the end."""
-    ranks = _join()
+    """Join the process group that torchrun described in the environment, or form a group of one; leave it at the end.
+
+    Where this rank fails alone (Ranks.all_leave), its process ends here, with a status that is not 0: leaving the group, and
+    joining another one, would wait for ranks that wait for this one.
+    """
+    ranks = Ranks(*process_group.join())
     try:
         yield ranks
-    finally:
-        _leave()
+        if ranks.world_size > 1:
+            ranks.gathered(None)  # leaving would wait for ever for a rank that failed while it closed its records
+    except BaseException as error:
+        if ranks.world_size > 1 and not ranks.all_leave(error):
+            _exit(error)
+        process_group.leave()
+        raise
+    process_group.leave()
 
 
-def _join() -> Ranks:
-    import deepspeed  # here, since it takes seconds
-
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(GROUP_OF_ONE, MASTER_PORT=str(port))
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Lines of libraries would hide ours; DeepSpeed 0.19 calls collectives by names that torch 2.13 renames, a line a call.
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        _keep_freed_memory()
-        # DeepSpeed would compile a helper that only its inference calls, and wait for ever for the lock of a run that
-        # was killed while it compiled.
-        deepspeed.ops.__compatible_ops__ = {}
-    if not dist.is_initialized():
-        store, rank, world_size = _meeting_place()
-        dist.init_process_group(
-            backend,
-            # torchrun's store outlives a group and keeps the addresses that its ranks had; the next one, in another run of
-            # the same processes, would look for its ranks there and wait for ever. So each group has names of its own.
-            store=dist.PrefixStore(f"open_rm/{next(_GROUP_NUMBERS)}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if backend == "nccl" and world_size > 1 else None,  # as DeepSpeed does
-        )
-    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
-
-
-@functools.cache
-def _meeting_place() -> tuple[dist.Store, int, int]:
-    """The store in which ranks find each other, this process's rank and their number; one for all groups."""
-    return next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-
-
-def _leave() -> None:
-    """Leave the process group. Exiting without it ends some runs with a signal on their way out."""
-    import deepspeed
-
-    if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    if os.environ.get("WORLD_SIZE") == "1" and not dist.is_torchelastic_launched():
-        # what _join set would lead child processes to this group
-        _meeting_place.cache_clear()
-        for name in (*GROUP_OF_ONE, "MASTER_PORT"):
-            os.environ.pop(name, None)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse the large blocks that each step frees, instead of giving them back and having them zeroed again.
-
-    About a tenth of a CPU step was page faults. Elsewhere than under glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is kept
+def _exit(error: BaseException) -> NoReturn:
+    """End this process, waiting for nobody."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    code = error.code if isinstance(error, SystemExit) else 1
+    os._exit(code if isinstance(code, int) and code else 1)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -6,34 +6,41 @@ ends the others by a signal as soon as one fails, and would hide that they wait.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY, launch
+import torch
+from conftest import REPOSITORY, in_a_process, launch
+from killing import lines_of
 
-from open_rm import ranks
+from open_rm import process_group, ranks
 from open_rm.ranks import Ranks
 
 # What two processes take here is about 20 s, nearly all of it imports; they would wait for four hours.
 TIMEOUT = 300
 
 
-def group_of_two(script: str, folder) -> list[SimpleNamespace]:
-    """Run a script in two processes, in which `ranks` is known; returns status, stdout and stderr of each."""
+def group_of_two(script: str, folder, *, nodes: int = 1, own=({}, {}), first: str = "") -> list[SimpleNamespace]:
+    """Run a script in two processes, in which `ranks` is known; returns status, stdout and stderr of each.
+
+    nodes: 2 where each is the first of a node.  own: environment of each.  first: what they do before any import.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(body="\n".join(f"    {line}" for line in script.strip().splitlines())))
+    path.write_text(first + SCRIPT.format(body="\n".join(f"    {line}" for line in script.strip().splitlines())))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = []
-    for rank in ("0", "1"):
-        env = environment | {"RANK": rank, "LOCAL_RANK": rank}
+    for rank in (0, 1):
+        env = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank if nodes == 1 else 0)} | own[rank]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         running.append(subprocess.Popen([sys.executable, str(path)], env=env, text=True, **output))
     try:
@@ -48,7 +55,9 @@ def group_of_two(script: str, folder) -> list[SimpleNamespace]:
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys, time
+import torch.distributed as dist
+from open_rm import process_group
 from open_rm.errors import UserError
 from open_rm.ranks import joined_ranks
 
@@ -74,7 +83,12 @@ for name, call in calls.items():
         call()
     except BaseException as raised:
         ended[name] = f"{type(raised).__name__} {raised}"
-print(json.dumps({"value": value, "made": made, "first": first, "ended": ended}))
+        ended[name + " in order"] = ranks.all_leave(raised)
+def seconds(group):
+    return group._get_backend(ranks.device).options._timeout.total_seconds()
+groups = dist.distributed_c10d._world.pg_map
+how = {"waiting": seconds(process_group.waiting()), "default": seconds(dist.group.WORLD), "kinds": [kind for kind, _ in groups.values()]}
+print(json.dumps({"value": value, "made": made, "first": first, "ended": ended, "groups": how}))
 """
 
 
@@ -103,6 +117,20 @@ def test_a_mistake_of_the_user_is_told_by_the_main_rank_and_ends_the_other(toget
 
 def test_main_first_leaves_no_rank_waiting_for_a_build_that_failed(together):
     assert [one["ended"]["bug"] for one in together] == ["ZeroDivisionError division by zero", "SystemExit 1"]
+
+
+@pytest.mark.parametrize(
+    ("call", "in_order"), [("from_main", True), ("main_first", True), ("fail", True), ("bug", False)]
+)
+def test_ranks_leave_in_order_by_a_mistake_of_the_user_and_by_no_other_error(together, call, in_order):
+    assert [one["ended"][f"{call} in order"] for one in together] == [in_order] * 2
+
+
+def test_ranks_wait_for_data_in_a_group_of_their_own_for_hours_and_for_a_step_not_as_long(together):
+    """torch tells what a group was given; DeepSpeed, which is told too, has changed nothing."""
+    for one in together:
+        assert one["groups"] == {"waiting": 4 * 3600, "default": 3600, "kinds": ["gloo", "gloo"]}
+    assert process_group.COLLECTIVE_TIMEOUT["nccl"] == timedelta(minutes=15)
 
 
 def test_an_error_of_the_main_rank_that_is_no_mistake_of_the_user_ends_the_other_rank_too(tmp_path):
@@ -168,9 +196,209 @@ def test_a_collective_that_fails_does_not_hide_the_error_that_came_before(monkey
         MAIN.from_main(lambda: 1)
 
 
-def test_ranks_that_wait_for_the_main_one_say_so(monkeypatch, capsys):
+@pytest.mark.parametrize(("group", "device"), [("of gloo", torch.device("cpu")), (None, None)])
+def test_what_the_main_rank_made_goes_over_the_waiting_group_and_never_onto_the_gpu(monkeypatch, group, device):
+    """Without such a group over the default one, wherever that takes it."""
+    seen = {}
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda both, **how: seen.update(how))
+    monkeypatch.setattr(process_group, "_waiting", group)
+    on_gpu = Ranks(rank=0, local_rank=0, world_size=2, device=torch.device("cuda"))
+    assert on_gpu.from_main(lambda: "a value") == "a value"
+    assert seen == {"src": 0, "group": group, "device": device}
+
+
+def test_ranks_that_wait_say_so(monkeypatch, capsys):
     monkeypatch.setattr(ranks, "WAITING_SECONDS", 0.05)
     for rank in (0, 3):
-        with Ranks(rank=rank, local_rank=rank, world_size=4, device=None)._said_while_waiting():
+        with Ranks(rank=rank, local_rank=rank, world_size=4, device=None)._waiting_for("somebody"):
             time.sleep(0.3)
-        assert ("[rank 3] waiting for the main rank" in capsys.readouterr().err) is (rank == 3)
+        assert f"[rank {rank}] waiting for somebody, 0 s so far" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_allocators_segments_grow_unless_the_user_chose():
+    """Said in the environment, which CUDA reads at its first allocation."""
+    script = """
+import importlib, json, os, torch
+import open_rm.process_group
+torch.cuda.is_available = lambda: True
+found = []
+for chosen in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
+    os.environ.update(chosen)
+    importlib.reload(open_rm.process_group)
+    found.append({name: os.environ.pop(name) for name in list(os.environ) if name.endswith("ALLOC_CONF")})
+print(json.dumps(found))
+"""
+    ours = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    theirs = [{"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}]
+    assert in_a_process(script) == [ours, *theirs]
+
+
+# ---------------------------------------------------------------- ranks that fail
+
+IN_TIME = 10.0  # seconds from a failure to the end of all processes
+IN_ORDER = (
+    40.0  # and of Python's and torchrun's own leaving, which computes: many times longer on a machine that is busy
+)
+MISTAKE = 'UserError("no such column")'
+
+# As nccl does, leaving the group waits for all others. What fails notes when.
+AS_ON_A_GPU = """
+import os, pathlib, time
+import torch.distributed as dist
+from open_rm.errors import UserError
+rank, folder, leave = int(os.environ["RANK"]), pathlib.Path({folder!r}), dist.destroy_process_group
+def together(*given, **named):
+    (folder / f"left by {{rank}}").touch()
+    while len(list(folder.glob("left by *"))) < 2:
+        time.sleep(0.02)
+    return leave(*given, **named)
+dist.destroy_process_group = together
+def fails(error):
+    (folder / "failed").write_text(str(time.time()))
+    raise error
+"""
+IN_THE_LOOP = """
+import open_rm.training.engine as e
+if rank == {rank}:
+    made, step = [], e.Engine.step
+    def broken(self, **how):
+        made.append(1)
+        return fails({error}) if len(made) == 3 else step(self, **how)
+    e.Engine.step = broken
+"""
+WHILE_SAVING = """
+import open_rm.publishing.card as c
+c.write_card = lambda *given, **named: fails({error})
+"""
+WHILE_READING = """
+import open_rm.reward_modeling as r
+if rank == 1:
+    os.environ["LOCAL_RANK"] = "0"  # the first of another node
+    r.read_both = lambda *given, **named: fails({error})
+"""
+CLOSING = """
+import open_rm.training.tracking as t
+t.Tracker.__exit__ = lambda *given: fails({error}) if rank == 0 else None
+"""
+
+
+def patch(folder, where: str, error: str, rank: int = 1) -> str:
+    return AS_ON_A_GPU.format(folder=str(folder)) + where.format(error=error, rank=rank)
+
+
+def seconds_since_the_failure(folder) -> float:
+    return time.time() - float((folder / "failed").read_text())
+
+
+@pytest.fixture
+def broken_run(nursery, flags_for, tmp_path):
+    """Runs the recipe on two ranks with something broken; returns their statuses and what they printed."""
+
+    def run(where: str, error: str, rank: int = 1, more: str = "", **flags):
+        env = {"TEST_PATCH": patch(tmp_path, where, error, rank) + more}
+        started = nursery.start(flags_for(tmp_path / "run", 2, **flags), tmp_path / "log", processes=2, env=env)
+        statuses = started.statuses(timeout=90)
+        assert seconds_since_the_failure(tmp_path) < IN_TIME, started.output
+        return statuses, started.output
+
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", ['RuntimeError("a bug of ours")', 'KeyboardInterrupt("a bug of ours")'])
+def test_a_rank_that_fails_in_the_loop_waits_for_nobody_and_shows_where(broken_run, tmp_path, rank, error):
+    statuses, output = broken_run(IN_THE_LOOP, error, rank)
+    assert statuses[rank] == 1 and 0 not in statuses, output
+    assert output.count("a bug of ours") == 1 and "in broken" in output, output
+    assert not list(tmp_path.glob("left by *"))
+
+
+def test_a_rank_that_fails_in_the_loop_ends_the_others_where_no_watchdog_is(broken_run):
+    statuses, output = broken_run(IN_THE_LOOP, 'RuntimeError("a bug of ours")', stall_timeout=0)
+    assert statuses == [1, 1] and "in broken" in output
+
+
+def test_an_error_while_the_main_rank_saves_ends_all_and_keeps_its_traceback(broken_run, tmp_path):
+    statuses, output = broken_run(WHILE_SAVING, 'OSError("a bug of ours")')
+    assert statuses[0] == 1 and statuses[1] in (1, 76), output
+    assert output.count("OSError: a bug of ours") == 1 and "in fails" in output, output
+    assert not list(tmp_path.glob("left by *"))
+
+
+def test_a_disk_that_breaks_while_the_main_rank_saves_ends_all_in_order_with_a_sentence(broken_run, tmp_path):
+    statuses, output = broken_run(WHILE_SAVING, 'OSError(5, "the disk broke")')
+    assert statuses == [1, 1] and "Traceback" not in output and output.count("the disk broke") == 1, output
+    assert len(list(tmp_path.glob("left by *"))) == 2
+
+
+def test_a_mistake_that_another_nodes_first_rank_finds_is_told_once_and_all_leave_in_order(broken_run, tmp_path):
+    statuses, output = broken_run(WHILE_READING, MISTAKE)
+    assert statuses == [1, 1] and "Traceback" not in output, output
+    assert [line for line in output.splitlines() if "no such column" in line] == ["error: rank 1: no such column"]
+    assert len(list(tmp_path.glob("left by *"))) == 2
+
+
+def test_a_bug_that_another_nodes_first_rank_meets_ends_all_and_is_shown_there(broken_run):
+    statuses, output = broken_run(WHILE_READING, 'KeyError("a bug of ours")')
+    assert statuses == [1, 1] and output.count("KeyError: 'a bug of ours'") == 1, output
+
+
+def test_a_mistake_that_one_rank_alone_finds_ends_all_and_is_told_once(broken_run):
+    """The others, which wait for it in a collective, learn of it from the watchdog."""
+    sooner = "\nimport open_rm.ranks\nopen_rm.ranks.AGREEING_SECONDS = 2"
+    statuses, output = broken_run(IN_THE_LOOP, MISTAKE, more=sooner)
+    assert statuses == [76, 1] and "Traceback (most recent call last)" not in output, output
+    assert output.count("no such column") == 1 and "[rank 1] no such column" in output
+    assert "rank 1 on" in output and "failed with an error of its own" in output
+
+
+def test_a_main_rank_that_fails_while_it_closes_its_records_ends_all(broken_run):
+    """The others have nothing left to do by then, and would wait for it to leave the group."""
+    statuses, output = broken_run(CLOSING, 'OSError("a full disk")')
+    assert statuses[0] == 1 and statuses[1] != 0 and output.count("OSError: a full disk") == 1, output
+
+
+def test_a_main_rank_that_fails_after_all_agreed_to_stop_keeps_nobody_waiting(nursery, flags_for, tmp_path):
+    """Without a watchdog."""
+    flags = flags_for(tmp_path / "run", 2, total_episodes=60000, checkpointing_steps=100000, stall_timeout=0)
+    env = {"TEST_PATCH": patch(tmp_path, CLOSING, 'OSError("a full disk")')}
+    started = nursery.start(flags, tmp_path / "log", processes=2, env=env)
+    started.wait_for(lambda: lines_of(tmp_path / "run") > 4, "steps")
+    started.send(signal.SIGTERM, 1)
+    assert started.statuses(timeout=90) == [1, 75], started.output
+    assert seconds_since_the_failure(tmp_path) < IN_TIME and started.output.count("OSError: a full disk") == 1
+
+
+def test_a_mistake_that_every_rank_finds_by_itself_is_left_by_in_order(tmp_path):
+    done = group_of_two('time.sleep(ranks.rank)\nraise UserError("of the flags")', tmp_path)
+    for one in done:  # raised again, for who called
+        assert one.status == 1 and "open_rm.errors.UserError: of the flags" in one.err and "Traceback" in one.err
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said", "within"),
+    [
+        (IN_THE_LOOP, 'RuntimeError("a bug of ours")', "RuntimeError: a bug of ours", IN_TIME),
+        (WHILE_SAVING, 'OSError("a bug of ours")', "OSError: a bug of ours", IN_TIME),
+        (WHILE_READING, MISTAKE, "error: rank 1: no such column", IN_ORDER),
+    ],
+    ids=["in the loop", "while saving", "while reading"],
+)
+def test_under_torchrun_all_processes_end_in_time_and_say_why(flags_for, tmp_path, where, error, said, within):
+    """torchrun ends the others by a signal as soon as the first one has left."""
+    script = tmp_path / "broken.py"
+    recipe = "from open_rm import command_line\nfrom open_rm.checks import check_args\nfrom open_rm import reward_modeling as r\n"
+    recipe += patch(tmp_path, where, error) + "command_line.run(r.main, command_line.read(r.Args, check_args))\n"
+    script.write_text(recipe)
+    done = launch(script, *flags_for(tmp_path / "run", 2), processes=2, timeout=TIMEOUT)
+    assert seconds_since_the_failure(tmp_path) < within, done.stderr
+    assert done.returncode == 1 and done.stderr.count(said) == 1, done.stderr
+
+
+def test_two_machines_whose_names_stand_for_themselves_alone_wait_over_the_way_to_the_main_one(tmp_path, two_hosts):
+    names, addresses, _ = two_hosts
+    enter = "import ctypes, os\nassert ctypes.CDLL(None).setns(os.open('/run/netns/' + os.environ['HOST'], os.O_RDONLY), 0x40000000) == 0\n"
+    own = tuple({"HOST": name, "MASTER_ADDR": addresses[0]} for name in names)
+    body = 'print(ranks.gathered(os.environ["GLOO_SOCKET_IFNAME"]), flush=True)'
+    done = group_of_two(body, tmp_path, nodes=2, own=own, first=enter)
+    assert [one.out for one in done] == [f"{names}\n"] * 2, [one.err for one in done]

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from open_rm.errors import STOPPED, LeftAlone, UserError
+from open_rm import alive
+from open_rm.errors import STOPPED, LeftAlone, OneRanksError, UserError
 from open_rm.ranks import Ranks
 from open_rm.reliability import watchdog
 from open_rm.reliability.claim import Claim
@@ -57,29 +58,52 @@ def surviving(ranks: Ranks, stall_minutes: float) -> Iterator[Survival]:
         survival = Survival(stop)
         try:
             yield survival
-        except SystemExit as end:
-            # A launcher ends all ranks as soon as the first one leaves, and the main rank has its records to close.
-            if end.code == STOPPED and not isinstance(end, LeftAlone):
-                ranks.from_main(lambda: None)
-            if not ranks.is_main and end.code != STOPPED:
-                _wait_for_main(ranks)
-            raise
-        except RuntimeError as error:
-            if ranks.world_size > 1 and "onnection" in str(error):  # a collective whose other end is gone
-                time.sleep(PARTING_SECONDS)  # the watchdog knows who that was, and ends this rank with a sentence
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and ranks.world_size > 1 and "onnection" in str(error):
+                # A collective whose other end is gone: the watchdog knows who that was, and ends this rank with a sentence.
+                time.sleep(PARTING_SECONDS)
+            of_all = ranks.all_leave(error)
+            if isinstance(error, SystemExit):
+                _wait_for_others(ranks, error)
+            elif isinstance(error, UserError) and not (of_all or isinstance(error, OneRanksError)):
+                raise _of_one(error) from error
             raise
         finally:
             survival.release()
             if ranks.is_main and ranks.world_size > 1:
-                ranks.store("leaving").set("main", "left")
+                with contextlib.suppress(RuntimeError):  # the store is gone, and who would read it
+                    ranks.store("leaving").set("main", "left")
 
 
-def _wait_for_main(ranks: Ranks) -> None:
-    """A launcher ends all ranks when the first one leaves; the main rank still closes its records and says why."""
+def _of_one(error: UserError) -> OneRanksError:
+    """The same, as one that the watchdog tells the other ranks of. It is said already."""
+    lone = OneRanksError(str(error))
+    lone.of_all = False
+    return lone
+
+
+def _wait_for_others(ranks: Ranks, end: SystemExit) -> None:
+    """A launcher ends all ranks as soon as the first one leaves, and the main rank has its records to close. Where one is
+    gone, or closes for ever, this one leaves without it."""
+    there = True
+    if end.code == STOPPED and not isinstance(end, LeftAlone):
+        try:
+            ranks.from_main(lambda: None)
+        except RuntimeError:
+            there = False
+    elif end.code != STOPPED and not ranks.is_main:
+        there = _main_has_closed(ranks)
+    end.of_all = end.of_all and there
+
+
+def _main_has_closed(ranks: Ranks) -> bool:
+    """Wait for it, and until it has said why the run ended."""
     store, until = ranks.store("leaving"), time.monotonic() + CLOSING_SECONDS
     try:
-        while not store.check(["main"]) and time.monotonic() < until:
-            time.sleep(0.05)
+        with alive.phase("waiting for the main rank", alive.Kind.WAITS):
+            while not (closed := store.check(["main"])) and time.monotonic() < until:
+                time.sleep(0.05)
     except RuntimeError:  # the store went with the main rank
-        return
+        return False
     time.sleep(SAYING_SECONDS)
+    return closed
