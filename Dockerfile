@@ -6,10 +6,14 @@
 ARG BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 FROM ${BASE_IMAGE}
 
-# g++ and python headers: DeepSpeed and Triton compile small kernels at the first start.
+# gcc (with g++) and Python's headers: Triton compiles what launches its kernels at the first forward on a GPU. DeepSpeed
+# compiles nothing at a start; g++, make and ninja are for its offload to NVMe.
+# libibverbs1 and its drivers, librdmacm1 (librdmacm1t64 provides it in Ubuntu 24.04): NCCL opens libibverbs.so.1 when it
+# starts, and without it takes TCP between nodes, on InfiniBand too, and says so only with NCCL_DEBUG=INFO.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        ca-certificates g++ git make ninja-build python3 python3-dev python3-venv \
+        ca-certificates g++ gcc git ibverbs-providers libibverbs1 librdmacm1 make ninja-build \
+        python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --shell /bin/bash trainer

@@ -4,9 +4,11 @@ What is killed while it writes leaves no folder under the final name; what is da
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -15,24 +17,55 @@ from pathlib import Path
 from open_rm.errors import UserError
 
 MANIFEST = "manifest.json"
+ABANDONED_SECONDS = 24 * 3600.0  # far above what a builder takes between two blocks that it writes
 
 
 @contextlib.contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which appears as `folder`, with its manifest, when the block ends; on an error it is removed.
 
-    What killed processes left beside it is removed first, so the caller has to hold a lock.
+    What killed processes left beside it is removed first. Where locks do not reach from node to node (NFS with
+    local_lock), two may be filled at once: the first that ends appears, the other one's rename is an OSError.
     """
-    for left_behind in folder.parent.glob(f"{folder.name}.*.tmp"):
-        shutil.rmtree(left_behind, ignore_errors=True)
-    building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    building = folder.with_name(f"{folder.name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         building.mkdir()
+        for other in folder.parent.glob(f"{glob.escape(folder.name)}.*.tmp"):
+            if other != building and _is_abandoned(other, folder.name, now=building.stat().st_mtime):
+                shutil.rmtree(other, ignore_errors=True)
         yield building
         (building / MANIFEST).write_text(json.dumps({path.name: written(path) for path in sorted(building.iterdir())}))
         os.rename(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_abandoned(building: Path, name: str, *, now: float) -> bool:
+    """Is the process that fills it dead? Where that is one of another host: was nothing written to it for a day?
+
+    now: seconds, by the clock that stamps the files there; hosts may have other ones.
+    """
+    host, *process = building.name.removeprefix(f"{name}.").rsplit(".", 3)
+    if host == _host() and len(process) == 3:
+        try:
+            os.kill(int(process[0]), 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, ValueError):
+            pass  # somebody else's, or no name of ours
+        return False
+    try:
+        return now - max(path.stat().st_mtime for path in (building, *building.rglob("*"))) > ABANDONED_SECONDS
+    except OSError:  # renamed or removed just now
+        return False
+
+
+def _host() -> str:
+    """Where a process number means the same process: this machine, since it booted, in this container."""
+    place = platform.node()
+    with contextlib.suppress(OSError):  # Linux tells; names alone may be the same in many containers
+        place += Path("/proc/sys/kernel/random/boot_id").read_text() + str(os.stat("/proc/self/ns/pid").st_ino)
+    return f"{platform.node()}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 def written(path: Path) -> list:

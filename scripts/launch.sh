@@ -6,7 +6,13 @@
 #   NNODES (SLURM_NNODES or 1)  machines; run the recipe once on each (srun, one task per node)
 #   NODE_RANK (SLURM_NODEID or 0), MASTER_ADDR (first of SLURM_JOB_NODELIST), MASTER_PORT (29500, or one of SLURM_JOB_ID's
 #                               own, since two jobs may share a node)    who is who of several
+#   OMP_NUM_THREADS (cores of the machine / GPUS, where there are several ranks)    torchrun would set 1, and AdamW would update
+#                               what is offloaded to the CPU on one thread a rank
+#   TORCH_NCCL_DUMP_ON_TIMEOUT (1), TORCH_FR_BUFFER_SIZE (2000)    a rank whose collective times out writes the last 2000 to
+#                               ~/.cache/torch/comm_lib_trace_rank_RANK, from which `torchfrtrace` tells who was missing
 #   RESTARTS (0)                how often a run that broke is started again; only while each attempt saves a checkpoint
+# Nodes wait an hour for each other: one may still install or download when the others are ready; torchrun's own 15 minutes
+# are short for that.
 # TERM, INT and USR1 are passed on to the training, which saves a checkpoint and ends. The status is 75 where the same
 # command goes on from there, else the training's own. Under torchrun that is 1 for all that goes wrong, so what counts is
 # the checkpoint.
@@ -55,6 +61,7 @@ launch() {
             exit 1
         fi
         command=(-m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS")
+        command+=(--rdzv_conf timeout=3600)
         port=29500
         [[ -z ${SLURM_JOB_ID:-} ]] || port=$((20000 + SLURM_JOB_ID % 12000))  # below those that Linux gives out itself
         command+=(--master_addr "${MASTER_ADDR:-MASTER_ADDR}" --master_port "${MASTER_PORT:-$port}" -m)
@@ -68,7 +75,15 @@ launch() {
         exit
     fi
     set_up_python requirements.txt
+    if [[ ${command[1]} == torch.distributed.run ]]; then prepare_ranks; fi
     train_to_the_end "$(output_folder "$@")" "${command[@]}"
+}
+
+prepare_ranks() {
+    local cores
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > GPUS ? cores / GPUS : 1))}
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 }
 
 output_folder() {  # the value of the last --output_dir among these flags, else that of their --config file, or nothing

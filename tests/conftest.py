@@ -15,8 +15,15 @@ REPOSITORY = Path(__file__).parent.parent
 OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# Before anything imports deepspeed or tokenizers: no GPU probing, no fork warnings, no look at the network.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# A GPU is for tests marked gpu, in processes of their own (`on_gpu`); all else computes on the CPU, in float32, wherever it runs.
+# What was visible is kept, once: the workers of pytest-xdist start from an environment in which this was done.
+VISIBLE_AT_FIRST = "CUDA_VISIBLE_DEVICES_AT_FIRST"
+os.environ.setdefault(VISIBLE_AT_FIRST, os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+IS_GIVEN_THE_GPU = "OPEN_RM_TEST_ON_GPU"  # set in a process of `on_gpu`, which may import tests
+if IS_GIVEN_THE_GPU not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+# Before anything imports deepspeed or tokenizers: no fork warnings, no look at the network.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run side by side, a process for each core; threads of their own would only get in each other's way.
@@ -35,6 +42,8 @@ LONGEST = (
     "engine",
     "objectives",
     "recipe",
+    "ranks",
+    "liger_interpreted",
     "families",
     "layouts_agree",
     "tracking",
@@ -47,6 +56,23 @@ def pytest_collection_modifyitems(items):
     """The files of LONGEST, then the others as they were."""
     rank = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Tests marked gpu are skipped where there is none, before their fixtures are made."""
+    if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
+        pytest.skip(reason)
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Why tests marked gpu cannot run here; None where they can. This process does not see the GPU, so another one looks."""
+    if not shutil.which("nvidia-smi") and not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "no CUDA device: neither nvidia-smi nor /dev/nvidia0 is there"
+    if not on_gpu("import json, torch; print(json.dumps(torch.cuda.is_available()))"):
+        return "no CUDA device: torch.cuda.is_available() is False"
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -94,12 +120,15 @@ def load(tokenizer, tmp_path):
     return functools.partial(read_pairs, tokenizer=tokenizer, dataset_local_cache_dir=str(tmp_path / "cache"))
 
 
-def load_model(folder, tokenizer, *, layout: str = "padded", **flags):
-    """The reward model that the recipe makes of a folder with these model flags, in float32, seed 1."""
+def load_model(folder, tokenizer, *, layout: str = "padded", every: int = 0, **flags):
+    """The reward model that the recipe makes of a folder with these model flags, in float32, seed 1. every: how many layers
+    one is recomputed in the backward pass."""
     from open_rm.flags import ModelFlags
     from open_rm.model.loading import load_reward_model
+    from open_rm.model.recompute import recompute
 
     model, _ = load_reward_model(ModelFlags(model_name_or_path=str(folder), **flags), tokenizer, layout=layout)
+    recompute(model.classifier, every)
     return model
 
 
@@ -127,7 +156,14 @@ def run_recipe(
     return launch("-m", "open_rm.reward_modeling", *flags, processes=processes, env=env, timeout=timeout)
 
 
-def launch(*what, processes: int = 1, env: dict | None = None, timeout: float = 900) -> subprocess.CompletedProcess:
+def run_recipe_on_gpu(*flags, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """`run_recipe` on one GPU; for tests marked gpu."""
+    return launch("-m", "open_rm.reward_modeling", *flags, gpu=True, env=env, timeout=timeout)
+
+
+def launch(
+    *what, processes: int = 1, gpu: bool = False, env: dict | None = None, timeout: float = 900
+) -> subprocess.CompletedProcess:
     """Run a script or `-m` a module with its flags, under torchrun where it takes several processes.
 
     timeout: guards against hangs alone, far above what any of it takes on a slow CPU that does other things too.
@@ -135,13 +171,9 @@ def launch(*what, processes: int = 1, env: dict | None = None, timeout: float = 
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    for name in OF_A_GROUP:
-        environment.pop(name, None)
-    environment.update(env or {})
     return subprocess.run(
         [*launcher, *map(str, what)],
-        env=environment,
+        env=environment_of_a_process(gpu=gpu) | {"PYTHONPATH": str(REPOSITORY)} | (env or {}),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -242,11 +274,31 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def environment_of_a_process(*, gpu: bool = False) -> dict[str, str]:
+    """What a process that a test starts may know: no group of ranks, and the GPU only where it is asked for."""
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    if gpu:
+        environment[IS_GIVEN_THE_GPU] = "1"
+        del environment["DS_ACCELERATOR"], environment["CUDA_VISIBLE_DEVICES"]
+        if environment[VISIBLE_AT_FIRST] != "all":
+            environment["CUDA_VISIBLE_DEVICES"] = environment[VISIBLE_AT_FIRST]
+    return environment
+
+
 def in_a_process(script: str, *arguments):
     """Run a script that prints JSON in its last line, in a process that knows of no ranks; returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
-    for name in OF_A_GROUP:
-        environment.pop(name, None)
+    return printed_by(script, arguments, environment_of_a_process())
+
+
+def on_gpu(script: str, *arguments):
+    """`in_a_process` with the GPU in sight; for tests marked gpu. The script may import test files by their names."""
+    folders = [REPOSITORY, *sorted({path.parent for path in (REPOSITORY / "tests").rglob("test_*.py")})]
+    path = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    return printed_by(script, arguments, environment_of_a_process(gpu=True) | path)
+
+
+def printed_by(script: str, arguments, environment: dict[str, str]):
+    environment = environment | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

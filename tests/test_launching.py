@@ -5,6 +5,7 @@ The training is a stand-in that does what a plan says, one line of Python an att
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -315,6 +316,68 @@ def test_two_nodes_start_again_though_one_is_late(place):
     for status, _, err in map(ended, nodes):
         assert (status, place.attempts) == (0, 2)
         assert "ended with status 1 after step_00000007; restart 1 of 2" in err
+
+
+# torchrun, which writes down how long each node waits for the others
+RENDEZVOUS = """\
+import os, runpy
+from pathlib import Path
+from torch.distributed.elastic.rendezvous import static_tcp_rendezvous as static
+
+def store(address, port, size, is_master, timeout, plain=static.TCPStore, **kwargs):
+    (Path(os.environ["HERE"]) / f"patience_{int(not is_master)}").write_text(str(timeout.total_seconds()))
+    return plain(address, port, size, is_master, timeout, **kwargs)
+
+static.TCPStore = store
+runpy.run_module("torch.distributed.run", run_name="__main__")
+"""
+
+
+def test_nodes_wait_an_hour_for_each_other(place):
+    (place.folder / "rendezvous.py").write_text(RENDEZVOUS)
+    with_patience = '"-m torch.distributed.run") cd "$HERE"; shift 2; set -- "$HERE/rendezvous.py" "$@"'
+    text = (place.folder / "python").read_text().replace('"-m torch.distributed.run") cd "$HERE"', with_patience)
+    place.script("python", text)
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    second = place.start("sys.exit(0)", NODE_RANK="1", **where)
+    assert place.wait_for("patience_1") == "3600.0"  # there is nobody to meet yet
+    first = place.start("sys.exit(0)", NODE_RANK="0", **where)
+    assert [ended(node)[0] for node in (first, second)] == [0, 0]
+    assert (place.wait_for("patience_0"), place.attempts) == ("3600.0", 1)
+
+
+OF_RANKS = ("OMP_NUM_THREADS", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_BUFFER_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "expected"),
+    [
+        ("2", {}, ["4", "1", "2000"]),  # 9 cores for 2 ranks
+        (
+            "2",
+            {"OMP_NUM_THREADS": "3", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_BUFFER_SIZE": "9"},
+            ["3", "0", "9"],
+        ),
+        ("1", {}, [None, None, None]),  # one process: torch takes all cores by itself
+    ],
+)
+def test_ranks_share_the_cores_and_leave_a_record_of_a_collective_that_hangs(
+    place, monkeypatch, gpus, variables, expected
+):
+    for name in OF_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    place.script("nproc", "#!/bin/sh\necho 9\n")
+    plan = f"import json; print(json.dumps([os.environ.get(name) for name in {OF_RANKS}])) if rank == '0' else None"
+    status, out, err = place.run(f"{plan}; sys.exit(0)", GPUS=gpus, **variables)
+    assert (status, json.loads(out)) == (0, expected), err
+
+
+def test_more_ranks_than_cores_have_a_thread_each(place, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    place.script("nproc", "#!/bin/sh\nexit 1\n")  # not everywhere
+    place.script("getconf", "#!/bin/sh\necho 1\n")
+    plan = "print(os.environ['OMP_NUM_THREADS']) if rank == '0' else None; sys.exit(0)"
+    assert place.run(plan, GPUS="2")[:2] == (0, "1\n")
 
 
 def alive(pid: str) -> bool:

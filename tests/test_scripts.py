@@ -167,7 +167,7 @@ def test_a_step_is_the_same_pairs_on_two_nodes(script, name):
     assert args.seed == 7
     assert launcher(command) == shlex.split(
         "python -m torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 4"
-        " --master_addr 10.0.0.1 --master_port 29501 -m"
+        " --rdzv_conf timeout=3600 --master_addr 10.0.0.1 --master_port 29501 -m"
     )
 
 
@@ -258,3 +258,10 @@ def test_every_recipe_is_listed():
     listed = (REPOSITORY / "scripts/train/README.md").read_text()
     for script in sorted((REPOSITORY / "scripts/train").rglob("*.sh")):
         assert f"`{script.relative_to(REPOSITORY / 'scripts/train')}`" in listed
+
+
+def test_the_container_has_what_nccl_and_triton_open_at_run_time():
+    lines = (REPOSITORY / "Dockerfile").read_text().split("apt-get install --yes --no-install-recommends")[1]
+    packages = lines.partition("&&")[0].replace("\\", " ").split()
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(packages)  # NCCL over InfiniBand
+    assert {"gcc", "python3-dev"} <= set(packages)  # Triton

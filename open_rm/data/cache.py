@@ -1,7 +1,8 @@
 """A folder that is built once and found again by its key, whoever asks, however often, whatever was killed meanwhile.
 
 A folder is whole or not there (manifest.py). A lock, which the system releases when its holder dies, keeps others waiting
-for the result instead of building it too; a damaged folder is built again. The lock needs a file system with flock.
+for the result instead of building it too; a damaged folder is built again. On a file system without flock the lock is a file
+that a killed process of another host leaves behind; who waits for it is told to remove it.
 """
 
 import shutil
@@ -68,7 +69,16 @@ def _locked(path: Path, flag: str):
             if waited >= PATIENCE_SECONDS:
                 raise UserError(
                     f"--{flag}: another process has held {path} for {waited / 3600:.1f} hours; end it if it hangs, or "
-                    "name another folder"
+                    f"name another folder{_left_behind(path)}"
                 ) from None
             message = f"waiting for another process that tokenizes the same data ({path}), {waited:.0f} s so far"
-            print(message, file=sys.stderr, flush=True)
+            print(f"{message}{_left_behind(path)}", file=sys.stderr, flush=True)
+
+
+def _left_behind(path: Path) -> str:
+    """What to do where there is no flock: filelock then writes its holder into the file, and finds a dead one of this host."""
+    try:
+        process, host = path.read_text().split()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f"; there is no flock here: if process {process} on {host} is dead, remove that file"

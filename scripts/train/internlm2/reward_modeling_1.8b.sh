@@ -32,7 +32,6 @@ flags=(
     --lr_scheduler_type cosine
     --warmup_ratio 0.03
     --num_train_epochs 1                  # XTuner: more overfits
-    --gradient_checkpointing
 )
 if [[ ${QLORA:-0} == 1 ]]; then
     flags+=(--use_peft --load_in_4bit --lora_r 64 --lora_alpha 16 --lora_dropout 0.1 --learning_rate 1e-4)

@@ -26,7 +26,6 @@ flags=(
     --learning_rate 3e-6
     --lr_scheduler_type linear
     --num_train_epochs 1
-    --gradient_checkpointing
     --deepspeed configs/ds/zero3.json
     --seed 8
     --with_tracking
