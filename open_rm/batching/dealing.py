@@ -11,6 +11,7 @@ Only columns of numbers are looked at here, never token ids.
 """
 
 import heapq
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from open_rm.data.pairs import PairTable
 SWAPS = 400  # most improvements tried after the first deal
 SWAPS_TIMES_UNITS = 8_000_000  # most of this product: fewer are tried where more than 20,000 units are dealt
 EXCHANGES = 5_000  # between two ranks: up to so many are all looked at, of more only those that matter
+NOTHING = -1  # in the place of a unit
 BALANCED = 1.01  # max over mean cost at which it stops
 CPU_POSITIONS = 1536  # positions of a forward that a CPU's caches hold well; with twice as many it was a tenth slower
 
@@ -75,9 +77,13 @@ class Units:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to deal a step: the units and the cost of each rank."""
+    """A way to deal a step.
 
-    shares: list[Units]
+    units: one rank's after another's.  rank: [units] whose each is.  loads: [ranks] cost.
+    """
+
+    units: Units
+    rank: np.ndarray
     loads: np.ndarray
 
 
@@ -89,7 +95,7 @@ def deal_step(indices: np.ndarray, table: PairTable, rules: BatchRules, world_si
     best = _best_candidate(indices, table, rules, world_size)
     cheapest = indices[np.argmin(table.chosen_length[indices] + table.rejected_length[indices])]
     filler = Part(np.array([cheapest]), counted=0)
-    ranks = [_cut(share, table, rules.layout, rules.max_tokens) for share in best.shares]
+    ranks = _cut(best, table, rules.layout, rules.max_tokens)
     forwards = max(len(parts) for parts in ranks)
     ranks = [parts + [filler] * (forwards - len(parts)) for parts in ranks]
     return Deal(indices, ranks, float(best.loads.max() / best.loads.mean()))
@@ -188,8 +194,10 @@ def _best_candidate(indices: np.ndarray, table: PairTable, rules: BatchRules, wo
 
 
 def _candidate(units: Units, costs: np.ndarray, world_size: int) -> Candidate:
-    shares = [np.array(share, np.int64) for share in _deal(costs, world_size)]
-    return Candidate([units.take(share) for share in shares], np.array([costs[share].sum() for share in shares]))
+    shares = _deal(costs, world_size)
+    rank = np.repeat(np.arange(world_size), [len(share) for share in shares])
+    loads = np.array([costs[share].sum() for share in shares])
+    return Candidate(units.take(np.array(list(itertools.chain(*shares)))), rank, loads)
 
 
 def _deal(costs: np.ndarray, world_size: int) -> list[list[int]]:
@@ -204,7 +212,8 @@ def _deal(costs: np.ndarray, world_size: int) -> list[list[int]]:
         shares[rank].append(i)
         heapq.heapreplace(heap, (load + cost, rank))
     loads = np.array([costs[share].sum() for share in shares])
-    for _ in range(min(SWAPS, SWAPS_TIMES_UNITS // len(costs))):
+    costs = np.append(costs, 0.0)  # costs[NOTHING]
+    for _ in range(min(SWAPS, SWAPS_TIMES_UNITS // len(order))):
         high = int(loads.argmax())
         if loads[high] <= BALANCED * loads.mean() or not _improve(costs, shares, loads, high):
             break
@@ -213,7 +222,8 @@ def _deal(costs: np.ndarray, world_size: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Unit `given` of the most loaded rank's share goes to rank `low`, whose unit `taken` comes back.
+    """Unit `given` of the most loaded rank's share goes to another, number `low` of those looked at, whose unit `taken`
+    comes back.
 
     taken: len(share) where nothing comes back.  moved: by how much the loads change.  larger: the larger load after it.
     """
@@ -226,71 +236,104 @@ class Exchange:
 
 
 def _improve(costs: np.ndarray, shares: list[list[int]], loads: np.ndarray, high: int) -> bool:
-    """Move or swap one unit of rank `high` so that the larger of two loads falls most; False if none does."""
-    best, larger, mine = None, loads[high] * (1 - 1e-9), costs[shares[high]]
-    for low in [rank for rank in np.argsort(loads)[:16].tolist() if rank != high]:
-        exchange = _best_exchange(mine, costs[shares[low]], loads, high, low)
-        if exchange.larger < larger:
-            best, larger = exchange, exchange.larger
-    if best is None:
+    """Move or swap one unit of rank `high` so that the larger of two loads falls most; False if none does.
+
+    costs: [units + 1], that of NOTHING last.
+    """
+    # stable: the order that numpy's fastest sort gives equal loads depends on the CPU, and every rank has to find the same deal
+    lows = [rank for rank in np.argsort(loads, kind="stable")[:16].tolist() if rank != high]
+    most = 1 + max(len(shares[low]) for low in lows)
+    theirs = costs[[shares[low] + [NOTHING] * (most - len(shares[low])) for low in lows]]
+    best = _best_exchange(costs[shares[high]], theirs, loads[high], loads[lows])
+    if best.larger >= loads[high] * (1 - 1e-9):
         return False
+    low = lows[best.low]
     given = shares[high].pop(best.given)
-    if best.taken < len(shares[best.low]):
-        shares[high].append(shares[best.low].pop(best.taken))
-    shares[best.low].append(given)
+    if best.taken < len(shares[low]):
+        shares[high].append(shares[low].pop(best.taken))
+    shares[low].append(given)
     loads[high] -= best.moved
-    loads[best.low] += best.moved
+    loads[low] += best.moved
     return True
 
 
-def _best_exchange(mine: np.ndarray, theirs: np.ndarray, loads: np.ndarray, high: int, low: int) -> Exchange:
-    """The exchange that leaves the larger load smallest; of equal ones the first unit given, then the first taken.
+def _best_exchange(mine: np.ndarray, theirs: np.ndarray, load: float, loads: np.ndarray) -> Exchange:
+    """The exchange that leaves the larger of two loads smallest; of equal ones the first rank, unit given, unit taken.
 
-    Not every pair of units is looked at. For a unit given the larger load falls and then rises with what comes back, so
-    only what would make the loads equal matters, and the values beside it (two a side, since sums are rounded).
+    mine: [units] costs of the most loaded rank's.  theirs: [ranks, most] those of others', 0 where nothing comes back.
+    load, loads: [ranks] of these ranks.
     """
-    theirs = np.append(theirs, 0.0)  # the last: nothing comes back
-    back = theirs
-    if len(mine) * len(theirs) > EXCHANGES:
-        values = np.unique(theirs)
-        equal = np.searchsorted(values, mine - (loads[high] - loads[low]) / 2)
-        back = values[np.clip(equal[:, None] + np.arange(-2, 3), 0, len(values) - 1)]
-    moved = mine[:, None] - back
-    given = int(np.maximum(loads[high] - moved, loads[low] + moved).min(axis=1).argmin())
-    moved = mine[given] - theirs
-    larger = np.maximum(loads[high] - moved, loads[low] + moved)
+    back = theirs[:, None]
+    if len(mine) * theirs.shape[1] > EXCHANGES:
+        back = np.stack([_worth_taking(mine, row, load - low) for row, low in zip(theirs, loads, strict=True)])
+    moved = mine[:, None] - back  # [ranks, mine, what comes back]
+    larger = np.maximum(load - moved, loads[:, None, None] + moved).min(axis=2)
+    low, given = divmod(int(larger.argmin()), len(mine))
+    moved = mine[given] - theirs[low]
+    larger = np.maximum(load - moved, loads[low] + moved)
     taken = int(larger.argmin())
     return Exchange(low, given, taken, moved[taken], larger[taken])
 
 
-def _cut(share: Units, table: PairTable, layout: str, max_tokens: int) -> list[Part]:
-    """A share to micro-batches of at most `max_tokens` positions."""
+def _worth_taking(mine: np.ndarray, theirs: np.ndarray, ahead: float) -> np.ndarray:
+    """[mine, 5] of the costs `theirs` those that can be best in return for each of `mine`. ahead: by how much loads differ.
+
+    For a unit given the larger load falls and then rises with what comes back, so only what would make the loads equal
+    matters, and the values beside it (two a side, since sums are rounded).
+    """
+    values = np.unique(theirs)
+    equal = np.searchsorted(values, mine - ahead / 2)
+    return values[np.clip(equal[:, None] + np.arange(-2, 3), 0, len(values) - 1)]
+
+
+def _cut(dealt: Candidate, table: PairTable, layout: str, max_tokens: int) -> list[list[Part]]:
+    """The share of each rank to micro-batches of at most `max_tokens` positions.
+
+    All ranks' pieces are sorted, and become arrays of pairs, in one go: rank by rank this was most of a step's planning.
+    """
     if layout == "padded":
-        return _cut_padded(share.members(), table, max_tokens)
-    pieces, sizes = _pieces(share, table, layout, max_tokens)
-    order = np.argsort(-sizes, kind="stable")  # first fit, largest first
-    bins = _first_fit(sizes[order].tolist(), max_tokens)
-    pairs_of_bins = np.bincount(bins, weights=pieces.size[order]).astype(np.int64)
-    return _parts(pieces.take(order[np.argsort(bins, kind="stable")]).members(), pairs_of_bins)
+        pieces, rank, sizes = dealt.units, dealt.rank, _work(dealt.units, table, layout).tokens
+        order, fit = np.lexsort((sizes, rank)), _similar
+    else:
+        pieces, rank, sizes = _pieces(dealt.units, dealt.rank, table, layout, max_tokens)
+        order, fit = np.lexsort((-sizes, rank)), _first_fit
+    sizes = sizes[order].tolist()
+    ends = np.cumsum(np.bincount(rank, minlength=len(dealt.loads))).tolist()
+    bins: list[int] = []  # of each piece, numbered through all ranks
+    first = [0]  # the first bin of each rank
+    for start, end in itertools.pairwise([0, *ends]):
+        of_rank = fit(sizes[start:end], max_tokens)
+        bins += [first[-1] + number for number in of_rank]
+        first.append(first[-1] + 1 + max(of_rank, default=-1))
+    bin_of = np.array(bins)
+    pairs = pieces.take(order[np.argsort(bin_of, kind="stable")]).members()
+    pairs_of_bins = np.bincount(bin_of, weights=pieces.size[order]).astype(np.int64)
+    parts = [
+        Part(pairs[end - size : end], size)
+        for end, size in zip(np.cumsum(pairs_of_bins).tolist(), pairs_of_bins.tolist(), strict=True)
+    ]
+    return [parts[start:end] for start, end in itertools.pairwise(first)]
 
 
-def _pieces(share: Units, table: PairTable, layout: str, max_tokens: int) -> tuple[Units, np.ndarray]:
-    """The share's units from last to first, halved until they fit or are single pairs, and the tokens of each.
+def _pieces(
+    units: Units, rank: np.ndarray, table: PairTable, layout: str, max_tokens: int
+) -> tuple[Units, np.ndarray, np.ndarray]:
+    """The units from last to first, halved until they fit or are single pairs, and the rank and the tokens of each.
 
     Their order decides between pieces of equal size, nothing else.
     """
-    tokens = _work(share, table, layout).tokens
-    while (large := (share.size > 1) & (tokens > max_tokens)).any():
-        half = np.where(large, share.size // 2, 0)
-        first = np.stack((share.first, share.first + half), axis=1).ravel()
-        size = np.stack((half, share.size - half), axis=1).ravel()
-        share = Units(share.pairs, first, size).take(size > 0)
-        tokens, halves = np.repeat(tokens, 1 + large), np.repeat(large, 1 + large)
-        tokens[halves] = _work(share.take(halves), table, layout).tokens
-    return share.take(slice(None, None, -1)), tokens[::-1]
+    tokens = _work(units, table, layout).tokens
+    while (large := (units.size > 1) & (tokens > max_tokens)).any():
+        half = np.where(large, units.size // 2, 0)
+        first = np.stack((units.first, units.first + half), axis=1).ravel()
+        size = np.stack((half, units.size - half), axis=1).ravel()
+        units = Units(units.pairs, first, size).take(size > 0)
+        rank, tokens, halves = (np.repeat(column, 1 + large) for column in (rank, tokens, large))
+        tokens[halves] = _work(units.take(halves), table, layout).tokens
+    return units.take(slice(None, None, -1)), rank[::-1], tokens[::-1]
 
 
-def _first_fit(sizes: list[int], capacity: int) -> np.ndarray:
+def _first_fit(sizes: list[int], capacity: int) -> list[int]:
     """[n] the bin of each size, given largest first: the first with enough room; too large a size has a bin of its own.
 
     Bins are the leaves of a binary tree, untouched ones to the right, and a node knows the most room below it. So the
@@ -307,23 +350,17 @@ def _first_fit(sizes: list[int], capacity: int) -> np.ndarray:
         room[node] -= size
         while (node := node // 2) and room[node] != (below := max(room[2 * node], room[2 * node + 1])):
             room[node] = below
-    return np.array(bins, np.int64)
+    return bins
 
 
-def _cut_padded(pairs: np.ndarray, table: PairTable, max_tokens: int) -> list[Part]:
-    """Pairs sorted by length, so that a micro-batch holds similar lengths and little padding."""
-    longest = np.maximum(table.chosen_length[pairs], table.rejected_length[pairs])
-    order = np.argsort(longest, kind="stable")
-    sizes: list[int] = []
-    for length in longest[order].tolist():
-        if sizes and 2 * (sizes[-1] + 1) * length <= max_tokens:
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-    return _parts(pairs[order], np.array(sizes, np.int64))
-
-
-def _parts(pairs: np.ndarray, sizes: np.ndarray) -> list[Part]:
-    """Consecutive parts of the given sizes."""
-    ends = np.cumsum(sizes)
-    return [Part(pairs[end - size : end], size) for end, size in zip(ends.tolist(), sizes.tolist(), strict=True)]
+def _similar(sizes: list[int], capacity: int) -> list[int]:
+    """[n] the bin of each padded pair, given shortest first: a bin is filled before the next, so that it holds similar
+    lengths and little padding. Each takes as much as the last of its bin."""
+    bins: list[int] = []
+    number, held = -1, 0  # of the last bin, pairs in it
+    for size in sizes:
+        if not bins or (held + 1) * size > capacity:
+            number, held = number + 1, 0
+        bins.append(number)
+        held += 1
+    return bins
