@@ -10,10 +10,13 @@ with them. The pair (abc|de , abc|f) of layouts.py's drawing, computed once per 
 No T x T mask is made. On a GPU one flash-attention call serves the row (torch's varlen_attn: queries and keys may differ
 in number, causal is aligned at the end); on the CPU each segment is one scaled_dot_product_attention. `dense_attention`
 is the slow reference that the tests compare both to.
-Not covered, and refused by name when the model is loaded: attention sinks; soft-capping on a GPU.
+Not covered, and refused by name when the model is loaded: attention sinks; on a GPU what flash attention does not take
+(families.py knows).
 Shapes: T tokens of the row, H query heads, G key/value heads, D head width, s tokens of a segment, p of its prefix.
 """
 
+import functools
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -105,9 +108,11 @@ def segment_attention(
 def _flash(query, key, value, segments, scaling, window):
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     if segments.key_index is not None:
-        key, value = key[segments.key_index], value[segments.key_index]
+        # [T, 2, G, D]: one gather, and one sum in backward. Indexing with [] would sort the index there, twice a layer.
+        key, value = torch.stack((key, value), 1).index_select(0, segments.key_index).unbind(1)
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_gqa(varlen_attn) else {}
     out = varlen_attn(
         query,
         key,
@@ -118,9 +123,15 @@ def _flash(query, key, value, segments, scaling, window):
         segments.longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return out.unsqueeze(0)
+
+
+@functools.cache
+def _asks_for_gqa(varlen_attn) -> bool:
+    """Whether fewer key heads than query heads have to be asked for; up to torch 2.11 the function has no word for it."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _per_segment(query, key, value, segments, scaling, window, softcap):

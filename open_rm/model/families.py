@@ -39,13 +39,21 @@ class Layout:
 
 
 def choose_layout(
-    wanted: str, config, *, attn_implementation: str | None, max_token_length: int, on_gpu: bool, bf16: bool = True
+    wanted: str,
+    config,
+    *,
+    attn_implementation: str | None,
+    max_token_length: int,
+    on_gpu: bool,
+    bf16: bool = True,
+    capability: tuple[int, int] | None = None,
 ) -> Layout:
     """The layout to compute in.
 
     Args:
         wanted: auto, padded, packed or shared_prefix. auto takes shared_prefix wherever it is exact.
         config: the model's transformers config.
+        capability: the GPU's compute capability (major, minor); None is taken as enough.
 
     Raises:
         UserError: a packed layout was asked for by name and is not exact for this model.
@@ -57,10 +65,8 @@ def choose_layout(
         reason = f"packed rows are not known to be exact for {text.model_type}"
     elif getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
         reason = "its attention is not causal"
-    elif on_gpu and getattr(text, "attn_logit_softcapping", None) is not None:
-        reason = f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
-    elif on_gpu and not bf16:
-        reason = "flash attention over packed rows computes in bfloat16, and --dtype is float32"
+    elif on_gpu and (refused := _flash_refuses(text, bf16, capability)):
+        reason = refused
     elif rope.get("rope_type") in ("dynamic", "longrope") and max_token_length > (original or 0):
         reason = f"{rope['rope_type']} rotary embeddings depend on the longest sequence beyond {original} tokens"
     elif attn_implementation is not None:
@@ -70,6 +76,31 @@ def choose_layout(
     if wanted == "auto":
         return Layout("padded", reason)
     raise UserError(f"--batching {wanted} is not possible: {reason}; pass --batching padded, or leave it to auto")
+
+
+def _flash_refuses(text, bf16: bool, capability: tuple[int, int] | None) -> str | None:
+    """Why flash attention over packed rows does not take this model or GPU: mha_varlen_fwd's own checks, in torch's
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp; None where it does."""
+    heads, key_heads, width = attention_shape(text)
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
+    if not bf16:
+        return "flash attention over packed rows computes in bfloat16, and --dtype is float32"
+    if width % 8 or width > 256:
+        return f"flash attention takes heads of a multiple of 8 numbers up to 256, and here they are of {width}"
+    if heads % key_heads:
+        return f"flash attention shares key heads evenly, and here are {heads} heads over {key_heads} key heads"
+    if capability is not None and capability < (8, 0):
+        has = ".".join(map(str, capability))
+        return f"flash attention needs a GPU of compute capability 8.0 (A100) or more, and this one has {has}"
+    return None
+
+
+def attention_shape(text) -> tuple[int, int, int]:
+    """Query heads H, key heads G and the width D of a head, from the config of a decoder's text part."""
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
 def read_config(flags: ModelFlags, *, max_token_length: int):

@@ -1,4 +1,7 @@
-"""Attention over packed rows: the fast paths against the reference, and the reference against attention spelled out."""
+"""Attention over packed rows: the path of a CPU against the reference, and the reference against attention spelled out.
+
+That of a GPU: test_flash.py.
+"""
 
 import pytest
 import torch
@@ -7,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import Largest
 
-from open_rm.batching import attention
 from open_rm.batching.attention import dense_attention, make_segments, segment_attention
 
 WIDTH = 8
@@ -173,68 +175,3 @@ def test_score_area_is_the_number_of_query_key_products():
     for bounds in ROWS.values():
         products = sum(pe - ps + i + 1 for start, end, ps, pe in bounds for i in range(end - start))
         assert make_segments(bounds).score_area() == products
-
-
-def varlen_by_its_documentation(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """torch's varlen_attn as documented: [T, heads, D]; causal is aligned at the end, window_size counts to the left."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert window_size[1] == 0  # causal
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    outputs = []
-    for i in range(len(cu_seq_q) - 1):
-        q = query[cu_seq_q[i] : cu_seq_q[i + 1]]
-        k, v = (tensor[cu_seq_k[i] : cu_seq_k[i + 1]] for tensor in (key, value))
-        assert len(q) <= max_q and len(k) <= max_k
-        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
-        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
-        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
-        outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "softcap" not in KINDS[kind]])
-@pytest.mark.parametrize("row", ROWS)
-def test_the_flash_call_says_the_same_in_terms_of_varlen_attn(monkeypatch, row, kind, key_heads):
-    """What a GPU is told to compute, checked without one against what varlen_attn documents."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_its_documentation)
-
-    def flash(module, query, key, value, mask, *, segments, scaling=None, sliding_window=None):
-        return attention._flash(query, key, value, segments, scaling, sliding_window), None
-
-    bounds = ROWS[row]
-    inputs, upstream = random_qkv(bounds, 4, key_heads)
-    out, gradients = output_and_gradients(flash, bounds, inputs, upstream, KINDS[kind])
-    reference, reference_gradients = output_and_gradients(dense_attention, bounds, inputs, upstream, KINDS[kind])
-    torch.testing.assert_close(out, reference, rtol=0, atol=OUTPUT_TOLERANCE)
-    for ours, theirs in zip(gradients, reference_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=GRADIENT_TOLERANCE)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention over variable lengths needs a GPU")
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("key_heads", [8, 2])
-def test_flash_attention_equals_the_per_segment_path_in_bfloat16(key_heads, window):
-    """Both from the same bfloat16 inputs; the per-segment path computes in float32.
-
-    bfloat16 keeps 8 bits: outputs, below 4, are rounded by up to 2**-7 = 8e-3, and the weights inside likewise. 2e-2, and
-    for gradients 2e-2 of the largest entry, leave a factor of two.
-    """
-    bounds = [(0, 700, 0, 0), (700, 1000, 0, 400), (1000, 1001, 0, 400), (1001, 1300, 0, 0), (1300, 1600, 1001, 1200)]
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 8, 1600, 64), (1, key_heads, 1600, 64), (1, key_heads, 1600, 64), (1, 1600, 8, 64)]
-    q, k, v, upstream = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
-    results = []
-    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
-        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (q, k, v)]
-        segments = make_segments(bounds).to(torch.device(device))
-        out, _ = segment_attention(None, *inputs, None, segments=segments, sliding_window=window)
-        gradients = torch.autograd.grad(out, inputs, upstream.to(device, dtype))
-        results.append([tensor.detach().float().cpu() for tensor in (out, *gradients)])
-    (out, *gradients), (reference, *reference_gradients) = results
-    torch.testing.assert_close(out, reference, rtol=0, atol=2e-2)
-    for ours, theirs in zip(gradients, reference_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2 * theirs.abs().max().item())

@@ -5,17 +5,20 @@ Everything here is float32. Layouts differ in nothing but the order in which the
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 import transformers
+import varlen_reference
 from conftest import load_model, read_metrics, read_pairs, run_recipe, shared_data, toy_flags
 from largest_tensor import Largest
 from pairs_of_ids import as_data
+from torch.nn.attention import varlen
 
 from open_rm import toy
-from open_rm.batching import feeding, layouts
+from open_rm.batching import attention, feeding, layouts
 from open_rm.batching.dealing import deal_step
 from open_rm.batching.layouts import lay_out
 from open_rm.batching.rules import LAYOUTS, BatchRules
@@ -119,7 +122,7 @@ def toy_models(toy):
     def get(layout: str, checkpointing: bool = False):
         key = layout, checkpointing
         if key not in made:
-            made[key] = load_model(toy / "model", tokenizer, layout=layout, gradient_checkpointing=checkpointing)
+            made[key] = load_model(toy / "model", tokenizer, layout=layout, every=int(checkpointing))
         return made[key]
 
     return get
@@ -328,12 +331,39 @@ def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, fa
     for layout in LAYOUTS:
         assert choose_layout(layout, config, **choice) == Layout(layout)
         for checkpointing in (False, True):
-            reward_model = load_model(folder, tokenizer, layout=layout, gradient_checkpointing=checkpointing)
+            reward_model = load_model(folder, tokenizer, layout=layout, every=int(checkpointing))
             for world_size, max_tokens in ((1, EVERYTHING), (2, 120)):
                 result = computed(reward_model, pairs, layout, world_size=world_size, max_tokens=max_tokens)
                 assert_same(result, reference, f"{family}, {layout}")
                 largest = tuple(map(max, zip(largest, differences(result, reference), strict=True)))
     print(f"{family}: rewards {largest[0]:.1e} apart, gradients {largest[1]:.1e}")
+
+
+@pytest.mark.parametrize(
+    "signature", [varlen_reference.of_torch_2_11, varlen_reference.of_this_torch], ids=["2.11", "this"]
+)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "phi3", "gpt_neox"])
+def test_whole_models_give_the_same_by_what_a_gpu_is_told(family_folder, tokenizer, family, signature, monkeypatch):
+    """Every layer calls torch's varlen_attn as on a GPU; here it is computed densely, with its kernel's demands."""
+    folder, pairs, called = family_folder(family), as_data(*FAMILY_PAIRS), []
+    reference = computed(load_model(folder, tokenizer), pairs, "padded")
+    monkeypatch.setattr(varlen, "varlen_attn", signature)
+
+    def as_on_a_gpu(query, key, value, segments, scaling, window, softcap):
+        assert softcap is None
+        called.append(window)
+        return attention._flash(query, key, value, segments, scaling, window)
+
+    monkeypatch.setattr(attention, "_per_segment", as_on_a_gpu)
+    for layout in ("packed", "shared_prefix"):
+        reward_model = load_model(folder, tokenizer, layout=layout)
+        for checkpointing in (False, True):
+            if checkpointing:
+                reward_model.classifier.activation_checkpointing_enable()
+            called.clear()
+            assert_same(computed(reward_model, pairs, layout), reference, f"{family}, {layout}, {checkpointing}")
+            assert len(called) > 2 if checkpointing else len(called) == 2  # two layers, and again in backward
+            assert set(called) == {"gemma3_text": {WINDOW, None}, "mistral": {WINDOW}}.get(family, {None})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -417,6 +447,15 @@ LONGROPE = {
     [
         ("gemma2", {}, {"on_gpu": True}, "gemma2 soft-caps attention scores"),
         ("llama", {}, {"on_gpu": True, "bf16": False}, "flash attention over packed rows computes in bfloat16"),
+        (
+            "llama",
+            {"head_dim": 4},
+            {"on_gpu": True},
+            "flash attention takes heads of a multiple of 8 numbers up to 256",
+        ),
+        ("llama", {"head_dim": 264}, {"on_gpu": True}, "flash attention takes heads of .*, and here they are of 264"),
+        ("gpt_neox", {"num_attention_heads": 8}, {"on_gpu": True}, "flash attention .*, and here they are of 4"),
+        ("llama", {}, {"on_gpu": True, "capability": (7, 5)}, "flash attention needs a GPU of .* this one has 7.5"),
         ("llama", {}, {"attn_implementation": "eager"}, "--attn_implementation eager is attention for padded rows"),
         (
             "phi3",
@@ -435,9 +474,29 @@ LONGROPE = {
 def test_settings_that_packed_rows_do_not_have_are_padded_with_the_reason(family, changes, choice, reason):
     choice = dict(attn_implementation=None, max_token_length=256, on_gpu=False) | choice
     layout = choose_layout("auto", FAMILIES[family](**changes), **choice)
-    assert layout.name == "padded" and layout.why_not_shared.startswith(reason)
+    assert layout.name == "padded" and re.match(reason, layout.why_not_shared)
     with pytest.raises(UserError, match=reason):
         choose_layout("shared_prefix", FAMILIES[family](**changes), **choice)
+
+
+def test_key_heads_that_do_not_divide_the_heads_are_padded_on_a_gpu():
+    config = FAMILIES["llama"](hidden_size=48, num_attention_heads=6)
+    config.num_key_value_heads = 4
+    choice = dict(attn_implementation=None, max_token_length=100, on_gpu=True)
+    assert "6 heads over 4 key heads" in choose_layout("auto", config, **choice).why_not_shared
+
+
+@pytest.mark.parametrize("head_dim", [8, 96, 256])
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (12, 0)])
+def test_what_flash_attention_takes_is_shared_on_a_gpu(head_dim, capability):
+    choice = dict(attn_implementation=None, max_token_length=100, on_gpu=True, capability=capability)
+    assert choose_layout("auto", FAMILIES["llama"](head_dim=head_dim), **choice) == Layout("shared_prefix")
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 4}, {"head_dim": 264}])
+def test_a_cpu_takes_heads_of_any_width(changes):
+    choice = dict(attn_implementation=None, max_token_length=100, on_gpu=False)
+    assert choose_layout("auto", FAMILIES["llama"](**changes), **choice) == Layout("shared_prefix")
 
 
 def test_rotary_embeddings_that_change_only_beyond_the_longest_sequence_may_be_packed():
