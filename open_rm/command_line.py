@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from open_rm.errors import UserError
-from open_rm.flags import Switch
+from open_rm.flags import Recompute, Switch
 
 T = TypeVar("T")
 PROG = "python -m open_rm.reward_modeling"
@@ -133,9 +133,9 @@ def _explicit_booleans(flags: list[str], fields: dict) -> list[str]:
 
 
 def _switch_of(token: str, fields: dict) -> str | None:
-    """The flag of a switch for sources that a token names alone: --name or --no_name."""
+    """The flag that a token names alone, --name or --no_name, and that takes True and False among other values."""
     name = token[2:].removeprefix("no_")
-    return name if name in fields and fields[name].type == Switch else None
+    return name if name in fields and fields[name].type in (Switch, Recompute) else None
 
 
 def _check_known(name: str, fields: dict, where: str) -> None:

@@ -26,6 +26,12 @@ def _is_switch(given: object) -> bool:
     return all(str(value).rpartition("::")[2].lower() in ("true", "false") for value in values)
 
 
+def _is_recompute(given: object) -> bool:
+    """True and False are on and off, for old command lines and for Python."""
+    word = str(given).lower()
+    return word in ("auto", "on", "off", "true", "false") or (word.isdecimal() and int(word) > 0)
+
+
 BARRIER_EDGE = 1e-3  # how near to its bound the log barrier itself goes; see training/losses.py
 Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
 CountOrNone = Annotated[int | None, Must("at least 1", lambda n: n is None or n >= 1)]
@@ -39,6 +45,7 @@ SmallShare = Annotated[float, Must("from 0 to below 0.5", lambda x: 0 <= x < 0.5
 Norm = Annotated[float, Must("at least 0", lambda x: x >= 0)]
 Bound = Annotated[float, Must(f"above {BARRIER_EDGE}, and finite", lambda x: BARRIER_EDGE < x < math.inf)]
 Switch = Annotated[list[str], Must("True or False, or NAME::True for one source", lambda given: _is_switch(given))]
+Recompute = Annotated[str, Must("auto, on, off, or every how many layers", lambda given: _is_recompute(given))]
 Seed = Annotated[int, Must("from 0 to below 2**32", lambda n: 0 <= n < 2**32)]
 
 
@@ -70,8 +77,8 @@ class ModelFlags:
     """Compute dtype; bfloat16 keeps float32 master weights. auto: bfloat16 on a GPU, float32 on the CPU."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, ... None: the best that transformers finds."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    float8: bool = False
+    """Multiply by the large matrices in 8 bits (float8) while training, on GPUs that can (Hopper and later)."""
 
 
 @dataclass(frozen=True)
@@ -248,8 +255,11 @@ class BatchFlags:
     group_by_prompt: bool = False
     """Keep all pairs of a prompt in one step, so that shared_prefix computes prompt and repeated responses once."""
     max_tokens_per_micro_batch: CountOrNone = None
-    """Most positions of a forward per device. None: 2 x per_device_train_batch_size x max_token_length, on a CPU at most
-    1536, which its caches hold well."""
+    """Most positions of a forward per device. None: on a GPU as many as its memory holds; on a CPU 2 x
+    per_device_train_batch_size x max_token_length, at most 1536, which its caches hold well."""
+    gradient_checkpointing: Recompute = "auto"
+    """Recompute activations in the backward pass, which takes less memory and up to a third more time: on (all layers but the
+    last), off, or a number N (every Nth layer). auto: on a GPU as few layers as its memory asks for, on a CPU none."""
     deepspeed: str | None = None
     """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
 

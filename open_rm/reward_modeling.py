@@ -39,8 +39,8 @@ from open_rm.data.tokenizer import tokenizer_of
 from open_rm.evaluation import held_out
 from open_rm.inspection import look
 from open_rm.model import families
-from open_rm.model.kernels import apply_fused_kernels
-from open_rm.model.loading import check_trusted_code, compute_dtype, load_reward_model
+from open_rm.model.kernels import capability_of, check_float8, use_fastest
+from open_rm.model.loading import check_trusted_code, compute_dtype, fetch, load_reward_model
 from open_rm.model.reward_model import RewardModel, model_shape
 from open_rm.publishing import card, proof, pushing, run_folder, saving
 from open_rm.publishing.run_folder import Place
@@ -51,7 +51,7 @@ from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.keeper import Keeper
 from open_rm.reliability.signals import Interrupted
 from open_rm.reliability.survival import Survival, surviving
-from open_rm.training import best, divergence, ds_config, memory
+from open_rm.training import best, divergence, ds_config, fitting, memory
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
 from open_rm.training.metrics import Meter
@@ -123,14 +123,13 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     log = Log(enabled=ranks.is_main)
     torch.manual_seed(args.seed)
     dtype = compute_dtype(args.dtype, ranks.device)
-    goes_on = args.resume_from_checkpoint != "never"
+    capability = capability_of(ranks.device)
+    trains, goes_on = not args.cache_dataset_only, args.resume_from_checkpoint != "never"
     # A folder that cannot be written, or a Hub that does not let us in, is found now and not after the last step.
-    place = ranks.from_main(
-        lambda: run_folder.claim(args, survival.take, trains=not args.cache_dataset_only, goes_on=goes_on)
-    )
+    place = ranks.from_main(lambda: run_folder.claim(args, survival.take, trains=trains, goes_on=goes_on))
     survival.know(place.folder, named=args.output_dir is not None)
     found = None
-    if not args.cache_dataset_only:
+    if trains:
         held = (place.folder, place.begun, comparing.plain(args))
         found = resuming.find(args, *held, finished=place.finished, ranks=ranks, say=log.say)
     if place.finished:
@@ -144,16 +143,12 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     # ---- data: tokenized once, by the main rank, into a cache that the others read
     def read():
         config = families.read_config(args, max_token_length=args.max_token_length)
-        layout = families.choose_layout(
-            args.batching,
-            config,
-            attn_implementation=args.attn_implementation,
-            max_token_length=args.max_token_length,
-            on_gpu=ranks.on_gpu,
-            bf16=dtype == torch.bfloat16,
-        )
+        how = {"attn_implementation": args.attn_implementation, "max_token_length": args.max_token_length}
+        how |= {"on_gpu": ranks.on_gpu, "bf16": dtype == torch.bfloat16, "capability": capability}
+        layout = families.choose_layout(args.batching, config, **how)
         tokenizer = tokenizer_of(args)
         families.check_together(args.model_name_or_path, config, tokenizer, args)
+        check_float8(args, config, capability, dtype, use_peft=args.use_peft)
         return config, tokenizer, layout, *read_both(args, tokenizer, seed=args.seed, show_progress=ranks.is_main)
 
     with alive.phase("reading data", alive.Kind.BUSY):
@@ -187,27 +182,31 @@ def build(prepared: Prepared) -> Run:
     rules = feeding.rules_of(
         args, layout.name, tokenizer.pad_token_id, max_token_length=args.max_token_length, on_gpu=ranks.on_gpu
     )
-    log.say(plan.describe(), rules.describe(layout.why_not_shared))
+    log.say(plan.describe())
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
     with alive.phase("loading the model", alive.Kind.BUSY):
+        ranks.main_first(lambda: fetch(args))
         width, bf16 = prepared.config.get_text_config().hidden_size, dtype == torch.bfloat16
-        deepspeed_config = ds_config.fill_config(args, width=width, bf16=bf16, max_grad_norm=args.max_grad_norm)
+        how = {"width": width, "bf16": bf16, "max_grad_norm": args.max_grad_norm, "world_size": ranks.world_size}
+        deepspeed_config = ds_config.fill_config(args, **how)
         how = {"layout": layout.name, "dtype": dtype, "seed": args.seed, "deepspeed_config": deepspeed_config}
         model, lines = load_reward_model(args, tokenizer, adapter=args, **how)
-        kernels = apply_fused_kernels(model, ranks.device)  # patches the model in place
-        log.say(*lines, kernels, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
+        lines += use_fastest(model, ranks.device, layout.name, float8=args.float8)  # in place
+        log.say(*lines, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
         numbers = {"total_steps": plan.total_steps, "warmup_steps": plan.warmup_steps}
         engine = Engine(model, args, deepspeed_config, ranks, **numbers)
-        rules = feeding.with_attention_cost(rules, model_shape(model))  # how much more a long sequence costs its rank
+        how = {"config": deepspeed_config, "optim": args.optim, "table": train_pairs.table}  # what decides what fits
+        rules, lines = fitting.fit(args, model, engine, rules, **how)
+        log.say(rules.describe(layout.why_not_shared), *lines)
+        rules = feeding.with_attention_cost(rules, model_shape(model), on_gpu=ranks.on_gpu)  # long sequences cost more
 
     # ---- checkpoints: room for them, and that this run is the one that a found one was begun as
     marks = resuming.marks_of(train_pairs, prepared.held_out_pairs, engine, dtype, margins=args.margin_loss)
     resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
-    facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own}
-    facts |= {"contract": dataclasses.asdict(prepared.contract)}
-    facts |= {"plan": plan.numbers(), "labels": train_pairs.labels}
+    facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
+    facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
     facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
@@ -283,12 +282,14 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
     args, place, log = run.args, run.place, run.log
     if args.load_best_model_at_end and progress.best_step is not None:
         run.keeper.load_best(run.engine, progress)
+    pairs, rules = run.held_out_pairs or run.train_pairs, run.rules.for_evaluation()
+    how = {"ranks": run.ranks, "padded_rows": run.model.padded_rows}
+    as_trained = held_out.probe(run.engine, pairs, rules, **how) if args.float8 else None
     with run.engine.evaluating():  # rewards of a few pairs, which the saved folder has to give too
-        pairs = run.held_out_pairs or run.train_pairs
-        probe = held_out.probe(run.engine, pairs, run.rules.for_evaluation(), run.ranks)
+        probe = held_out.probe(run.engine, pairs, rules, **how)
     state = run.engine.gathered_state()  # whole weights, on the main rank's CPU
 
-    def save_prove_push() -> None:
+    def save() -> None:
         run.survival.check_held()
         with run_folder.disk_explained(place.folder, run.keeper.committed_step):
             saving.save_reward_model(run.model, state, run.tokenizer, place.folder, run.contract)
@@ -297,19 +298,22 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
             facts = run.facts() | {"total_flops": f"{progress.flops:.3e}"}
             card.write_card(place, run.contract, facts, progress.results, data=run.train_pairs.labels)
         log.say(f"saved in {place.folder} after {progress.hours * 60:.1f} min; curves: {curves}")
+
+    def prove_and_push() -> None:
         # Fused kernels and trusted code change transformers in this process, so the proof then needs one of its own.
         patched = run.ranks.on_gpu or args.trust_remote_code
-        verdict = proof.check_reload(place.folder, probe, run.tokenizer, run.contract, fresh_process=patched)
-        log.say(verdict)
+        log.say(proof.check_reload(place.folder, probe, run.tokenizer, run.contract, fresh_process=patched))
+        log.say(*proof.float8_difference(probe, as_trained))
         run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=not args.push_to_hub)
         if args.push_to_hub:
-            private = args.hf_repo_private
-            url = pushing.push_folder(place.folder, place.repo_id, revision=place.revision, private=private)
-            log.say(f"pushed to {url}")
+            where = {"revision": place.revision, "private": args.hf_repo_private}
+            log.say(f"pushed to {pushing.push_folder(place.folder, place.repo_id, **where)}")
             run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=True)
 
     with alive.phase("saving the model", alive.Kind.BUSY):
-        run.ranks.from_main(save_prove_push)
+        run.ranks.from_main(save)
+        state = run.engine.release()  # the proof's client needs the device
+        run.ranks.from_main(prove_and_push)
 
 
 if __name__ == "__main__":

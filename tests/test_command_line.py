@@ -13,6 +13,7 @@ from open_rm.checks import check_args
 from open_rm.command_line import parse
 from open_rm.errors import UserError
 from open_rm.flags import Args
+from open_rm.model.recompute import every_how_many
 
 PYTHIA = """
     --dataset_mixer_list trl-internal-testing/sentiment-trl-style 400 --model_name_or_path EleutherAI/pythia-14m
@@ -55,7 +56,7 @@ def test_published_tulu_command_line_parses_unchanged():
         "tulu3_8b_rm",
         8,
         True,
-        True,
+        "True",
     )
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
     assert args.with_tracking and args.model_revision == args.tokenizer_revision == "main"
@@ -174,10 +175,10 @@ def own_names(group) -> list[str]:
     return [field.name for field in dataclasses.fields(group)]
 
 
-def test_the_groups_have_89_flags_together_and_share_none():
+def test_the_groups_have_90_flags_together_and_share_none():
     assert len(GROUPS) == 10 and set(GROUPS.values()) == set(Args.__bases__)
     names = [name for group in GROUPS.values() for name in own_names(group)]
-    assert len(names) == len(set(names)) == 89
+    assert len(names) == len(set(names)) == 90
     assert set(own_names(Args)) == set(names)
 
 
@@ -276,3 +277,36 @@ def test_a_boolean_with_another_value_than_true_or_false_is_refused_and_not_take
 def test_a_value_of_another_type_from_python_is_one_sentence(changes, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         check_args(Args(**changes))
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ("", None),
+        ("--gradient_checkpointing", 1),
+        ("--gradient_checkpointing --seed 3", 1),
+        ("--no_gradient_checkpointing", 0),
+        ("--gradient_checkpointing True", 1),
+        ("--gradient_checkpointing=false", 0),
+        ("--gradient_checkpointing on", 1),
+        ("--gradient_checkpointing off", 0),
+        ("--gradient_checkpointing auto", None),
+        ("--gradient_checkpointing 3", 3),
+    ],
+)
+def test_gradient_checkpointing_takes_words_numbers_and_the_old_switch(given, means):
+    args = parse(Args, shlex.split(given))
+    check_args(args)
+    assert every_how_many(args.gradient_checkpointing) == means
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "some", "1.5"])
+def test_another_word_for_gradient_checkpointing_is_refused(word):
+    with pytest.raises(UserError, match="auto, on, off, or every how many layers"):
+        check_args(Args(gradient_checkpointing=word))
+
+
+@pytest.mark.parametrize(("value", "means"), [(True, 1), (False, 0), (2, 2), ("auto", None)])
+def test_gradient_checkpointing_from_python(value, means):
+    check_args(Args(gradient_checkpointing=value))
+    assert every_how_many(value) == means

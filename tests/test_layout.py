@@ -20,6 +20,7 @@ ORDER = [
     "flags",
     "manifest",
     "alive",
+    "process_group",
     "ranks",
     "data",
     "batching",

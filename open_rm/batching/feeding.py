@@ -26,6 +26,9 @@ from open_rm.flags import BatchFlags
 from open_rm.ranks import Ranks
 
 STEPS_AHEAD = 2
+GPU_ATTENTION = (
+    2.0  # time of a FLOP of flash attention over one of a matrix product; benchmarks.attention_cost measures it
+)
 
 
 def rules_of(flags: BatchFlags, layout: str, pad_token_id: int, *, max_token_length: int, on_gpu: bool) -> BatchRules:
@@ -37,10 +40,10 @@ def rules_of(flags: BatchFlags, layout: str, pad_token_id: int, *, max_token_len
     return BatchRules(layout, pad_token_id, flags.max_tokens_per_micro_batch or train, evaluation)
 
 
-def with_attention_cost(rules: BatchRules, shape) -> BatchRules:
+def with_attention_cost(rules: BatchRules, shape, *, on_gpu: bool = False) -> BatchRules:
     """The rules for a model of the given sizes (reward_model.Shape)."""
     cost = attention_cost(shape.body_parameters, shape.layers, shape.attention_width)
-    return dataclasses.replace(rules, area_cost=cost)
+    return dataclasses.replace(rules, area_cost=cost * (GPU_ATTENTION if on_gpu else 1.0))
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class MicroBatch:
         """Rewards as the model gives them, of all pairs that were computed, to those of chosen and of rejected, [B] each."""
         chosen, rejected = rewards.chunk(2)
         return chosen[: len(self.indices)], rejected[: len(self.indices)]
+
+    def pinned(self) -> "MicroBatch":
+        """The same in page-locked memory; see layouts.Batch.pinned."""
+        margins = None if self.margins is None else self.margins.pin_memory()
+        return dataclasses.replace(self, batch=self.batch.pinned(), margins=margins)
 
 
 @dataclass(frozen=True)
@@ -95,9 +103,13 @@ def training_steps(
     """
 
     def made() -> Iterator[Step]:
+        if ranks.on_gpu:
+            torch.cuda.set_device(ranks.device)  # a thread begins with the first one, and pinning would start that
         for number, indices in enumerate(itertools.islice(draws, after, None), start=after + 1):
             deal = deal_step(indices, data.table, rules, ranks.world_size)
             own = list(micro_batches(deal.ranks[ranks.rank], data, rules, margins))
+            if ranks.on_gpu:
+                own = [micro.pinned() for micro in own]
             yield Step(number, len(indices), own, deal.imbalance, indices)
 
     with contextlib.closing(prefetch(made(), depth=STEPS_AHEAD)) as ready:

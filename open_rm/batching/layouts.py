@@ -17,7 +17,7 @@ Only this module knows lengths: the reward is read at the last token by length, 
 Shapes: B pairs, N sequences, S rows, T positions.
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class Batch:
     input_ids: [S, T] int64; one row where sequences are packed.
     reward_index: [N] int64 into the flattened S * T positions, where the reward of each sequence is read; of pairs
         N = 2 B: B chosen, then B rejected.
+    read_index: [<= N] int64, the distinct positions of `reward_index`; equal sequences share theirs.
     attention_mask: [S, T] int64, 1 where there is a token; None where `segments` says who sees whom.
     position_ids: [S, T] int64, position of each token in its sequence; None where rows are sequences.
     tokens: tokens of all sequences.  computed: tokens that are computed, padding aside.
@@ -45,6 +46,7 @@ class Batch:
 
     input_ids: torch.Tensor
     reward_index: torch.Tensor
+    read_index: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     segments: Segments | None
@@ -57,10 +59,10 @@ class Batch:
         """Positions that the model computes, padding included."""
         return self.input_ids.numel()
 
-    @functools.cached_property
-    def read_index(self) -> torch.Tensor:
-        """[<= N] int64: the distinct positions of `reward_index`; equal sequences share theirs."""
-        return self.reward_index.unique()
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory, from which a GPU copies while it computes; other memory it would wait for."""
+        segments = self.segments
+        return _pinned(self) if segments is None else dataclasses.replace(_pinned(self), segments=_pinned(segments))
 
     def inputs(self, device: torch.device) -> dict:
         """What the reward model's forward takes, on its device."""
@@ -70,6 +72,13 @@ class Batch:
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value.to(device)
             for name, value in values.items()
         }
+
+
+def _pinned(of):
+    """A dataclass with its tensors in page-locked memory."""
+    values = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+    tensors = {name: value.pin_memory() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(of, **tensors)
 
 
 def lay_out(layout: str, pairs: Sequence[Pair], *, pad_token_id: int, prompt_ids: Sequence[int]) -> Batch:
@@ -112,9 +121,11 @@ def _padded(sequences: list[np.ndarray], pad_token_id: int) -> Batch:
     for row, sequence in zip(input_ids, sequences, strict=True):
         row[: len(sequence)] = sequence
     tokens = int(lengths.sum())
+    reward_index = torch.from_numpy(np.arange(len(sequences)) * lengths.max() + lengths - 1)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        reward_index=torch.from_numpy(np.arange(len(sequences)) * lengths.max() + lengths - 1),
+        reward_index=reward_index,
+        read_index=reward_index,
         attention_mask=torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)),
         position_ids=None,
         segments=None,
@@ -186,10 +197,11 @@ def _share_groups(
 
 
 def _row(pieces, positions, bounds, reward_index, tokens: int) -> Batch:
-    segments = make_segments(bounds)
+    segments, reward_index = make_segments(bounds), np.asarray(reward_index, np.int64)
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(pieces)).unsqueeze(0),
-        reward_index=torch.from_numpy(np.asarray(reward_index, np.int64)),
+        reward_index=torch.from_numpy(reward_index),
+        read_index=torch.from_numpy(np.unique(reward_index)),
         attention_mask=None,
         position_ids=torch.from_numpy(np.concatenate(positions)).unsqueeze(0),
         segments=segments,

@@ -5,6 +5,7 @@ numbers do not depend on how it was computed. The model is any callable from a b
 it trains, a loaded model, a test's function.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from open_rm.training.losses import ranking_loss
 from open_rm.training.metrics import pair_means, pair_sums
 
 PROBES = 4  # pairs whose rewards are computed again by the clients of the saved folder
+PROBE_TOKENS = (
+    1024  # most tokens of a side of theirs, where there are such pairs: a client may have only a CPU to compute them
+)
 DEALT_AT_ONCE = 16_384  # pairs; more are dealt in pieces, so that planning a large set takes bounded memory
 
 
@@ -34,10 +38,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the trainer computed for a few texts. sequences: token ids.  rewards: one each."""
+    """What the trainer computed for a few texts.
+
+    sequences: token ids.  rewards: one each.  noise: by how much they differed, relative to 1 + |reward|, when it computed
+    each pair alone in padded rows; the order of sums alone makes so much.
+    """
 
     sequences: list[list[int]]
     rewards: list[float]
+    noise: float = 0.0
 
 
 @torch.no_grad()
@@ -75,10 +84,21 @@ def evaluate(
     return Evaluation(metrics, rewards)
 
 
-def probe(rewards_of: Callable[..., torch.Tensor], data: PreferenceData, rules: BatchRules, ranks: Ranks) -> Probe:
-    """Rewards of a few pairs, spread evenly over the set. A collective call; see `score_pairs`."""
+def probe(
+    rewards_of: Callable[..., torch.Tensor], data: PreferenceData, rules: BatchRules, ranks: Ranks, *, padded_rows
+) -> Probe:
+    """Rewards of a few pairs, spread evenly over the set. A collective call; see `score_pairs`.
+
+    padded_rows: gives a context in which `rewards_of` takes padded rows (RewardModel.padded_rows).
+    """
     rewards = score_pairs(rewards_of, data, _probe_indices(data), rules, ranks)
-    return Probe(probed(data), rewards.flatten().tolist())
+    with padded_rows():
+        alone = dataclasses.replace(
+            rules, layout="padded", max_tokens=1
+        )  # a pair that is too large is computed by itself
+        again = score_pairs(rewards_of, data, _probe_indices(data), alone, ranks)
+    noise = ((again - rewards).abs() / (1 + rewards.abs())).max().item()
+    return Probe(probed(data), rewards.flatten().tolist(), noise)
 
 
 def probed(data: PreferenceData) -> list[list[int]]:
@@ -87,7 +107,11 @@ def probed(data: PreferenceData) -> list[list[int]]:
 
 
 def _probe_indices(data: PreferenceData) -> np.ndarray:
-    return np.unique(np.linspace(0, len(data) - 1, PROBES).astype(int))
+    longest = np.maximum(data.table.chosen_length, data.table.rejected_length)
+    short = np.flatnonzero(longest <= PROBE_TOKENS)
+    if not len(short):
+        short = np.sort(np.argsort(longest, kind="stable")[:PROBES])
+    return short[np.unique(np.linspace(0, len(short) - 1, PROBES).astype(int))]
 
 
 def _means(rewards: torch.Tensor) -> dict[str, float]:

@@ -4,7 +4,10 @@ families       what a config alone decides: can it be a reward model, which layo
 loading        a checkpoint becomes a reward model: head, dropout off, what is trained
 reward_model   backbone and score head: batch in, rewards out
 adapters       LoRA and QLoRA: adapt, save, load, merge
-kernels        fused kernels: Liger's on a GPU, ours on a CPU
+kernels        what is fast on a device: fused kernels (Liger's on a GPU, ours on a CPU), attention, float8
 cpu_kernels    rotary embeddings and norms in fewer passes over a CPU's memory
+flash          which flash attention computes packed rows on a GPU
+float8         the large matrix products of training in 8 bits
+recompute      which layers' activations are computed again in the backward pass; what a forward keeps
 last_layer     the last layer computes only where a reward is read
 """

@@ -1,10 +1,46 @@
-"""Fused kernels in place of a model's own norms, rotary embeddings and MLPs: Liger's on a GPU, ours on a CPU."""
+"""What makes a model fast on its device: fused kernels (Liger's on a GPU, ours on a CPU), flash attention, 8-bit products."""
 
 import torch
 
-from open_rm.errors import quote_error
-from open_rm.model import cpu_kernels
+from open_rm.errors import UserError, quote_error
+from open_rm.flags import ModelFlags
+from open_rm.model import cpu_kernels, flash
 from open_rm.model.reward_model import RewardModel
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability, such as (9, 0) for Hopper; None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def use_fastest(model: RewardModel, device: torch.device, layout: str, *, float8: bool) -> list[str]:
+    """Put all of it to use, in place; returns lines for the log.
+
+    layout: from `families.choose_layout`.  float8: as --float8 asks, which `check_float8` has let pass.
+    """
+    lines = [
+        apply_fused_kernels(model, device),
+        flash.activate(model.classifier.config, layout, device, capability_of(device)),
+    ]
+    if float8:
+        from open_rm.model import float8 as eight_bits  # here, since it needs Triton
+
+        lines.append(eight_bits.apply(model))
+    return [line for line in lines if line]
+
+
+def check_float8(
+    flags: ModelFlags, config, capability: tuple[int, int] | None, dtype: torch.dtype, *, use_peft: bool
+) -> None:
+    """Refuse --float8 where it cannot be; config: the model's of transformers."""
+    if not flags.float8:
+        return
+    from open_rm.model import float8
+
+    how = {"capability": capability, "dtype": dtype, "family": config.get_text_config().model_type}
+    why = float8.why_not(**how, use_peft=use_peft, freeze_backbone=flags.freeze_backbone)
+    if why:
+        raise UserError(f"--float8 is not possible: {why}; leave it out")
 
 
 def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
@@ -22,6 +58,8 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
     family = backbone.config.model_type
     if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"Liger kernels off: liger-kernel has none for {family}"
+    if why := _why_triton_fails(device):
+        return f"Liger kernels off: Triton cannot compile here ({why}); install gcc and the Python headers"
     # This patches transformers' modules, not only this model: what is built in this process afterwards is not plain.
     # The fused losses of language modelling stay out: there is no vocabulary head here.
     for taken in (backbone, model.classifier):
@@ -31,3 +69,15 @@ def apply_fused_kernels(model: RewardModel, device: torch.device) -> str:
         except (TypeError, AttributeError) as error:
             why = quote_error(error)
     return f"Liger kernels off: liger-kernel does not take {type(model.classifier).__name__} ({why})"
+
+
+def _why_triton_fails(device: torch.device) -> str | None:
+    """The first line of its error, None where it works: one small kernel is tried, because Triton builds each kernel's
+    launcher with a C compiler at its first call, which would be in the middle of the first forward."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    try:
+        LigerSiLUMulFunction.apply(*torch.ones(2, 1, 8, device=device))
+    except Exception as error:  # of the compiler, the driver, the files that Triton keeps: it has no class of its own
+        return quote_error(error)
+    return None

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import accelerate
 import torch
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from open_rm.batching import attention
 from open_rm.errors import UserError, quote_error
@@ -29,6 +32,24 @@ from open_rm.model.reward_model import RewardModel, head_of, size_of
 
 NO_ADAPTER = AdapterFlags()
 WHOLE_WEIGHTS = {"zero_optimization": {"stage": 0}}
+
+
+def fetch(flags: ModelFlags) -> None:
+    """Download a Hub model's weights into the local cache, which `load_reward_model` then reads.
+
+    Downloading may take long, and under ZeRO-3 loading is a collective that ranks are not to wait in for it.
+    """
+    name, how = flags.model_name_or_path, {"revision": flags.model_revision}
+    if Path(name).expanduser().is_dir():
+        return
+    asked = how | {"_raise_exceptions_for_missing_entries": False}
+    with contextlib.suppress(OSError, ValueError):  # what is wrong loading says in a sentence
+        for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+            if cached_file(name, whole, **asked):
+                return
+            if parts := cached_file(name, index, **asked):
+                get_checkpoint_shard_files(name, parts, **how)
+                return
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -72,8 +93,6 @@ def load_reward_model(
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    if flags.gradient_checkpointing:
-        classifier.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.model_type in families.ENCODERS:
         lines.append("an encoder: the reward is read where its own pooling says, not at the last token")
     if flags.freeze_backbone:

@@ -6,6 +6,8 @@ where the reward is read differs: here by length (batching/layouts.py), there by
 Shapes: S sequences, T positions, D hidden width, N rewards.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from open_rm.batching import attention
 from open_rm.model import families, last_layer
 
 
@@ -75,6 +78,19 @@ class RewardModel(nn.Module):
             layout["read_index"] = read_index
         hidden = backbone(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
         return self.head(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
+
+    @contextlib.contextmanager
+    def padded_rows(self) -> Iterator[None]:
+        """While entered padded rows can be computed, by transformers' attention, whatever layout the model was loaded for."""
+        own = self.classifier.config._attn_implementation
+        if own != attention.NAME:
+            yield
+            return
+        self.classifier.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.classifier.set_attn_implementation(own)
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,20 @@ from open_rm.publishing.saving import Contract, save_tokenizer
 # mantissa in every layer, and plain transformers rounds the reward itself to bfloat16 (ours is float32). 4-bit weights are
 # the same in both, but on some CPUs bitsandbytes computes with them in bfloat16 whatever it is told.
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "4-bit": 5e-2}
+# Deep models round more: what the order of sums makes of the trainer's own rewards (Probe.noise) it makes of a client's too,
+# and a client has two orders besides. More noise than the second number is no rounding.
+TIMES_NOISE, MOST_NOISE = 3.0, {"float32": 1e-4, "bfloat16": 0.25, "4-bit": 0.25}
 
 
 @dataclass(frozen=True)
 class ClientRewards:
-    """What a client computes for some sequences, one by one and in a padded batch. computed_in: of RELOAD_TOLERANCE."""
+    """What a client computes for some sequences, one by one and in a padded batch. computed_in: of RELOAD_TOLERANCE.
+    device: where."""
 
     one_by_one: list[float]
     padded: list[float]
     computed_in: str
+    device: str = "cpu"
 
 
 def rehearse(tokenizer: PreTrainedTokenizerBase, contract: Contract) -> None:
@@ -65,7 +70,8 @@ def check_reload(
     """
     _check_encoding(folder, tokenizer, contract)
     reloaded = _in_a_fresh_process(folder, probe) if fresh_process else _in_this_process(folder, probe)
-    tolerance = RELOAD_TOLERANCE[reloaded.computed_in]
+    tolerance = _tolerance(folder, reloaded.computed_in, probe.noise)
+    own = f"; among the trainer's own layouts {probe.noise:.1e}" if probe.noise else ""
     client = "plain peft" if contract.holds_adapter else "plain transformers"
     worst = 0.0
     for how, rewards in (("one by one", reloaded.one_by_one), ("in a padded batch", reloaded.padded)):
@@ -78,7 +84,29 @@ def check_reload(
                 )
     return (
         f"reload check: {len(probe.sequences)} rewards from {folder} in {client}, one by one and padded, equal ours "
-        f"(largest difference {worst:.1e}, {reloaded.computed_in})"
+        f"(largest difference {worst:.1e}, {reloaded.computed_in} on {reloaded.device}{own})"
+    )
+
+
+def float8_difference(probe: Probe, as_trained: Probe | None) -> list[str]:
+    """A line on what float8 made of the same rewards while training; clients, and evaluation, compute without it."""
+    if as_trained is None:
+        return []
+    pairs = zip(probe.rewards, as_trained.rewards, strict=True)
+    worst = max(abs(ours - in_float8) for ours, in_float8 in pairs)
+    return [f"float8: in training these rewards differ from bfloat16's, which clients compute, by up to {worst:.1e}"]
+
+
+def _tolerance(folder: str, computed_in: str, noise: float) -> float:
+    if not noise <= MOST_NOISE[computed_in]:
+        raise UserError(
+            f"{folder}: the trainer's own rewards differ by {noise:.1e} * (1 + |reward|) between layouts of the same pairs, "
+            f"more than {computed_in} rounds; do not use this model, and train with --batching padded"
+        )
+    return (
+        RELOAD_TOLERANCE[computed_in]
+        if computed_in == "float32"
+        else max(RELOAD_TOLERANCE[computed_in], TIMES_NOISE * noise)
     )
 
 
@@ -144,7 +172,8 @@ def client_rewards(folder: str, sequences: list[list[int]]) -> ClientRewards:
         batch = tokenizer.pad({"input_ids": sequences}, return_tensors="pt").to(model.device)
         padded = model(**batch).logits.float().squeeze(-1).tolist()
     packed = contract.holds_adapter and contract.load_in_4bit
-    return ClientRewards(single, padded, "4-bit" if packed else str(model.dtype).removeprefix("torch."))
+    computed_in = "4-bit" if packed else str(model.dtype).removeprefix("torch.")
+    return ClientRewards(single, padded, computed_in, model.device.type)
 
 
 if __name__ == "__main__":

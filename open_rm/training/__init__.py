@@ -13,5 +13,7 @@ wandb_run   wandb, online or offline, which may fail
 plots       curves.png
 divergence  a step that is no number
 best        the best evaluation, early stopping
+footprint   bytes of weights, gradients and moments on each device
+fitting     how large a micro-batch is and what is recomputed, from the memory that is left
 memory      out of memory, explained
 """

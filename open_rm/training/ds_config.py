@@ -75,36 +75,44 @@ def _check_with_deepspeed(path: str, zero: dict) -> None:
         raise UserError(f"--deepspeed {path}: DeepSpeed refuses zero_optimization ({what})") from error
 
 
-def fill_config(flags: BatchFlags, *, width: int, bf16: bool, max_grad_norm: float) -> dict:
+def fill_config(flags: BatchFlags, *, width: int, bf16: bool, max_grad_norm: float, world_size: int = 1) -> dict:
     """All of DeepSpeed's settings: those of the file `flags.deepspeed`, and what flags decide.
 
     Args:
         width: the model's hidden size, which "auto" bucket sizes follow.
         bf16: bfloat16 weights and compute with float32 master weights; else everything in float32.
         max_grad_norm: clip the global gradient norm to this, 0 for never.
+        world_size: number of devices.
     """
     config = read_config(flags.deepspeed)
     zero = dict(config["zero_optimization"])
-    automatic = {  # the sizes that transformers' own DeepSpeed integration derives
-        "reduce_bucket_size": width * width,
-        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+    layer = 12 * width * width  # about the weights of one decoder layer
+    automatic = {
+        # transformers derives width^2, less than a third of an MLP matrix: many small messages, and the next layer's weights
+        # would not be on their way while this one computes
+        "reduce_bucket_size": layer,
+        "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": 10 * width,
     }
     zero.update({key: value for key, value in automatic.items() if zero.get(key) == "auto"})
     if bf16 and zero["stage"] == 0:
-        # DeepSpeed's stage 0 would sum gradients and their norm in bfloat16; stage 1 on one rank holds the same bytes.
-        zero["stage"] = 1
+        # DeepSpeed's stage 0 would sum gradients and their norm in bfloat16. Stage 1 on one rank holds the same bytes; on
+        # several it would keep all gradients in float32 on each (8B: 30 GiB) and send them after the backward pass.
+        zero = {"contiguous_gradients": True, "overlap_comm": True, "reduce_bucket_size": layer} | zero
+        zero["stage"] = 1 if world_size == 1 else 2
     return config | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": flags.per_device_train_batch_size,
         "gradient_accumulation_steps": 1,  # the loop accumulates itself: see Engine.backward
         "gradient_clipping": max_grad_norm,  # DeepSpeed clips to 1.0 where this is absent
-        "bf16": {"enabled": bf16},
+        # immediate: stage 1 adds each gradient to the float32 sum as it comes, and keeps no bfloat16 one beside it
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         # with offload too: torch's fused AdamW is as fast on the CPU as DeepSpeed's own, which has to be compiled first
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before every forward
     }
 
 

@@ -6,17 +6,23 @@ What it holds between two steps is read and filled as flat tensors (engine_state
 """
 
 import contextlib
+import gc
 import math
 
 import torch
 import transformers
 
 from open_rm import alive
+from open_rm.errors import UserError
 from open_rm.flags import OptimizerFlags
 from open_rm.ranks import Ranks  # before deepspeed: it says which device DeepSpeed is for
-from open_rm.training.engine_state import Flat, flats_of, weights_changed
+from open_rm.training.engine_state import Flat, flats_of, tensors_of, weights_changed
 
 import deepspeed  # isort: skip
+from deepspeed.runtime import bf16_optimizer  # isort: skip
+
+bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints three lines for each group of parameters
+MOST_8_BIT = 2**31 - 1  # bitsandbytes counts the weights of a tensor in 32 bits, and ZeRO makes one tensor of a group
 
 
 class Engine:
@@ -161,6 +167,20 @@ class Engine:
             return None
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
+    def release(self) -> None:
+        """Give the memory back: weights, gradients, moments, and what the allocator keeps. Nothing can be computed after it,
+        neither here nor with the model that was given."""
+        held = tensors_of([self._engine, self.optimizer, *self.module.parameters()])
+        self._engine.destroy()
+        self._engine = self.optimizer = self._schedule = None
+        for tensor in held:  # DeepSpeed's hooks on the module hold what they were made with: letting go is not enough
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(0)
+        held.clear()
+        gc.collect()
+        if self.ranks.on_gpu:
+            torch.cuda.empty_cache()
+
 
 def _optimizer(model: torch.nn.Module, flags: OptimizerFlags) -> torch.optim.Optimizer:
     """Biases and norms are not decayed (the field's convention, as in transformers).
@@ -177,7 +197,25 @@ def _optimizer(model: torch.nn.Module, flags: OptimizerFlags) -> torch.optim.Opt
     if flags.optim == "adamw_8bit":
         import bitsandbytes
 
+        groups = [part for group in groups for part in _parts(group, MOST_8_BIT)]
         return bitsandbytes.optim.AdamW8bit(groups, lr=flags.learning_rate, eps=flags.eps)
     if flags.optim == "adafactor":
         return torch.optim.Adafactor(groups, lr=flags.learning_rate)
     return torch.optim.AdamW(groups, lr=flags.learning_rate, eps=flags.eps, fused=True)
+
+
+def _parts(group: dict, most: int) -> list[dict]:
+    """A group of parameters as several of at most `most` weights each."""
+    parts, room = [], 0
+    for p in group["params"]:
+        size = getattr(p, "ds_numel", p.numel())
+        if size > most:
+            raise UserError(
+                f"--optim adamw_8bit: a tensor of {size} weights is more than bitsandbytes can count; pass --optim adamw"
+            )
+        if size > room:
+            parts.append(group | {"params": []})
+            room = most
+        parts[-1]["params"].append(p)
+        room -= size
+    return parts

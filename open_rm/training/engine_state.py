@@ -8,11 +8,15 @@ is gathered to read or to write it. Frozen weights are not in it: they are those
 import hashlib
 import itertools
 import json
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from open_rm.errors import UserError
+
+HOLDERS = ("deepspeed.", "torch.optim", "bitsandbytes.")  # whose objects hold weights, gradients and moments
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,26 @@ def frozen_mark(module: torch.nn.Module) -> str:
             values = getattr(p, "ds_tensor", p).detach().flatten()[:1].float().tolist()
             digest.update(json.dumps([name, values]).encode())
     return digest.hexdigest()
+
+
+def tensors_of(roots: list) -> list[torch.Tensor]:
+    """Every tensor that an engine's parts hold, in containers, in attributes, and in those of parameters."""
+    found, seen, left = [], set(), list(roots)
+    while left:
+        thing = left.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            found.append(thing)
+            left += vars(thing).values()
+        elif isinstance(thing, Mapping):
+            left += thing.values()
+        elif isinstance(thing, (list, tuple, set, deque)):
+            left += thing
+        elif type(thing).__module__.startswith(HOLDERS):
+            left += getattr(thing, "__dict__", {}).values()
+    return found
 
 
 def make_state(optimizer: torch.optim.Optimizer, weights: torch.Tensor) -> None:

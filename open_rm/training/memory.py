@@ -25,7 +25,7 @@ def explained(micro: MicroBatch, data: PreferenceData, rules: BatchRules) -> Ite
         ):
             raise
         positions = micro.batch.positions
-        names = "--gradient_checkpointing, or --deepspeed configs/ds/zero3.json"
+        names = "--gradient_checkpointing on, or --deepspeed configs/ds/zero3.json"
         budget = f"--max_tokens_per_micro_batch {max(1, rules.max_tokens // 2)} (it is {rules.max_tokens}), "
         raise OneRanksError(
             f"out of memory in a micro-batch of {len(micro.indices)} pairs and {positions} positions, {_longest(micro, data)}"

@@ -53,8 +53,8 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        zeros = {"dtype": torch.float64, "device": self._ranks.device}
-        self._pairs, self._counts = torch.zeros(len(PAIR_METRICS), **zeros), torch.zeros(len(COUNTS), **zeros)
+        self._pairs = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=self._ranks.device)
+        self._counts = [0.0] * len(COUNTS)  # plain numbers: copying each one to the device would wait for it
         self._terms: dict[str, torch.Tensor] = {}
 
     def add(self, chosen: torch.Tensor, rejected: torch.Tensor, terms: dict[str, torch.Tensor], batch) -> None:
@@ -65,7 +65,7 @@ class Meter:
         tokens, computed, area, read = counted
         counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape, read=read))
         self._pairs += pair_sums(chosen, rejected, losses)
-        self._counts += torch.tensor(counts, dtype=torch.float64, device=self._counts.device)
+        self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         for name, term in terms.items():  # the same names in the same order on every rank: the flags decide them
             self._terms[name] = self._terms.get(name, 0.0) + term.detach().double().sum()
 
@@ -74,7 +74,8 @@ class Meter:
 
         pairs: of the step on all ranks. The next `add` begins another step.
         """
-        parts = (self._pairs, self._counts, torch.stack(list(self._terms.values())))
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self._ranks.device)
+        parts = (self._pairs, counts, torch.stack(list(self._terms.values())))
         sums, counts, terms = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
         self._totals = dict(zip(COUNTS, counts.tolist(), strict=True))
         means = dict(zip((f"loss_{name}" for name in self._terms), (terms / pairs).tolist(), strict=True))

@@ -1,5 +1,8 @@
 """Held-out pairs: each is scored once, in its place, by whatever gives rewards, dealt by what it costs."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -63,9 +66,49 @@ def test_metrics_are_means_over_the_pairs(data):
 
 
 def test_probes_are_spread_over_the_set_and_hold_whole_sequences(data):
-    probe = held_out.probe(last_token, data, rules("padded"), alone())
+    probe = held_out.probe(last_token, data, rules("padded"), alone(), padded_rows=contextlib.nullcontext)
+    assert probe.noise == 0.0
     assert probe.rewards == [100.0, 101.0, 114.0, 115.0, 128.0, 129.0, 144.0, 145.0]
     assert [sequence[-1] for sequence in probe.sequences] == probe.rewards
+
+
+def test_a_probes_noise_is_what_padded_rows_make_of_its_rewards(data):
+    off = []
+
+    @contextlib.contextmanager
+    def padded_rows():
+        off.append(0.5)
+        yield
+        off.clear()
+
+    def rewards_of(input_ids, **layout):
+        assert not off or (len(input_ids) == 2 and "segments" not in layout)  # a pair by itself, in padded rows
+        return last_token(input_ids, **layout) + sum(off)
+
+    probe = held_out.probe(rewards_of, data, rules("shared_prefix"), alone(), padded_rows=padded_rows)
+    assert probe.rewards[0] == 100.0 and probe.noise == pytest.approx(0.5 / 101)
+
+
+def test_probes_are_short_where_there_are_short_pairs():
+    """A client may have only a CPU for an 8B."""
+
+    def probed(chosen, rejected):
+        table = SimpleNamespace(chosen_length=np.array(chosen), rejected_length=np.array(rejected))
+        return held_out._probe_indices(Sized(len(chosen), table)).tolist()
+
+    assert probed([10] * 9, [20] * 9) == [0, 2, 5, 8]
+    assert probed([4000, 10, 10, 10, 1025, 10, 10, 10], [10, 10, 1024, 10, 10, 10, 4000, 10]) == [1, 2, 3, 7]
+    assert probed([9000, 3000, 8000, 2000, 7000, 6000], [10] * 6) == [1, 3, 4, 5]  # none is short: the shortest
+
+
+class Sized:
+    """As much of a data set as is looked at."""
+
+    def __init__(self, length, table):
+        self.length, self.table = length, table
+
+    def __len__(self):
+        return self.length
 
 
 def test_evaluation_deals_to_ranks_with_the_cost_of_attention_as_training_does():

@@ -48,7 +48,7 @@ def runs(toy, tmp_path_factory):
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
 def test_the_folder_gives_plain_clients_the_trainers_rewards(runs, packed, merged):
     output, log = runs(load_in_4bit=packed, merge_adapter=merged)
-    found = re.search(r"reload check: .*largest difference ([\d.e+-]+), (\S+)\)", log)
+    found = re.search(r"reload check: .*largest difference ([\d.e+-]+), (\S+) on ", log)
     assert found[2] == ("4-bit" if packed and not merged else "float32")
     assert float(found[1]) < (TOLERANCE if found[2] == "float32" else PACKED_TOLERANCE)
     assert "score head in full" in log

@@ -143,16 +143,6 @@ def test_embeddings_grow_for_an_added_pad_token_and_only_then(config_class, mode
         assert plain.config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(toy, tokenizer):
-    gradients = []
-    for checkpointing in (False, True):
-        reward_model = load_model(toy / "model", tokenizer, gradient_checkpointing=checkpointing)
-        rewards(reward_model, PAIRS, tokenizer.pad_token_id).sum().backward()
-        gradients.append([p.grad for p in reward_model.parameters()])
-    assert any(getattr(m, "gradient_checkpointing", False) for m in reward_model.modules())
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
-
-
 def test_score_head_is_float32_in_a_bfloat16_model(toy, tokenizer):
     reward_model, _ = load(toy / "model", tokenizer, dtype=torch.bfloat16)
     assert reward_model.classifier.score.weight.dtype == torch.bfloat16

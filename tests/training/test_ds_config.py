@@ -65,3 +65,36 @@ def test_shipped_deepspeed_files_decide_memory_layout_only(path):
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_clipping"] == 0.5
     assert "auto" not in json.dumps(config)
+
+
+def test_deepspeed_waits_for_the_device_nowhere_and_keeps_no_gradient_twice():
+    config = fill_config(BatchFlags(), width=64, bf16=True, max_grad_norm=1.0)
+    assert config["timers"] == {"throughput": {"enabled": False}}
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True}
+
+
+@pytest.mark.parametrize(
+    ("bf16", "world_size", "stage"), [(False, 1, 0), (False, 8, 0), (True, 1, 1), (True, 2, 2), (True, 64, 2)]
+)
+def test_without_a_file_the_stage_follows_from_dtype_and_devices(bf16, world_size, stage):
+    config = fill_config(BatchFlags(), width=64, bf16=bf16, max_grad_norm=1.0, world_size=world_size)
+    assert config["zero_optimization"]["stage"] == stage
+    assert ("overlap_comm" in config["zero_optimization"]) == bf16
+
+
+def test_a_stage_that_a_file_names_stays_on_several_devices(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    config = fill_config(
+        BatchFlags(deepspeed=str(tmp_path / "ds.json")), width=64, bf16=True, max_grad_norm=1.0, world_size=8
+    )
+    assert config["zero_optimization"]["stage"] == 1
+
+
+def test_buckets_of_the_shipped_files_hold_a_layer():
+    """8B: a bucket of width^2, as transformers derives, would be less than a third of one MLP matrix of 58.7 M."""
+    for name in ("zero2", "zero3", "zero3_offload"):
+        flags = BatchFlags(deepspeed=str(REPOSITORY / f"configs/ds/{name}.json"))
+        zero = fill_config(flags, width=4096, bf16=True, max_grad_norm=1.0)["zero_optimization"]
+        assert zero["reduce_bucket_size"] == 201_326_592
+        if name != "zero2":
+            assert zero["stage3_prefetch_bucket_size"] == 201_326_592

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from open_rm.checks import check_args
 from open_rm.errors import UserError
-from open_rm.flags import Args
+from open_rm.flags import Args, OptimizerFlags
+from open_rm.training import engine as engine_room
 
 # 45 pairs in steps of 8: the sixth and last step of each epoch has 5, which two processes share as 3 and 2
 SHAPE = {"dataset_mixer_list": None, "total_episodes": 75, "lr_scheduler_type": "linear", "learning_rate": "1e-3"}
@@ -173,3 +174,18 @@ def test_bfloat16_keeps_float32_master_weights(toy, tmp_path):
     # 75 steps of 3e-6 add up to 2.2e-4, beyond half the spacing of weights around 0.02 (6e-5); without master weights only
     # those below 1e-3 could move, a twentieth of them
     assert moved > 0.2
+
+
+def test_8_bit_moments_are_of_tensors_that_bitsandbytes_can_count(monkeypatch):
+    """ZeRO makes one tensor of a group of parameters, and its count has 31 bits; a 3B on one device would wrap to a negative."""
+    with torch.device("meta"):
+        model = torch.nn.ModuleList([torch.nn.Linear(2**15, 2**14, bias=False) for _ in range(9)])  # 2**29 weights each
+    groups = engine_room._optimizer(model, OptimizerFlags(optim="adamw_8bit")).param_groups
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+    assert max(sizes) < 2**31 and sum(sizes) == 9 * 2**29
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert len(engine_room._optimizer(model, OptimizerFlags()).param_groups) == 1
+    with torch.device("meta"):
+        one = torch.nn.Linear(2**17, 2**14, bias=False)
+    with pytest.raises(UserError, match="more than bitsandbytes can count; pass --optim adamw"):
+        engine_room._optimizer(one, OptimizerFlags(optim="adamw_8bit"))

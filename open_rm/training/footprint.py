@@ -1,0 +1,85 @@
+"""What training keeps in a device's memory between steps: bytes by part, from numbers alone, so for any device.
+
+W trained weights, F bytes of frozen ones, n ranks, e bytes of a weight (2 in bfloat16, 4 in float32):
+
+    part        ZeRO 0     ZeRO 1     ZeRO 2     ZeRO 3
+    weights     e W + F    e W + F    e W + F    (e W + F) / n
+    masters     -          4 W / n    4 W / n    4 W / n        float32, which the optimizer steps
+    gradients   e W        4 W        4 W / n    4 W / n
+    moments     m W        m W / n    m W / n    m W / n        m: 8 for AdamW, 2 with 8 bits, 0 for Adafactor
+    buckets     -          e b        2 e b      2 e b + live   b: reduce_bucket_size; live: whole parameters under ZeRO-3
+
+Measured on DeepSpeed 0.19 by tests/training/test_fitting.py. Activations are not in it: fitting.py measures them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "adafactor": 0.05}
+BUCKET = 500_000_000  # DeepSpeed's default of reduce_bucket_size, in elements
+LIVE = 1_000_000_000  # and of stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """trained: weights.  frozen: bytes of those that are not.  itemsize: bytes of a trained weight as it computes."""
+
+    trained: int
+    frozen: int
+    itemsize: int
+
+
+def sizes_of(module: nn.Module) -> Sizes:
+    """Of a model, also of one that ZeRO-3 has partitioned or bitsandbytes has packed."""
+    trained = frozen = itemsize = 0
+    for p in module.parameters():
+        count = getattr(p, "ds_numel", p.numel())
+        if p.requires_grad:
+            trained, itemsize = trained + count, p.element_size()
+        else:
+            frozen += count * p.element_size()
+    return Sizes(trained, frozen, itemsize)
+
+
+def state_bytes(sizes: Sizes, config: dict, optim: str, world_size: int) -> dict[str, float]:
+    """Bytes on each device by part; what a DeepSpeed file moves to the CPU counts as nothing.
+
+    config: from ds_config.fill_config.  optim: --optim.
+    """
+    zero = config["zero_optimization"]
+    stage, n = zero.get("stage", 0), world_size
+    w, e, part = sizes.trained, sizes.itemsize, world_size if stage else 1
+    parts = {
+        "weights": (e * w + sizes.frozen) / (n if stage == 3 else 1),
+        "masters": 4 * w / part if stage else 0.0,
+        "gradients": {0: e * w, 1: 4 * w}.get(stage, 4 * w / n),
+        "moments": MOMENT_BYTES[optim] * w / part,
+        "buckets": 0.0,
+    }
+    bucket = min(_number(zero, "reduce_bucket_size", BUCKET), w) * e
+    if stage and n > 1:
+        parts["buckets"] = bucket * (1 if stage == 1 else 2)
+    if stage == 3:
+        parts["buckets"] += min(_number(zero, "stage3_max_live_parameters", LIVE), w + sizes.frozen / 2) * e * (n > 1)
+    if _offloaded(zero, "offload_optimizer"):
+        parts |= {"masters": 0.0, "moments": 0.0, "gradients": 0.0}
+    if _offloaded(zero, "offload_param"):
+        parts["weights"] = 0.0
+    return parts
+
+
+def _number(zero: dict, key: str, default: int) -> float:
+    value = zero.get(key, default)
+    return default if value == "auto" else float(value)
+
+
+def _offloaded(zero: dict, key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU still has for tensors: free memory, and what torch holds without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
