@@ -10,7 +10,6 @@ A round takes every step once with each side, in turn; printed are medians with 
 far rewards are apart.
 """
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -19,15 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if shutil.which("nvidia-smi") else "cpu")
-
 import torch
 import transformers
+import tyro
 
-from benchmarks import workloads
-from benchmarks.throughput import machine, spread
+from benchmarks import card, workloads
+from benchmarks.throughput import spread
 from open_rm.batching import attention, feeding
 from open_rm.batching.dealing import deal_step, micro_batch_budget
 from open_rm.batching.rules import LAYOUTS, BatchRules
@@ -64,7 +60,9 @@ def main(args: CompilingArgs) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"machine: {machine()}; {args.shape}, {Path(args.data).name}, {args.pairs_per_step} pairs a step", flush=True)
+    print(
+        f"machine: {card.name()}; {args.shape}, {Path(args.data).name}, {args.pairs_per_step} pairs a step", flush=True
+    )
     scratch = Path(tempfile.mkdtemp(prefix="open_rm_compiling_"))
     try:
         load = workloads.real(Path(args.data), args.pairs, seed=1, by_prompt=False)

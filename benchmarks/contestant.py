@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 WARM_UP_STEPS = 2
+# Of Liger's kernels without its fused losses of language modelling, which replace a classifier's forward by one that asks for an
+# lm_head. transformers passes this to _apply_liger_kernel_to_instance.
+LIGER = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
 def peak_gib() -> float:
@@ -54,7 +57,7 @@ def train_ours(settings: dict) -> dict:
                 learning_rate=1e-5,
                 lr_scheduler_type="constant",
                 dtype=settings["dtype"],
-                gradient_checkpointing=settings["gradient_checkpointing"],
+                gradient_checkpointing="off",
                 batching=settings["layout"],
                 group_by_prompt=settings["group_by_prompt"],
                 num_evals=0,
@@ -80,6 +83,7 @@ def train_trl(settings: dict) -> dict:
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, TrainerCallback
     from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_trainer import DataCollatorForPreference
 
     from benchmarks import workloads
     from open_rm.data.tokenizer import load_tokenizer
@@ -104,12 +108,15 @@ def train_trl(settings: dict) -> dict:
                 torch.cuda.synchronize()
             ends.append((time.perf_counter(), state.global_step))
 
-    class Trainer(RewardTrainer):
-        def compute_loss(self, model, inputs, **kwargs):
-            tokens.append(int(inputs["attention_mask"].sum()))
-            return super().compute_loss(model, inputs, **kwargs)
-
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
     tokens: list[int] = []
+
+    def counting(rows: list[dict]) -> dict:
+        """TRL's own batches, their tokens counted here on the host."""
+        batch = collate(rows)
+        tokens.append(int(batch["attention_mask"].sum()))
+        return batch
+
     config = RewardConfig(
         output_dir=str(Path(settings["scratch"]) / "trl"),
         per_device_train_batch_size=settings["batch"],
@@ -121,9 +128,10 @@ def train_trl(settings: dict) -> dict:
         train_sampling_strategy=settings["sampling"],
         length_column_name="length",
         remove_unused_columns=False,
-        gradient_checkpointing=settings["gradient_checkpointing"],  # TRL's own default is True, slower and smaller
+        gradient_checkpointing=False,  # TRL's own default is True, slower and smaller
         bf16=settings["dtype"] == "bfloat16",
         use_liger_kernel=torch.cuda.is_available(),
+        liger_kernel_config=LIGER,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
@@ -131,8 +139,13 @@ def train_trl(settings: dict) -> dict:
         disable_tqdm=True,
         seed=1,
     )
-    trainer = Trainer(
-        model=model, args=config, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer, callbacks=[Clock()]
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        data_collator=counting,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
     )
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()

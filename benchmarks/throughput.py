@@ -1,16 +1,15 @@
 """Training throughput: our three layouts and TRL's RewardTrainer, side by side on the same model and pairs.
 
     python -m benchmarks.throughput --profile cpu      # 6 layers x 384, float32, 8 pairs a step
-    python -m benchmarks.throughput --profile gpu      # 1B and 8B shapes, bfloat16; its correctness part runs anywhere
+    python -m benchmarks.throughput --profile gpu      # 1B and 8B shapes, bfloat16: gpu_profile.py
 
-Every round runs each contestant once, in turn, in a process of its own; ratios are taken within a round, so a machine
-whose speed drifts slows both sides alike. Prints medians with their spread, writes results.json and a picture.
+On the CPU every round runs each contestant once, in turn, in a process of its own; ratios are taken within a round, so a
+machine whose speed drifts slows both sides alike. Prints medians with their spread, writes results.json and a picture.
 See benchmarks/README.md for how to read it.
 """
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,23 +22,24 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
+import torch
 import tyro
 
 matplotlib.use("Agg")
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cuda" if shutil.which("nvidia-smi") else "cpu"
-)  # read when deepspeed is imported
+# read when deepspeed is imported
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import matplotlib.pyplot as plt
 
-from benchmarks import workloads
+from benchmarks import gpu_profile, gpu_report, workloads
+from benchmarks.card import name as machine
 from open_rm.batching.dealing import attention_cost, deal_step, pair_costs
-from open_rm.batching.layouts import lay_out
-from open_rm.batching.rules import LAYOUTS, BatchRules
+from open_rm.batching.rules import BatchRules
 from open_rm.data.tokenizer import load_tokenizer
-from open_rm.flags import ModelFlags
+from open_rm.errors import UserError
 
 HERE = Path(__file__).parent
+SHAPE = "6x384"  # of the CPU profile
 CONTESTANTS = {
     "TRL": {"trainer": "trl", "sampling": "random"},
     "TRL group_by_length": {"trainer": "trl", "sampling": "group_by_length"},
@@ -54,11 +54,11 @@ class BenchmarkArgs:
     """Measure training throughput against TRL."""
 
     profile: Literal["cpu", "gpu"] = "cpu"
-    """cpu: a 6 x 384 Llama in float32. gpu: 1B and 8B shapes in bfloat16, with and without gradient checkpointing."""
+    """cpu: a 6 x 384 Llama in float32. gpu: 1B and 8B shapes in bfloat16, with and without recomputed activations."""
     data: str = "../shared/data"
     """Folder that holds hh_harmless/ and alpaca_eval/ with train.jsonl; workloads without data are left out."""
     rounds: int = 3
-    """Times each contestant runs."""
+    """Times each contestant runs (cpu)."""
     hh_pairs: int = 160
     """Pairs of hh_harmless."""
     alpaca_pairs: int = 96
@@ -66,13 +66,30 @@ class BenchmarkArgs:
     only: tuple[str, ...] = ()
     """Workloads to run. Empty: all of the profile."""
     output: str = "output/benchmark"
-    """Folder for results.json and throughput.png."""
+    """Folder for results.json and throughput.png; of the GPU profile also results.jsonl and logs/."""
+    smoke: bool = False
+    """With --profile gpu: every contestant and setting in small, on any device. No measurement."""
+    trace: bool = False
+    """With --profile gpu: one step of shared_prefix at 1B under torch.profiler instead."""
+    minutes: float | None = None
+    """Of the GPU profile: what it may take; the rest is left out by name. None: 8, in a smoke run an hour."""
+    contestant_minutes: float | None = None
+    """Of the GPU profile: what one contestant of one shape may take. None: 1.5, in a smoke run 20."""
+    contestants: tuple[str, ...] = ()
+    """Of the GPU profile: contestants to run, by their names in contestants.py. Empty: all."""
+    report: str | None = None
+    """Run nothing: draw again from the results.jsonl of this folder, e.g. after a kill."""
 
 
-def main(args: BenchmarkArgs) -> None:
-    """Run the profile, print and draw."""
+def main(args: BenchmarkArgs) -> int:
+    """Run the profile, print and draw; returns the exit status."""
+    if args.report is not None:
+        gpu_report.report(Path(args.report))
+        return 0
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    if args.profile == "gpu":
+        return gpu_profile.run(args, output)
     scratch = Path(tempfile.mkdtemp(prefix="open_rm_benchmark_"))
     try:
         results = run_profile(args, scratch)
@@ -82,6 +99,7 @@ def main(args: BenchmarkArgs) -> None:
     if results:
         draw(results, output / "throughput.png")
         print(f"results in {output}/results.json, picture in {output}/throughput.png")
+    return 0
 
 
 def run_profile(args: BenchmarkArgs, scratch: Path) -> list[dict]:
@@ -89,53 +107,33 @@ def run_profile(args: BenchmarkArgs, scratch: Path) -> list[dict]:
     loads = make_workloads(args)
     tokenizer = workloads.make_tokenizer(loads)
     print_planning(args, tokenizer, scratch)
-    if args.profile == "gpu":
-        check_layouts(loads, tokenizer, scratch)
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no GPU here: correctness was checked above; the timings of this profile need one")
-            return []
-    # (shape, gradient checkpointing, dtype, pairs a micro-batch, accumulation, longest side in tokens)
-    settings = {
-        "cpu": [("6x384", False, "float32", 8, 1, 1024)],
-        "gpu": [
-            ("1B", False, "bfloat16", 16, 1, 2048),
-            ("1B", True, "bfloat16", 16, 1, 2048),
-            ("8B/4", True, "bfloat16", 16, 1, 2048),
-        ],
-    }[args.profile]
+    model = scratch / SHAPE
+    workloads.write_model(model, workloads.SHAPES[SHAPE], tokenizer)
     results = []
-    for shape, checkpointing, dtype, batch, accumulation, max_token_length in settings:
-        model = scratch / shape.replace("/", "_")
-        if not model.exists():
-            workloads.write_model(model, workloads.SHAPES[shape], tokenizer)
-        for load in loads:
-            data = workloads.write_rows(scratch, load)
-            common = {
-                "model": str(model),
-                "data": str(data),
-                "dtype": dtype,
-                "batch": batch,
-                "accumulation": accumulation,
-                "max_token_length": max_token_length,
-                "gradient_checkpointing": checkpointing,
-                "group_by_prompt": load.by_prompt,
-            }
-            title = f"{load.name}, {shape}, {dtype}{', gradient checkpointing' if checkpointing else ''}"
-            results.append({"title": title, "rounds": race(common, args.rounds, scratch)})
-            report(results[-1])
+    for load in loads:
+        data = workloads.write_rows(scratch, load)
+        common = {
+            "model": str(model),
+            "data": str(data),
+            "dtype": "float32",
+            "batch": 8,
+            "accumulation": 1,
+            "max_token_length": 1024,
+            "group_by_prompt": load.by_prompt,
+        }
+        results.append({"title": f"{load.name}, {SHAPE}, float32", "rounds": race(common, args.rounds, scratch)})
+        report(results[-1])
     return results
 
 
 def make_workloads(args: BenchmarkArgs) -> list[workloads.Workload]:
-    folder, gpu, loads = Path(args.data), args.profile == "gpu", []
+    folder, loads = Path(args.data), []
     for name, pairs, by_prompt in (("hh_harmless", args.hh_pairs, False), ("alpaca_eval", args.alpaca_pairs, True)):
         if (folder / name / "train.jsonl").is_file():
-            loads.append(workloads.real(folder / name, pairs * (4 if gpu else 1), seed=1, by_prompt=by_prompt))
+            loads.append(workloads.real(folder / name, pairs, seed=1, by_prompt=by_prompt))
         else:
             print(f"{folder / name} is not there: left out")
-    loads.append(workloads.long_prompts(192, seed=1) if gpu else workloads.equal_lengths(64, seed=1))
+    loads.append(workloads.equal_lengths(64, seed=1))
     return [load for load in loads if not args.only or load.name in args.only]
 
 
@@ -261,36 +259,6 @@ def plan_once(data, layout: str, pairs: int, area_cost: float, seed: int) -> tup
     return deal.imbalance, max(1.0, costs.max() / costs.sum() * 64), max(at_random) / costs.sum() * 64, seconds
 
 
-def check_layouts(loads: list[workloads.Workload], tokenizer, scratch: Path) -> None:
-    """The three layouts give the same rewards here, on this device and in its dtype."""
-    import torch
-
-    from open_rm.model.loading import load_reward_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    workloads.write_model(scratch / "tiny", workloads.SHAPES["tiny"], tokenizer)
-    loaded = load_tokenizer(str(scratch / "tiny"))
-    for load in loads:
-        file = workloads.write_rows(scratch, load)
-        data = workloads.read_pairs(file, loaded, scratch / "cache", max_token_length=8192, amount="8")
-        rewards = {}
-        for layout in LAYOUTS:
-            flags = ModelFlags(model_name_or_path=str(scratch / "tiny"))
-            reward_model, _ = load_reward_model(flags, loaded, layout=layout, dtype=dtype)
-            indices = np.arange(len(data))
-            batch = lay_out(
-                layout,
-                data.pairs(indices),
-                pad_token_id=loaded.pad_token_id,
-                prompt_ids=data.table.cut_prompt_ids(indices),
-            )
-            with torch.no_grad():
-                rewards[layout] = reward_model.to(device)(**batch.inputs(device)).float().cpu()
-        worst = max((rewards[layout] - rewards["padded"]).abs().max().item() for layout in LAYOUTS)
-        print(f"correctness on {device.type}, {load.name}: largest difference of rewards between layouts {worst:.1e}")
-
-
 def draw(results: list[dict], path: Path) -> None:
     """Bars of pairs/s relative to TRL, one group per workload; the lines are the range of the rounds."""
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), constrained_layout=True, squeeze=False)
@@ -313,17 +281,8 @@ def draw(results: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> str:
-    """The device's name."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models_of_cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models_of_cpu[0] if models_of_cpu else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkArgs, use_underscores=True))
+    try:
+        sys.exit(main(tyro.cli(BenchmarkArgs, use_underscores=True)))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -91,6 +91,34 @@ def equal_lengths(pairs: int, seed: int, words: int = 120) -> Workload:
     return Workload("equal_lengths", [{"chosen": text("aa"), "rejected": text("zz")} for _ in range(pairs)], False)
 
 
+def conversations(pairs: int, seed: int, words: int = 60) -> Workload:
+    """A text that both sides begin with, and two answers: what hh_harmless is, made up, for where that is absent."""
+    text = _words_of(seed)
+    rows = []
+    for _ in range(pairs):
+        said = text(words // 3, words)
+        rows.append({"chosen": f"{said} {text(3, words // 4)}", "rejected": f"{said} {text(3, words // 4)}"})
+    return Workload("conversations", rows, False)
+
+
+def many_answers(pairs: int, seed: int, words: int = 40) -> Workload:
+    """Prompts with three answers each, in three pairs: what alpaca_eval is, made up."""
+    text = _words_of(seed)
+    rows = []
+    while len(rows) < pairs:
+        prompt, answers = text(words // 4, words) + " ", [text(3, words) for _ in range(3)]
+        for better, worse in ((0, 1), (0, 2), (1, 2)):
+            rows.append({"prompt": prompt, "chosen": answers[better], "rejected": answers[worse]})
+    return Workload("many_answers", rows[:pairs], True)
+
+
+def _words_of(seed: int):
+    """A function (least, most words) -> text of made-up words."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(3000)]
+    return lambda least, most: " ".join(rng.choices(vocabulary, k=rng.randint(least, most)))
+
+
 def make_tokenizer(workloads: list[Workload]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 8 K tokens trained on the rows (words of `equal_lengths` are single tokens by themselves)."""
 
@@ -124,10 +152,9 @@ def make_tokenizer(workloads: list[Workload]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> None:
-    """A causal model of the shape with random weights, and the tokenizer, as a folder that both trainers load."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def config_of(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """The shape as a config of transformers."""
+    return LlamaConfig(
         vocab_size=max(VOCABULARY, len(tokenizer)),
         hidden_size=shape.width,
         intermediate_size=shape.mlp,
@@ -140,7 +167,19 @@ def write_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerFast, 
         bos_token_id=tokenizer.bos_token_id,
         dtype=torch.bfloat16 if shape.width >= 2048 else torch.float32,
     )
-    model = LlamaForCausalLM(config).to(config.dtype)
+
+
+def write_model(
+    folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int = 0, device: str = "cpu"
+) -> None:
+    """A causal model of the shape with random weights, and the tokenizer, as a folder that both trainers load.
+
+    device: where the weights are drawn; two thousand million of them take half a minute on a CPU.
+    """
+    torch.manual_seed(seed)
+    config = config_of(shape, tokenizer)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(config.dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

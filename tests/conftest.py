@@ -43,6 +43,7 @@ LONGEST = (
     "objectives",
     "recipe",
     "ranks",
+    "benchmarks",
     "liger_interpreted",
     "families",
     "layouts_agree",

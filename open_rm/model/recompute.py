@@ -29,6 +29,8 @@ def recompute(classifier: PreTrainedModel, every: int) -> int:
     """Recompute every `every`th layer, 0 for none; the last one never. Returns how many are."""
     layers = layers_of(classifier)
     if every == 0 or len(layers) == 1:
+        if classifier.is_activation_checkpointing:
+            classifier.activation_checkpointing_disable()
         return 0
     classifier.activation_checkpointing_enable({"use_reentrant": False})
     for number, layer in enumerate(layers):

@@ -55,6 +55,9 @@ def test_every_nth_layer_is_recomputed_the_last_never_and_gradients_stay_bit_for
         layer.input_layernorm.register_forward_hook(count)
     assert all(map(torch.equal, gradients(model, tokenizer, layout), kept))
     assert runs == [2 if number in which else 1 for number in range(5)]  # it really is computed again
+    assert recompute(model.classifier, 0) == 0  # and off again
+    runs[:] = [0] * 5
+    assert all(map(torch.equal, gradients(model, tokenizer, layout), kept)) and runs == [1] * 5
 
 
 def test_a_second_forward_before_the_first_ones_backward_changes_no_gradient(folder, tokenizer):

@@ -442,3 +442,34 @@ def test_an_unknown_split_or_dataset_is_one_sentence(hub, toy, runs, prefs, name
     sentence = the_one_sentence(done)
     assert said in sentence and "cannot be loaded" in sentence
     assert_nothing_was_trained(runs / f"unknown-{split}")
+
+
+# ---------------------------------------------------------------- models that lie there
+
+FETCH = """
+import sys
+sys.path.insert(0, args[1])
+import shutil
+from huggingface_hub import HfApi, scan_cache_dir
+from transformers import AutoModelForCausalLM
+from open_rm.flags import ModelFlags
+from open_rm.model.loading import fetch
+
+api, model = HfApi(), AutoModelForCausalLM.from_pretrained(args[0])
+for name, how in {"whole": {}, "parts": {"max_shard_size": "200KB"}}.items():
+    model.save_pretrained(name, **how)
+    api.create_repo(f"standin/{name}", private=True)
+    api.upload_folder(repo_id=f"standin/{name}", folder_path=name)
+    fetch(ModelFlags(model_name_or_path=f"standin/{name}"))
+fetch(ModelFlags(model_name_or_path="standin/missing"))  # loading says what is wrong
+fetch(ModelFlags(model_name_or_path=args[0]))
+for repo in scan_cache_dir().repos:
+    out[repo.repo_id] = sorted(file.file_name for revision in repo.revisions for file in revision.files)
+"""
+
+
+def test_a_models_weights_are_downloaded_before_ranks_load_them_together(hub, toy, tmp_path):
+    found = client(hub, tmp_path, FETCH, toy / "model", REPOSITORY)
+    assert found["standin/whole"] == ["model.safetensors"]
+    assert found["standin/parts"][-1] == "model.safetensors.index.json" and len(found["standin/parts"]) > 3
+    assert "standin/missing" not in found
