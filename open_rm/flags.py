@@ -244,7 +244,8 @@ class BatchFlags:
     """How many pairs are computed at once, and how they lie in memory."""
 
     per_device_train_batch_size: Count = 1
-    """Pairs that a device computes at once. A step has this x gradient_accumulation_steps x devices pairs."""
+    """Pairs that a device computes at once, at least; a GPU takes more where they fit. A step has this x
+    gradient_accumulation_steps x devices pairs."""
     per_device_eval_batch_size: Count = 8
     """The same in evaluation: it bounds memory and does not change results."""
     gradient_accumulation_steps: Count = 8
@@ -261,7 +262,8 @@ class BatchFlags:
     """Recompute activations in the backward pass, which takes less memory and up to a third more time: on (all layers but the
     last), off, or a number N (every Nth layer). auto: on a GPU as few layers as its memory asks for, on a CPU none."""
     deepspeed: str | None = None
-    """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: ZeRO stage 0."""
+    """DeepSpeed file for the memory layout, e.g. configs/ds/zero3.json. None: no ZeRO in float32; in bfloat16 stage 1 on one
+    device, stage 2 on several."""
 
 
 @dataclass(frozen=True)

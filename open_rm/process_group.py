@@ -77,6 +77,7 @@ def join() -> tuple[int, int, int, torch.device]:
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # some images make float32 mean 10 bits of mantissa (TF32)
     else:
         device, backend = torch.device("cpu"), "gloo"
         _keep_freed_memory()
@@ -163,7 +164,7 @@ def leave() -> None:
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     if os.environ.get("WORLD_SIZE") == "1" and not dist.is_torchelastic_launched():
-        # what _join set would lead child processes to this group
+        # what `join` set would lead child processes to this group
         _meeting_place.cache_clear()
         for name in (*GROUP_OF_ONE, "MASTER_PORT"):
             os.environ.pop(name, None)

@@ -123,7 +123,6 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     log = Log(enabled=ranks.is_main)
     torch.manual_seed(args.seed)
     dtype = compute_dtype(args.dtype, ranks.device)
-    capability = capability_of(ranks.device)
     trains, goes_on = not args.cache_dataset_only, args.resume_from_checkpoint != "never"
     # A folder that cannot be written, or a Hub that does not let us in, is found now and not after the last step.
     place = ranks.from_main(lambda: run_folder.claim(args, survival.take, trains=trains, goes_on=goes_on))
@@ -144,11 +143,11 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     def read():
         config = families.read_config(args, max_token_length=args.max_token_length)
         how = {"attn_implementation": args.attn_implementation, "max_token_length": args.max_token_length}
-        how |= {"on_gpu": ranks.on_gpu, "bf16": dtype == torch.bfloat16, "capability": capability}
+        how |= {"on_gpu": ranks.on_gpu, "bf16": dtype == torch.bfloat16, "capability": capability_of(ranks.device)}
         layout = families.choose_layout(args.batching, config, **how)
         tokenizer = tokenizer_of(args)
         families.check_together(args.model_name_or_path, config, tokenizer, args)
-        check_float8(args, config, capability, dtype, use_peft=args.use_peft)
+        check_float8(args, config, ranks.device, dtype, use_peft=args.use_peft)
         return config, tokenizer, layout, *read_both(args, tokenizer, seed=args.seed, show_progress=ranks.is_main)
 
     with alive.phase("reading data", alive.Kind.BUSY):

@@ -46,6 +46,7 @@ def activate(config, layout: str, device: torch.device, capability: tuple[int, i
     Returns:
         The line for the log; None where rows are not packed or there is no GPU.
     """
+    _restore()  # an earlier run of this process may have left one
     if layout == "padded" or capability is None:
         return None
     if capability[0] not in MADE_FOR:
@@ -74,16 +75,25 @@ def _importable(module: str) -> bool:
 def _why_not(name: str, text, device: torch.device) -> str | None:
     """Activate it and compare; where it is not right, torch's own is back and the reason is returned."""
     windows = [None] if getattr(text, "sliding_window", None) is None else [None, WINDOW]
-    own = [_computed(text, device, window) for window in windows]
+    own = [
+        _computed(text, device, window) for window in windows
+    ]  # choose_layout has seen that torch's takes this shape
     try:
         of_torch.activate_flash_attention_impl(name)
         newer = [_computed(text, device, window) for window in windows]
         why = None if _same(newer, own) else "its results differ from those of torch's own"
     except Exception as error:  # a package of another time, a GPU it does not know: whatever it is, torch's own works
         why = quote_error(error)
-    if why and of_torch.current_flash_attention_impl() is not None:
-        of_torch.restore_flash_attention_impl()
+    if why:
+        _restore()
     return why
+
+
+def _restore() -> None:
+    """torch's own flash attention again; torch 2.10 and older know no other."""
+    current = getattr(of_torch, "current_flash_attention_impl", lambda: None)
+    if current() is not None:
+        of_torch.restore_flash_attention_impl()
 
 
 def _computed(text, device: torch.device, window: int | None) -> list[torch.Tensor]:

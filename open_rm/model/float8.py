@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from open_rm.errors import UserError
+from open_rm.errors import UserError, quote_error
 from open_rm.model import families
 from open_rm.model.reward_model import RewardModel, size_of
 
@@ -62,6 +62,16 @@ def why_not(
         return "with --freeze_backbone the large matrices are frozen, and the head would be learned from their rounding"
     if family not in families.SEGMENTS:
         return f"which linear layers are safe in 8 bits is not known for {family}; it is for {', '.join(families.SEGMENTS)}"
+    return None
+
+
+def why_it_fails(device: torch.device) -> str | None:
+    """The first line of the error of a small product there; None where it works. Not every GPU's products take a scale for
+    each row, and the cast is a kernel that Triton compiles with a C compiler."""
+    try:
+        _Product.apply(*torch.ones(2, 16, 16, device=device, dtype=torch.bfloat16))
+    except Exception as error:  # of the compiler, the driver, the library: it has no class of its own
+        return quote_error(error)
     return None
 
 

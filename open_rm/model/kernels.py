@@ -29,16 +29,14 @@ def use_fastest(model: RewardModel, device: torch.device, layout: str, *, float8
     return [line for line in lines if line]
 
 
-def check_float8(
-    flags: ModelFlags, config, capability: tuple[int, int] | None, dtype: torch.dtype, *, use_peft: bool
-) -> None:
+def check_float8(flags: ModelFlags, config, device: torch.device, dtype: torch.dtype, *, use_peft: bool) -> None:
     """Refuse --float8 where it cannot be; config: the model's of transformers."""
     if not flags.float8:
         return
     from open_rm.model import float8
 
-    how = {"capability": capability, "dtype": dtype, "family": config.get_text_config().model_type}
-    why = float8.why_not(**how, use_peft=use_peft, freeze_backbone=flags.freeze_backbone)
+    how = {"capability": capability_of(device), "dtype": dtype, "family": config.get_text_config().model_type}
+    why = float8.why_not(**how, use_peft=use_peft, freeze_backbone=flags.freeze_backbone) or float8.why_it_fails(device)
     if why:
         raise UserError(f"--float8 is not possible: {why}; leave it out")
 

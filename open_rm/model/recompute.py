@@ -21,14 +21,22 @@ def every_how_many(flag: str | bool) -> int | None:
 
 
 def layers_of(classifier: PreTrainedModel) -> list[nn.Module]:
-    """The layers that can be recomputed one by one, in order; none where a model's own code knows only all or nothing."""
-    return [module for module in classifier.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The layers that can be recomputed one by one, in order; none where a model's own code knows only all or nothing. Of a
+    model that also sees, those that read."""
+    backbone = getattr(classifier, classifier.base_model_prefix)
+    backbone = getattr(backbone, "language_model", backbone)
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _is_frozen(classifier: PreTrainedModel) -> bool:
+    """Then a forward keeps nothing, and transformers would make gradients flow through it for nothing."""
+    return not any(p.requires_grad for p in getattr(classifier, classifier.base_model_prefix).parameters())
 
 
 def recompute(classifier: PreTrainedModel, every: int) -> int:
     """Recompute every `every`th layer, 0 for none; the last one never. Returns how many are."""
     layers = layers_of(classifier)
-    if every == 0 or len(layers) == 1:
+    if every == 0 or len(layers) == 1 or _is_frozen(classifier):
         if classifier.is_activation_checkpointing:
             classifier.activation_checkpointing_disable()
         return 0
@@ -41,8 +49,8 @@ def recompute(classifier: PreTrainedModel, every: int) -> int:
 def describe(classifier: PreTrainedModel, every: int) -> str:
     """One line for the log on what `recompute` did."""
     layers = layers_of(classifier)
-    if every == 0:
-        return "activations: all are kept (--gradient_checkpointing off)"
+    if every == 0 or _is_frozen(classifier):
+        return "activations: none are recomputed in the backward pass"
     if not layers:
         return "activations: recomputed in the backward pass, as this model's own code does it"
     count = sum(layer.gradient_checkpointing for layer in layers)

@@ -86,7 +86,9 @@ class RewardModel(nn.Module):
         if own != attention.NAME:
             yield
             return
-        self.classifier.set_attn_implementation("eager")
+        # sdpa, which keeps no scores, unless they are soft-capped
+        capped = getattr(self.classifier.config.get_text_config(), "attn_logit_softcapping", None) is not None
+        self.classifier.set_attn_implementation("eager" if capped else "sdpa")
         try:
             yield
         finally:

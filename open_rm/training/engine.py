@@ -153,9 +153,11 @@ class Engine:
 
     def set_schedule(self, state: dict) -> None:
         """Go on where `schedule_state` stood."""
-        self._schedule.load_state_dict(self._schedule.state_dict() | state | {"_step_count": state["last_epoch"] + 1})
-        for group, lr in zip(self.optimizer.param_groups, state["_last_lr"], strict=True):
-            group["lr"] = lr
+        groups = self.optimizer.param_groups  # all have one learning rate; there may be more of them than there were
+        state = state | {"_last_lr": state["_last_lr"][:1] * len(groups), "_step_count": state["last_epoch"] + 1}
+        self._schedule.load_state_dict(self._schedule.state_dict() | state)
+        for group in groups:
+            group["lr"] = state["_last_lr"][0]
 
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """The complete weights on the main rank's CPU, None elsewhere. A collective call."""

@@ -15,7 +15,7 @@ from open_rm.batching.layouts import lay_out_sequences
 from open_rm.batching.rules import BatchRules
 from open_rm.data.pairs import PairTable
 from open_rm.flags import BatchFlags
-from open_rm.model import recompute
+from open_rm.model import families, recompute
 from open_rm.model.reward_model import RewardModel
 from open_rm.ranks import Ranks
 from open_rm.training import footprint
@@ -28,8 +28,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """left: bytes for activations, on the rank that has least.  kept: bytes that one position keeps over all layers.
-    passed: bytes of a layer's input at one position."""
+    """left: bytes for activations, on the rank that has least.  kept: bytes that one position keeps over all layers, in the
+    longest sequence.  passed: bytes of a layer's input at one position."""
 
     left: float
     kept: float
@@ -65,15 +65,15 @@ def fit(
         recompute.recompute(model.classifier, every or 0)
         return rules, [recompute.describe(model.classifier, every)] if every else []
     state = sum(footprint.state_bytes(footprint.sizes_of(model), config, optim, ranks.world_size).values())
-    longest = int(max(table.chosen_length.max(), table.rejected_length.max()))
-    memory = measure(model, engine, rules, longest=longest, state=state)
+    longest = _longest(table)
+    memory = measure(model, engine, rules, table=table, state=state)
     layers = len(recompute.layers_of(model.classifier))
     asked = flags.max_tokens_per_micro_batch
     found = choose(memory, layers, every=every, asked=asked, at_least=rules.max_tokens, largest=2 * longest)
     recompute.recompute(model.classifier, found.every)
     return dataclasses.replace(rules, max_tokens=found.max_tokens), [
-        f"memory: {memory.left / GIB:.1f} GiB left beside weights, gradients and optimizer; a position keeps "
-        f"{memory.kept / 2**20:.2f} MiB of activations, so micro-batches have up to {found.max_tokens} positions"
+        f"memory: {max(memory.left, 0.0) / GIB:.1f} GiB left beside weights, gradients and optimizer; a position keeps "
+        f"{memory.kept / 2**20:.2f} MiB of activations; micro-batches have up to {found.max_tokens} positions"
         + ("" if found.fits else f", and a pair of {2 * longest} may not fit"),
         recompute.describe(model.classifier, found.every),
     ]
@@ -88,7 +88,8 @@ def choose(memory: Memory, layers: int, *, every: int | None, asked: int | None,
         at_least: positions that --per_device_train_batch_size asks for.  largest: those of the largest pair.
     """
     wanted = max(asked or at_least, largest)
-    several = [0, *range(max(layers - 1, 1), 0, -1)] if layers > 1 else [0]
+    plain = bytes_of_position(memory, layers, 0)
+    several = [0, *(every for every in range(layers - 1, 0, -1) if bytes_of_position(memory, layers, every) < plain)]
     for option in several if every is None else [every]:
         room = int(SHARE * memory.left / bytes_of_position(memory, layers, option))
         if room >= wanted:
@@ -101,23 +102,61 @@ def choose(memory: Memory, layers: int, *, every: int | None, asked: int | None,
 def bytes_of_position(memory: Memory, layers: int, every: int) -> float:
     """What a position takes at the peak: what layers keep or, recomputed, were given; one recomputed layer as a whole; and
     the gradients inside the layer that is at work, as many as its activations."""
-    layer = memory.kept / max(layers, 1)
-    again = -(-(layers - 1) // every) if every and layers > 1 else 0
+    layers = max(layers, 1)
+    layer = memory.kept / layers
+    again = -(-(layers - 1) // every) if every else 0
     return (layers - again) * layer + again * memory.passed + (layer if again else 0) + layer
 
 
-def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, longest: int, state: float) -> Memory:
-    """One forward of one row, thrown away; the numbers of the rank with the least memory. A collective call."""
-    ranks = engine.ranks
+def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: PairTable, state: float) -> Memory:
+    """Forwards of a single row, thrown away; the numbers of the rank with the least memory. A collective call.
+
+    Two lengths tell what a token keeps by itself and what it keeps for each token beside it: some attention keeps scores.
+    """
+    ranks, longest = engine.ranks, _longest(table)
     tokens = recompute.measured_tokens(longest)
+    kept = _kept(engine, rules, tokens)
+    if (fewer := recompute.measured_tokens(tokens // 2)) < tokens:
+        slope = max(0.0, (kept - _kept(engine, rules, fewer)) / (tokens - fewer))
+        kept += slope * max(0, longest - tokens)
+    bits = torch.finfo(engine.dtype).bits / 8
+    text = model.classifier.config.get_text_config()
+    if rules.layout == "shared_prefix":  # keys and values of a prompt are gathered for each of its answers
+        _, key_heads, width = families.attention_shape(text)
+        kept += text.num_hidden_layers * 2 * key_heads * width * bits * (_keys_of_a_position(table) - 1)
+    everywhere = ranks.gathered((_left(ranks, state), kept))
+    passed = model.width * bits
+    # A forward without gradients, of a frozen backbone, has a few tensors of its own at work.
+    return Memory(min(left for left, _ in everywhere), max(8 * passed, *(kept for _, kept in everywhere)), passed)
+
+
+def _kept(engine: Engine, rules: BatchRules, tokens: int) -> float:
     row = np.full(tokens, rules.pad_token_id, np.int64)
     batch = lay_out_sequences(rules.layout, [row], pad_token_id=rules.pad_token_id, prompt_of=[0])
     with recompute.Saved(tokens) as saved:
-        engine(**batch.inputs(ranks.device))
-    left = _left(ranks, state)
-    everywhere = ranks.gathered((left, saved.per_token))
-    passed = model.width * torch.finfo(engine.dtype).bits / 8
-    return Memory(min(left for left, _ in everywhere), max(kept for _, kept in everywhere), passed)
+        engine(**batch.inputs(engine.ranks.device))
+    return saved.per_token
+
+
+def _longest(table: PairTable) -> int:
+    return int(max(table.chosen_length.max(), table.rejected_length.max()))
+
+
+def _keys_of_a_position(table: PairTable) -> float:
+    """Keys that are gathered for each position of a row, where a prompt's sequences are all in it; of the prompt with most."""
+    ids, lengths = (
+        np.concatenate(sides)
+        for sides in ((table.chosen_id, table.rejected_id), (table.chosen_length, table.rejected_length))
+    )
+    _, prompt, pairs = np.unique(table.prompt_id, return_inverse=True, return_counts=True)
+    of_pair = np.where(pairs[prompt] == 1, table.shared_length, np.minimum(table.prompt_length, table.shared_length))
+    prompt = np.tile(prompt, 2)
+    _, first = np.unique(np.stack((prompt, ids)), axis=1, return_index=True)  # each sequence of a prompt once
+    keys = np.bincount(prompt[first], lengths[first])
+    answers = np.bincount(prompt[first])
+    shared = np.full(len(keys), lengths.max())
+    np.minimum.at(shared, prompt, np.tile(of_pair, 2))
+    return float((keys / (keys - shared * (answers - 1))).max())
 
 
 def _left(ranks: Ranks, state: float) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import load_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForSequenceClassification, LlamaConfig
 
 from open_rm.batching.layouts import lay_out, lay_out_sequences
 from open_rm.model.last_layer import READ_ONLY
@@ -104,3 +104,26 @@ def test_what_a_forward_keeps_is_counted_once_a_token_without_weights(folder, to
 
 def test_the_measured_row_is_not_longer_than_the_data():
     assert [measured_tokens(n) for n in (5000, 509, 508, 64, 3)] == [509, 509, 251, 61, MEASURED[-1]]
+
+
+def test_of_a_model_that_also_sees_the_layers_that_read_are_counted():
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**small, "num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64},
+        vision_config={**small, "num_hidden_layers": 5, "image_size": 28, "patch_size": 14},
+        num_labels=1,
+    )
+    with torch.device("meta"):
+        classifier = Gemma3ForSequenceClassification(config)
+    assert len(layers_of(classifier)) == 3
+    assert recompute(classifier, 1) == 2
+    assert describe(classifier, 1) == "activations: recomputed in 2 of 3 layers in the backward pass"
+
+
+def test_a_frozen_backbone_is_not_recomputed(folder, tokenizer):
+    """It keeps nothing, and transformers would make gradients flow through all of it."""
+    model = load_model(folder, tokenizer, freeze_backbone=True)
+    assert recompute(model.classifier, 1) == 0
+    model.head.weight.requires_grad_(False)
+    assert not model(**inputs(tokenizer, "padded")).requires_grad
+    assert describe(model.classifier, 1) == "activations: none are recomputed in the backward pass"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import REPOSITORY, launch, read_metrics, run_recipe, toy_flags
 from safetensors.torch import load_file
 
@@ -189,3 +190,16 @@ def test_8_bit_moments_are_of_tensors_that_bitsandbytes_can_count(monkeypatch):
         one = torch.nn.Linear(2**17, 2**14, bias=False)
     with pytest.raises(UserError, match="more than bitsandbytes can count; pass --optim adamw"):
         engine_room._optimizer(one, OptimizerFlags(optim="adamw_8bit"))
+
+
+def test_a_schedule_goes_on_with_more_groups_of_parameters_than_it_was_saved_with():
+    """8-bit moments of a large model are divided into groups, which older checkpoints do not know."""
+    engine = engine_room.Engine.__new__(engine_room.Engine)
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    engine.optimizer = torch.optim.SGD([{"params": [p]} for p in weights], lr=1.0)
+    engine._schedule = transformers.get_scheduler("linear", engine.optimizer, 0, 10)
+    engine.set_schedule({"last_epoch": 4, "_last_lr": [0.6]})
+    assert engine.learning_rate == 0.6 and [group["lr"] for group in engine.optimizer.param_groups] == [0.6] * 3
+    engine.optimizer.step()
+    engine._schedule.step()
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.5] * 3)
