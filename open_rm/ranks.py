@@ -69,15 +69,20 @@ class Ranks:
     def main_first(self, build: Callable[[], Any]) -> Any:
         """Run `build` on the main rank, then on one rank of each other node, then on all: they find what it left in the
         cache. Where it fails on one of these, no rank goes on."""
-        kept, error = [], None  # a value that is built is not sent around: it may be large
-        self.from_main(lambda: kept.append(build()))
+        kept = []  # a value that is built is not sent around: it may be large
+        self.once_a_node(lambda: kept.append(build()))
+        return kept[0] if kept else build()
+
+    def once_a_node(self, work: Callable[[], None]) -> None:
+        """Run `work` on the main rank, then on one rank of each other node. Where it fails on one, no rank goes on."""
+        error = None
+        self.from_main(work)
         if not self.is_main and self.local_rank == 0:
             try:
-                kept.append(build())
+                work()
             except Exception as raised:
                 error = raised
         self._end_with(error)
-        return kept[0] if kept else build()
 
     def gathered(self, value: Any) -> list:
         """The values of all ranks, on every rank (they are pickled: small things only)."""

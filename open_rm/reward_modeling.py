@@ -185,7 +185,7 @@ def build(prepared: Prepared) -> Run:
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
     with alive.phase("loading the model", alive.Kind.BUSY):
-        ranks.main_first(lambda: fetch(args))
+        ranks.once_a_node(lambda: fetch(args))
         width, bf16 = prepared.config.get_text_config().hidden_size, dtype == torch.bfloat16
         how = {"width": width, "bf16": bf16, "max_grad_norm": args.max_grad_norm, "world_size": ranks.world_size}
         deepspeed_config = ds_config.fill_config(args, **how)

@@ -74,6 +74,8 @@ def refuse():
     raise UserError("mend this")
 value = ranks.from_main(work)
 first = ranks.main_first(lambda: f"built by {ranks.rank}")
+once = []
+ranks.once_a_node(lambda: once.append(ranks.rank))
 calls = {
     "from_main": lambda: ranks.from_main(refuse), "main_first": lambda: ranks.main_first(refuse),
     "fail": lambda: ranks.fail("mend this"), "bug": lambda: ranks.main_first(lambda: 1 / 0),
@@ -88,7 +90,7 @@ def seconds(group):
     return group._get_backend(ranks.device).options._timeout.total_seconds()
 groups = dist.distributed_c10d._world.pg_map
 how = {"waiting": seconds(process_group.waiting()), "default": seconds(dist.group.WORLD), "kinds": [kind for kind, _ in groups.values()]}
-print(json.dumps({"value": value, "made": made, "first": first, "ended": ended, "groups": how}))
+print(json.dumps({"value": value, "made": made, "first": first, "once": once, "ended": ended, "groups": how}))
 """
 
 
@@ -108,6 +110,10 @@ def test_every_rank_gets_the_value_that_the_main_rank_made(together):
 
 def test_what_is_built_main_first_is_built_by_every_rank_and_not_sent_around(together):
     assert [one["first"] for one in together] == ["built by 0", "built by 1"]
+
+
+def test_what_is_done_once_a_node_is_done_by_its_first_rank_alone(together):
+    assert [one["once"] for one in together] == [[0], []]
 
 
 @pytest.mark.parametrize("call", ["from_main", "main_first", "fail"])
