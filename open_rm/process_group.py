@@ -24,10 +24,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from open_rm.errors import UserError, quote_error
 
-# DeepSpeed reads these when it is imported; without a GPU it would otherwise probe for one and warn.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+# DeepSpeed reads these when it is imported. Which device it is for is torch's to say, since we ask torch too.
+os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
+if torch.cuda.is_available() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
     # Micro-batches differ in size, and blocks of many sizes that one freed would not fit the next. Read when CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

@@ -147,7 +147,8 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
         layout = families.choose_layout(args.batching, config, **how)
         tokenizer = tokenizer_of(args)
         families.check_together(args.model_name_or_path, config, tokenizer, args)
-        check_float8(args, config, ranks.device, dtype, use_peft=args.use_peft)
+        if trains:  # tokens can be cached on another machine
+            check_float8(args, config, ranks.device, dtype, use_peft=args.use_peft)
         return config, tokenizer, layout, *read_both(args, tokenizer, seed=args.seed, show_progress=ranks.is_main)
 
     with alive.phase("reading data", alive.Kind.BUSY):

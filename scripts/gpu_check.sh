@@ -20,16 +20,42 @@ fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 unset DS_ACCELERATOR  # the code asks torch
 
+for name in $ONLY; do
+    if [[ " tests recipe profile attention " != *" $name "* ]]; then
+        echo "error: ONLY=$name: the parts are tests, recipe, profile and attention" >&2
+        exit 1
+    fi
+done
+for number in "$TESTS_SECONDS" "$RECIPE_SECONDS" "$PROFILE_SECONDS" "$ATTENTION_SECONDS"; do
+    if ! [[ $number =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: seconds of a part are a number of 1 or more, not '$number'" >&2
+        exit 1
+    fi
+done
 small=()
 runs_at_once=${RUNS_AT_ONCE:-3} run_seconds=${RUN_SECONDS:-100}  # of the recipe
 if [[ $SMOKE == 1 ]]; then
     small=(--smoke)
     export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     runs_at_once=${RUNS_AT_ONCE:-2} run_seconds=${RUN_SECONDS:-$RECIPE_SECONDS}  # a CPU may be busy
+elif [[ $DRY != 1 ]] && ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    echo "error: PYTHON=$PYTHON cannot import torch; set PYTHON to a python that has the requirements" >&2
+    exit 1
 elif [[ $DRY != 1 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "error: $PYTHON sees no GPU (torch.cuda.is_available()); SMOKE=1 runs all of it on a CPU, in small" >&2
     exit 1
 fi
+
+child=""
+interrupted() {
+    echo "interrupted; what was measured is in $OUT" >&2
+    if [[ -n $child ]]; then
+        kill -TERM "$child" 2>/dev/null
+        wait "$child"
+    fi
+    exit 130
+}
+trap interrupted INT TERM HUP
 
 failed=0
 part() {  # name, seconds, words...: run them for at most so long, and say how it went
@@ -41,9 +67,13 @@ part() {  # name, seconds, words...: run them for at most so long, and say how i
         return
     fi
     echo "== $name, at most $seconds s; log: $log"
-    # TERM first, on which the benchmark still draws what it has; then KILL
-    timeout --kill-after=15 "$seconds" "$@" 2>&1 | tee "$log"
-    status=${PIPESTATUS[0]}
+    # TERM first, on which the benchmark still draws what it has; then KILL. `timeout` has a process group of its own, which
+    # is why an interruption has to be passed on.
+    timeout --kill-after=15 "$seconds" "$@" > >(tee "$log") 2>&1 &
+    child=$!
+    wait "$child"
+    status=$?
+    child=""
     case $status in
         0) echo "passed  $name ($((SECONDS - began)) s)" ;;
         124 | 137) echo "FAILED  $name: ended after $seconds s; see $log" ;;

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -323,3 +324,37 @@ def test_gpu_check_goes_on_after_a_failure_and_ends_with_its_status(tmp_path):
     assert verdicts == [["FAILED", "tests:"], ["passed", "recipe"], ["passed", "profile"], ["passed", "attention"]]
     assert "2 failed" in (tmp_path / "out" / "tests.log").read_text()
     assert "ran -m benchmarks.throughput --profile gpu" in (tmp_path / "out" / "profile.log").read_text()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
+def test_gpu_check_that_is_interrupted_leaves_nothing_running(tmp_path, signal_number):
+    """`timeout` has a group of its own; what it started would keep the GPU."""
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = pytest ] || exit 0\necho $$ > {pid}.new && mv {pid}.new {pid}\nexec sleep 300\n'
+    )
+    python.chmod(0o755)
+    environment = environment_of_a_process() | {"PYTHON": str(python), "SMOKE": "1", "OUT": str(tmp_path / "out")}
+    running = subprocess.Popen(
+        ["bash", REPOSITORY / "scripts" / "gpu_check.sh"], env=environment, stderr=subprocess.PIPE
+    )
+    while not pid.exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal_number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and b"interrupted; what was measured is in" in said
+    assert not Path(f"/proc/{pid.read_text().strip()}").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"ONLY": "nonsense"}, "the parts are tests, recipe, profile and attention"),
+        ({"PROFILE_SECONDS": "abc"}, "seconds of a part are a number of 1 or more, not 'abc'"),
+        ({"PYTHON": "/no/such"}, "PYTHON=/no/such cannot import torch"),
+    ],
+)
+def test_gpu_check_refuses_what_it_cannot_do(tmp_path, variables, sentence):
+    done = gpu_check(tmp_path, **variables)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and sentence in done.stderr

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from open_rm.errors import UserError
+
 # Prime lengths: a saved tensor belongs to tokens if its size is a multiple of theirs, which no weight's is.
 MEASURED = (509, 251, 127, 61, 31, 13)
 
@@ -40,6 +42,10 @@ def recompute(classifier: PreTrainedModel, every: int) -> int:
         if classifier.is_activation_checkpointing:
             classifier.activation_checkpointing_disable()
         return 0
+    if not classifier.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient_checkpointing: {type(classifier).__name__} of transformers cannot recompute its layers; pass off, or auto"
+        )
     classifier.activation_checkpointing_enable({"use_reentrant": False})
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0 and number + 1 < len(layers)

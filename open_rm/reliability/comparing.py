@@ -76,7 +76,7 @@ def changed(saved: dict, now: dict, *, where: str) -> list[str]:
     differ = {}
     for name, value in now.items():
         before = saved.get(name, _default(name))
-        if before != value:
+        if before != value and str(before) != str(value):  # a switch may have become a word: True, "True"
             differ[name] = f"--{name} {_shown(before)} -> {_shown(value)}"
     forbidden = [text for name, text in differ.items() if name not in free]
     if forbidden:

@@ -22,6 +22,8 @@ OWNED_BY_FLAGS = {
     "torch_autocast": "--dtype",
     "data_types": "--dtype",
 }
+# Those whose "auto" follows from the model's width.
+FILLED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
 
 def read_config(path: str | None) -> dict:
@@ -49,8 +51,21 @@ def read_config(path: str | None) -> dict:
             raise UserError(
                 f'--deepspeed {path}: "{key}" is decided by {flags}; remove it from the file or write "auto"'
             )
+    _check_values(path, config.get("zero_optimization", {}))
     _check_with_deepspeed(path, config.get("zero_optimization", {}))
     return config | {"zero_optimization": {"stage": 0} | config.get("zero_optimization", {})}
+
+
+def _check_values(path: str, zero: dict) -> None:
+    """Values that DeepSpeed takes now and trips over later."""
+    if zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
+        raise UserError(f'--deepspeed {path}: "stage" is {zero["stage"]!r}; it must be a number, 0, 1, 2 or 3')
+    for key, value in zero.items():
+        inside = value.values() if isinstance(value, dict) else ()
+        if "auto" in (value, *inside) and key not in FILLED:
+            raise UserError(
+                f'--deepspeed {path}: "{key}" is "auto", which only {", ".join(FILLED)} can be; give a value, or leave it out'
+            )
 
 
 def _is_auto(value: object) -> bool:

@@ -39,7 +39,7 @@ class Memory:
 @dataclass(frozen=True)
 class Fit:
     """every: recompute every so many layers (0: none).  max_tokens: positions of a micro-batch.  fits: whether even so the
-    largest pair is expected to fit."""
+    largest pair, and a budget that was asked for, are expected to fit."""
 
     every: int
     max_tokens: int
@@ -74,7 +74,7 @@ def fit(
     return dataclasses.replace(rules, max_tokens=found.max_tokens), [
         f"memory: {max(memory.left, 0.0) / GIB:.1f} GiB left beside weights, gradients and optimizer; a position keeps "
         f"{memory.kept / 2**20:.2f} MiB of activations; micro-batches have up to {found.max_tokens} positions"
-        + ("" if found.fits else f", and a pair of {2 * longest} may not fit"),
+        + ("" if found.fits else f", which may not fit, nor a pair of {2 * longest}"),
         recompute.describe(model.classifier, found.every),
     ]
 
@@ -87,7 +87,7 @@ def choose(memory: Memory, layers: int, *, every: int | None, asked: int | None,
         every: recompute every so many layers; None: as few as possible.  asked: --max_tokens_per_micro_batch.
         at_least: positions that --per_device_train_batch_size asks for.  largest: those of the largest pair.
     """
-    wanted = max(asked or at_least, largest)
+    wanted = max(asked or min(at_least, MOST_POSITIONS), largest)
     plain = bytes_of_position(memory, layers, 0)
     several = [0, *(every for every in range(layers - 1, 0, -1) if bytes_of_position(memory, layers, every) < plain)]
     for option in several if every is None else [every]:
@@ -96,7 +96,7 @@ def choose(memory: Memory, layers: int, *, every: int | None, asked: int | None,
             break
     # Multiples of 256: a run that goes on finds a little more or less memory free, and is to cut its steps alike.
     budget = asked or max(min(room, MOST_POSITIONS) // 256 * 256, 256)
-    return Fit(option, budget, room >= largest)
+    return Fit(option, budget, room >= max(largest, asked or 0))
 
 
 def bytes_of_position(memory: Memory, layers: int, every: int) -> float:

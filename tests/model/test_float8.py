@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 
 from open_rm.batching.rules import LAYOUTS
 from open_rm.errors import UserError
-from open_rm.model import families, float8
+from open_rm.flags import ModelFlags
+from open_rm.model import families, float8, kernels
 from open_rm.model.reward_model import RewardModel
 from open_rm.training.losses import ranking_loss
 
@@ -451,3 +452,20 @@ print(json.dumps([casts, apart]))
     casts, apart = on_gpu(script)
     assert all(casts) and len(casts) == len(odd_matrices())
     assert max(apart) < 2.0**-7
+
+
+def test_a_run_that_cannot_train_in_float8_is_refused_in_a_sentence(monkeypatch):
+    """By what is known of the device, and by trying a small product there: not every GPU takes a scale for each row."""
+    given = (transformers.LlamaConfig(), torch.device("cpu"), torch.bfloat16)
+    assert kernels.check_float8(ModelFlags(), *given, use_peft=False) is None
+    with pytest.raises(UserError, match="--float8 is not possible: 8-bit products need a GPU.*; leave it out"):
+        kernels.check_float8(ModelFlags(float8=True), *given, use_peft=False)
+    monkeypatch.setattr(kernels, "capability_of", lambda device: (12, 0))
+    assert kernels.check_float8(ModelFlags(float8=True), *given, use_peft=False) is None
+
+    def refuses(*_, **__):
+        raise RuntimeError("row-wise scaling is not there\nmore")
+
+    monkeypatch.setattr(float8, "_multiply", refuses)
+    with pytest.raises(UserError, match="--float8 is not possible: row-wise scaling is not there; leave it out"):
+        kernels.check_float8(ModelFlags(float8=True), *given, use_peft=False)

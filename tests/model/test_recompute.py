@@ -3,9 +3,17 @@
 import pytest
 import torch
 from conftest import load_model
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
+    LlamaConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTForSequenceClassification,
+)
 
 from open_rm.batching.layouts import lay_out, lay_out_sequences
+from open_rm.errors import UserError
 from open_rm.model.last_layer import READ_ONLY
 from open_rm.model.recompute import MEASURED, Saved, describe, layers_of, measured_tokens, recompute
 
@@ -118,6 +126,17 @@ def test_of_a_model_that_also_sees_the_layers_that_read_are_counted():
     assert len(layers_of(classifier)) == 3
     assert recompute(classifier, 1) == 2
     assert describe(classifier, 1) == "activations: recomputed in 2 of 3 layers in the backward pass"
+
+
+def test_a_model_that_cannot_recompute_is_one_sentence():
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, num_labels=1)
+    with torch.device("meta"):
+        classifier = OpenAIGPTForSequenceClassification(config)
+    assert recompute(classifier, 0) == 0
+    with pytest.raises(
+        UserError, match="OpenAIGPTForSequenceClassification .* cannot recompute its layers; pass off, or auto"
+    ):
+        recompute(classifier, 1)
 
 
 def test_a_frozen_backbone_is_not_recomputed(folder, tokenizer):

@@ -19,7 +19,11 @@ from open_rm.training.ds_config import fill_config, read_config
         ({"bf16": {"enabled": True}}, '"bf16" is decided by --dtype'),
         ([], "must hold a JSON object"),
         ({"zero_optimization": 3}, "must hold a JSON object"),
-        ({"zero_optimization": {"stage": 7}}, "DeepSpeed refuses zero_optimization"),
+        ({"zero_optimization": {"stage": 7}}, '"stage" is 7; it must be a number, 0, 1, 2 or 3'),
+        ({"zero_optimization": {"stage": "auto"}}, "\"stage\" is 'auto'; it must be a number"),
+        ({"zero_optimization": {"stage": "2"}}, "\"stage\" is '2'; it must be a number"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}}, '"offload_optimizer" is "auto", which only'),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}}}, '"offload_param" is "auto"'),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "DeepSpeed refuses zero_optimization"),
     ],
 )

@@ -136,6 +136,18 @@ def test_a_budget_takes_what_is_left_and_keeps_to_what_was_asked():
     assert choose(MEMORY, LAYERS, every=None, asked=5000, at_least=2048, largest=2048).max_tokens == 5000
 
 
+def test_a_batch_beyond_what_a_micro_batch_ever_is_asks_for_no_recomputation():
+    some = Memory(left=40 * 2**30, kept=2**20, passed=8192)
+    how = {"every": None, "asked": None, "largest": 4096}
+    assert choose(some, LAYERS, at_least=131_072, **how) == choose(some, LAYERS, at_least=32_768, **how)
+    assert choose(some, LAYERS, at_least=131_072, **how).every == 0
+
+
+def test_a_budget_that_was_asked_for_and_cannot_fit_is_said():
+    found = choose(MEMORY, LAYERS, every=None, asked=10**6, at_least=2048, largest=2048)
+    assert found.max_tokens == 10**6 and not found.fits
+
+
 def test_a_device_that_is_too_small_recomputes_all_and_says_that_a_pair_may_not_fit():
     tiny = dataclasses.replace(MEMORY, left=2**28)
     found = choose(tiny, LAYERS, every=None, asked=None, at_least=8192, largest=8192)
