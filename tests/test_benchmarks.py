@@ -1,5 +1,6 @@
 """The GPU profile of the benchmark, in small on a CPU: every contestant takes the same pairs, nothing measured is lost."""
 
+import functools
 import json
 import math
 import signal
@@ -335,9 +336,9 @@ def test_gpu_check_that_is_interrupted_leaves_nothing_running(tmp_path, signal_n
     )
     python.chmod(0o755)
     environment = environment_of_a_process() | {"PYTHON": str(python), "SMOKE": "1", "OUT": str(tmp_path / "out")}
-    running = subprocess.Popen(
-        ["bash", REPOSITORY / "scripts" / "gpu_check.sh"], env=environment, stderr=subprocess.PIPE
-    )
+    command = ["bash", REPOSITORY / "scripts" / "gpu_check.sh"]
+    heard = functools.partial(signal.signal, signal_number, signal.SIG_DFL)  # bash cannot trap what nohup has it ignore
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=heard)
     while not pid.exists():
         assert running.poll() is None
         time.sleep(0.01)
