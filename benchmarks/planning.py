@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks import workloads
+from benchmarks.preparation import spread
 from open_rm.batching import dealing
 from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.data.pairs import PairTable
@@ -60,14 +61,13 @@ def main(args: PlanningArgs) -> None:
         planners.append(planner_of(dealing, table))
         for layout, ranks, max_tokens in itertools.product(LAYOUTS, args.ranks, args.max_tokens):
             rules = BatchRules(layout, 0, max_tokens, evaluation_tokens=max_tokens, area_cost=area_cost())
-            draws = [draw(len(table), args.pairs, seed) for seed in range(args.steps)]
+            draws = [draw(len(table), args.pairs, np.random.default_rng(seed)) for seed in range(args.steps)]
             title = f"{name}, {layout}, {ranks} ranks, {max_tokens} tokens a micro-batch"
             print(f"  {title}: {compare(planners, draws, rules, ranks)}", flush=True)
 
 
-def draw(pairs: int, pairs_per_step: int, seed: int) -> np.ndarray:
+def draw(pairs: int, pairs_per_step: int, rng: np.random.Generator) -> np.ndarray:
     """Random pairs of a set; of several epochs together where a step has more than the set."""
-    rng = np.random.default_rng(seed)
     epochs = -(-pairs_per_step // pairs)
     return np.concatenate([rng.permutation(pairs) for _ in range(epochs)])[:pairs_per_step]
 
@@ -84,12 +84,12 @@ def compare(planners: list[Planner], draws: list[np.ndarray], rules: BatchRules,
         figures.append([runs[i] for i in range(len(planners))])
     milliseconds = [[took for took, _ in step] for step in figures]
     uneven = [statistics.median(step[i][1].imbalance for step in figures) for i in range(len(planners))]
-    *before, after = [spread(column) for column in zip(*milliseconds, strict=True)]
+    *before, after = [spread(column, 1) for column in zip(*milliseconds, strict=True)]
     if not before:
         return f"{after}, imbalance {uneven[0]:.3f}"
     same = sum(micro_batches(old) == micro_batches(new) for (_, old), (_, new) in figures)
     return (
-        f"before {before[0]}, after {after}, {spread([old / new for old, new in milliseconds])} times as fast; "
+        f"before {before[0]}, after {after}, {spread([old / new for old, new in milliseconds], 1)} times as fast; "
         f"{same} of {len(draws)} steps dealt alike, imbalance {uneven[0]:.3f} and {uneven[1]:.3f}"
     )
 
@@ -149,11 +149,6 @@ def area_cost() -> float:
     shape = workloads.SHAPES["1B"]
     body = shape.layers * (shape.width**2 * (2 + 2 * shape.kv_heads / shape.heads) + 3 * shape.width * shape.mlp)
     return dealing.attention_cost(int(body), shape.layers, shape.width)
-
-
-def spread(values) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import matplotlib.pyplot as plt
 
-from benchmarks import gpu_profile, gpu_report, workloads
+from benchmarks import gpu_profile, gpu_report, planning, workloads
 from benchmarks.card import name as machine
-from open_rm.batching.dealing import attention_cost, deal_step, pair_costs
+from open_rm.batching.dealing import deal_step, pair_costs
 from open_rm.batching.rules import BatchRules
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
@@ -226,9 +226,7 @@ def print_planning(args: BenchmarkArgs, tokenizer, scratch: Path) -> None:
     """
     tokenizer.save_pretrained(scratch / "tokenizer")
     loaded = load_tokenizer(str(scratch / "tokenizer"))
-    shape = workloads.SHAPES["1B"]
-    body = shape.layers * (shape.width**2 * (2 + 2 * shape.kv_heads / shape.heads) + 3 * shape.width * shape.mlp)
-    area_cost = attention_cost(int(body), shape.layers, shape.width)
+    area_cost = planning.area_cost()
     print("planning for 64 ranks; imbalance = max over mean cost of the ranks, pairs drawn without grouping:")
     for name in ("hh_harmless", "alpaca_eval"):
         file = Path(args.data) / name / "train.jsonl"
@@ -248,8 +246,7 @@ def print_planning(args: BenchmarkArgs, tokenizer, scratch: Path) -> None:
 def plan_once(data, layout: str, pairs: int, area_cost: float, seed: int) -> tuple[float, float, float, float]:
     """(imbalance planned, the least that whole pairs allow, imbalance at random, seconds) of one step for 64 ranks."""
     rng = np.random.default_rng(seed)
-    epochs = -(-pairs // len(data))  # more pairs than the set has: several epochs together
-    indices = np.concatenate([rng.permutation(len(data)) for _ in range(epochs)])[:pairs]
+    indices = planning.draw(len(data), pairs, rng)
     rules = BatchRules(layout, 0, max_tokens=16384, evaluation_tokens=16384, area_cost=area_cost)
     started = time.perf_counter()
     deal = deal_step(indices, data.table, rules, world_size=64)

@@ -26,9 +26,8 @@ from open_rm.flags import BatchFlags
 from open_rm.ranks import Ranks
 
 STEPS_AHEAD = 2
-GPU_ATTENTION = (
-    2.0  # time of a FLOP of flash attention over one of a matrix product; benchmarks.attention_cost measures it
-)
+# Time of a FLOP of flash attention over one of a matrix product; benchmarks.attention_cost measures it.
+GPU_ATTENTION = 2.0
 
 
 def rules_of(flags: BatchFlags, layout: str, pad_token_id: int, *, max_token_length: int, on_gpu: bool) -> BatchRules:

@@ -22,9 +22,8 @@ from open_rm.training.losses import ranking_loss
 from open_rm.training.metrics import pair_means, pair_sums
 
 PROBES = 4  # pairs whose rewards are computed again by the clients of the saved folder
-PROBE_TOKENS = (
-    1024  # most tokens of a side of theirs, where there are such pairs: a client may have only a CPU to compute them
-)
+# Most tokens of a side of theirs, where there are such pairs: a client may have only a CPU to compute them.
+PROBE_TOKENS = 1024
 DEALT_AT_ONCE = 16_384  # pairs; more are dealt in pieces, so that planning a large set takes bounded memory
 
 
@@ -91,12 +90,11 @@ def probe(
 
     padded_rows: gives a context in which `rewards_of` takes padded rows (RewardModel.padded_rows).
     """
-    rewards = score_pairs(rewards_of, data, _probe_indices(data), rules, ranks)
+    indices = _probe_indices(data)
+    rewards = score_pairs(rewards_of, data, indices, rules, ranks)
+    alone = dataclasses.replace(rules, layout="padded", max_tokens=1)  # a pair with more is computed by itself
     with padded_rows():
-        alone = dataclasses.replace(
-            rules, layout="padded", max_tokens=1
-        )  # a pair that is too large is computed by itself
-        again = score_pairs(rewards_of, data, _probe_indices(data), alone, ranks)
+        again = score_pairs(rewards_of, data, indices, alone, ranks)
     noise = ((again - rewards).abs() / (1 + rewards.abs())).max().item()
     return Probe(probed(data), rewards.flatten().tolist(), noise)
 

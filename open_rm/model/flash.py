@@ -75,9 +75,8 @@ def _importable(module: str) -> bool:
 def _why_not(name: str, text, device: torch.device) -> str | None:
     """Activate it and compare; where it is not right, torch's own is back and the reason is returned."""
     windows = [None] if getattr(text, "sliding_window", None) is None else [None, WINDOW]
-    own = [
-        _computed(text, device, window) for window in windows
-    ]  # choose_layout has seen that torch's takes this shape
+    # choose_layout has seen that torch's own takes this shape
+    own = [_computed(text, device, window) for window in windows]
     try:
         of_torch.activate_flash_attention_impl(name)
         newer = [_computed(text, device, window) for window in windows]

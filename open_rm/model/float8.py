@@ -32,9 +32,8 @@ from open_rm.model.reward_model import RewardModel, size_of
 
 HOPPER = (9, 0)
 LARGEST = tl.constexpr(448.0)  # of e4m3
-SMALLEST_ROW = tl.constexpr(
-    2.0**-100
-)  # rows of smaller numbers are scaled as if this were their largest: scales stay finite
+# Rows of smaller numbers are scaled as if this were their largest: scales stay finite.
+SMALLEST_ROW = tl.constexpr(2.0**-100)
 # A product takes time as D * E, its casts as D + E. By a GPU's rates (700 and 1200 TFLOP/s, 3.5 TB/s) both are even near
 # D * E / (D + E) = 700; left out are e.g. the keys and values of grouped attention.
 WORTH = 1024

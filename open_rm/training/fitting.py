@@ -1,8 +1,8 @@
 """How much a forward may hold and what is computed again in the backward pass, from the memory of the device.
 
 Neither changes the mathematics: a step's pairs are the same, cut into other micro-batches. On a CPU the flags alone decide.
-What a forward keeps is measured, by one forward of a single row before training, and not looked up: it depends on the
-family, the kernels, the layout, adapters and float8.
+What a forward keeps is measured, by forwards of a single row before training, and not looked up: it depends on the family,
+the kernels, the layout, adapters and float8.
 """
 
 import dataclasses
@@ -119,13 +119,12 @@ def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: Pai
     if (fewer := recompute.measured_tokens(tokens // 2)) < tokens:
         slope = max(0.0, (kept - _kept(engine, rules, fewer)) / (tokens - fewer))
         kept += slope * max(0, longest - tokens)
-    bits = torch.finfo(engine.dtype).bits / 8
-    text = model.classifier.config.get_text_config()
+    itemsize, text = engine.dtype.itemsize, model.classifier.config.get_text_config()
     if rules.layout == "shared_prefix":  # keys and values of a prompt are gathered for each of its answers
         _, key_heads, width = families.attention_shape(text)
-        kept += text.num_hidden_layers * 2 * key_heads * width * bits * (_keys_of_a_position(table) - 1)
+        kept += text.num_hidden_layers * 2 * key_heads * width * itemsize * (_keys_of_a_position(table) - 1)
     everywhere = ranks.gathered((_left(ranks, state), kept))
-    passed = model.width * bits
+    passed = model.width * itemsize
     # A forward without gradients, of a frozen backbone, has a few tensors of its own at work.
     return Memory(min(left for left, _ in everywhere), max(8 * passed, *(kept for _, kept in everywhere)), passed)
 

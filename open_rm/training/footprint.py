@@ -58,21 +58,16 @@ def state_bytes(sizes: Sizes, config: dict, optim: str, world_size: int) -> dict
         "moments": MOMENT_BYTES[optim] * w / part,
         "buckets": 0.0,
     }
-    bucket = min(_number(zero, "reduce_bucket_size", BUCKET), w) * e
+    bucket = min(float(zero.get("reduce_bucket_size", BUCKET)), w) * e
     if stage and n > 1:
         parts["buckets"] = bucket * (1 if stage == 1 else 2)
     if stage == 3:
-        parts["buckets"] += min(_number(zero, "stage3_max_live_parameters", LIVE), w + sizes.frozen / 2) * e * (n > 1)
+        parts["buckets"] += min(float(zero.get("stage3_max_live_parameters", LIVE)), w + sizes.frozen / 2) * e * (n > 1)
     if _offloaded(zero, "offload_optimizer"):
         parts |= {"masters": 0.0, "moments": 0.0, "gradients": 0.0}
     if _offloaded(zero, "offload_param"):
         parts["weights"] = 0.0
     return parts
-
-
-def _number(zero: dict, key: str, default: int) -> float:
-    value = zero.get(key, default)
-    return default if value == "auto" else float(value)
 
 
 def _offloaded(zero: dict, key: str) -> bool:
