@@ -7,7 +7,7 @@ where those are read (data/, model/families.py).
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from open_rm.data.mixer import parse_mixer
-from open_rm.data.reading import make_reading
+from open_rm.data.reading import reading_of_source
 from open_rm.data.templates import read_template
 from open_rm.errors import UserError
 from open_rm.flags import (
@@ -164,7 +164,7 @@ def check_data(flags: DataFlags) -> None:
         raise UserError("--dataset_mixer_list is empty; name training data and an amount: my/data 1.0")
     for flag, split in (("dataset_mixer_list", "train"), ("dataset_mixer_eval_list", "eval")):
         for i, source in enumerate(parse_mixer(getattr(flags, flag), getattr(flags, f"{flag}_splits"), flag)):
-            make_reading(flags, split, source.name, i)
+            reading_of_source(flags, split, source.name, i)
 
 
 def check_memory_layout(args: Args) -> None:

@@ -21,12 +21,12 @@ from open_rm.errors import UserError
 from open_rm.evaluation.held_out import Probe
 from open_rm.flags import Args
 from open_rm.manifest import damage_of
+from open_rm.model.contract import Contract
 from open_rm.model.loading import load_reward_model
 from open_rm.model.reward_model import RewardModel
 from open_rm.publishing import card, proof, saving
 from open_rm.publishing.pushing import MODELS
 from open_rm.publishing.run_folder import Place, disk_explained
-from open_rm.publishing.saving import Contract
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.shards import Shards

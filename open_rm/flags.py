@@ -103,18 +103,9 @@ class AdapterFlags:
 
 
 @dataclass(frozen=True)
-class DataFlags:
-    """Which preference pairs, and how they are read."""
+class ReadingFlags:
+    """How the rows of files are read, in training and in scoring."""
 
-    dataset_mixer_list: list[str] = field(default_factory=lambda: ["trl-internal-testing/sentiment-trl-style", "400"])
-    """Training data: alternating name (Hub name[/folder][:config][@revision], file, folder, glob) and amount (400 rows, or
-    0.5 of them)."""
-    dataset_mixer_list_splits: list[str] = field(default_factory=lambda: ["train"])
-    """Split of each training source, or one for all. A single file is itself the split."""
-    dataset_mixer_eval_list: list[str] = field(default_factory=list)
-    """Held-out data, like dataset_mixer_list. Empty: no evaluation."""
-    dataset_mixer_eval_list_splits: list[str] = field(default_factory=lambda: ["test"])
-    """Split of each held-out source, or one for all."""
     dataset_format: list[str] = field(default_factory=list)
     """What the rows are: auto (told by their columns), or a form of docs/data.md; one for all, or one a training source. This
     flag and the next seven may be written for one source: NAME::value, or for all of training or held out: train::value,
@@ -138,6 +129,21 @@ class DataFlags:
     form would make messages."""
     skip_bad_rows: Number = 0
     """Skip, list and count so many malformed rows; the next one stops the run."""
+
+
+@dataclass(frozen=True)
+class DataFlags(ReadingFlags):
+    """Which preference pairs, and how they are read."""
+
+    dataset_mixer_list: list[str] = field(default_factory=lambda: ["trl-internal-testing/sentiment-trl-style", "400"])
+    """Training data: alternating name (Hub name[/folder][:config][@revision], file, folder, glob) and amount (400 rows, or
+    0.5 of them)."""
+    dataset_mixer_list_splits: list[str] = field(default_factory=lambda: ["train"])
+    """Split of each training source, or one for all. A single file is itself the split."""
+    dataset_mixer_eval_list: list[str] = field(default_factory=list)
+    """Held-out data, like dataset_mixer_list. Empty: no evaluation."""
+    dataset_mixer_eval_list_splits: list[str] = field(default_factory=lambda: ["test"])
+    """Split of each held-out source, or one for all."""
     max_token_length: Count = 512
     """Most tokens of a side (prompt and response)."""
     max_prompt_token_length: Count = 256
@@ -304,6 +310,30 @@ class TrackingFlags:
     """wandb project."""
     wandb_entity: str | None = None
     """wandb user or team. None: the key's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningFlags:
+    """A trained reward model, opened to compute rewards (open_rm/scoring): not a flag of the recipe."""
+
+    model: str
+    """The reward model: a folder or a Hub name; one of ours, an adapter of ours, or any classifier with one label."""
+    model_revision: str | None = None
+    """Branch, tag or commit of the model on the Hub. None: the default branch."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings. Read that code first."""
+    chat_template_name: str | None = None
+    """How messages become text, for a model whose tokenizer has no template: a name or a Jinja file. One of ours has it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. auto: bfloat16 on a GPU, float32 on the CPU."""
+    batching: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
+    """How answers lie in memory; all give the same rewards. auto: every prompt is computed once wherever that is exact."""
+    max_token_length: CountOrNone = None
+    """Most tokens of prompt and answer. None: as many as the model has positions."""
+    max_tokens_per_micro_batch: CountOrNone = None
+    """Most positions of a forward. None: on a GPU what its memory holds; on a CPU 1536, which its caches hold well."""
+    num_processes: CountOrNone = None
+    """Processes that compute, one a GPU or with a share of the CPU's cores each. None: one a GPU, one on a CPU."""
 
 
 # The bases stand from last to first: a dataclass lists the fields of its last base first, and so does --help.

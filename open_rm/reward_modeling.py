@@ -39,12 +39,12 @@ from open_rm.data.tokenizer import tokenizer_of
 from open_rm.evaluation import held_out
 from open_rm.inspection import look
 from open_rm.model import families
+from open_rm.model.contract import Contract
 from open_rm.model.kernels import capability_of, check_float8, use_fastest
 from open_rm.model.loading import check_trusted_code, compute_dtype, fetch, load_reward_model
 from open_rm.model.reward_model import RewardModel, model_shape
 from open_rm.publishing import card, proof, pushing, run_folder, saving
 from open_rm.publishing.run_folder import Place
-from open_rm.publishing.saving import Contract
 from open_rm.ranks import Ranks, joined_ranks
 from open_rm.reliability import comparing, resuming
 from open_rm.reliability.checkpoints import Checkpoint

@@ -25,6 +25,8 @@ ORDER = [
     "data",
     "batching",
     "model",
+    "scoring",
+    "serving",
     "training",
     "reliability",
     "evaluation",
@@ -34,7 +36,15 @@ ORDER = [
     "command_line",
 ]
 # Started with python -m: these import anything, and are imported by nobody.
-COMMANDS = {"reward_modeling.py", "export.py", "hub.py", "toy.py", "inspection/__main__.py"}
+COMMANDS = {
+    "reward_modeling.py",
+    "export.py",
+    "hub.py",
+    "serve.py",
+    "toy.py",
+    "inspection/__main__.py",
+    "scoring/__main__.py",
+}
 # The interface is transformers'.
 ATTENTION_FUNCTIONS = {"segment_attention", "dense_attention"}
 

@@ -25,7 +25,7 @@ from open_rm.data.mixer import MOST_PASSES, Source, parse_mixer
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.preparation import SCHEMA, Policy
 from open_rm.data.readers import BLOCK_ROWS, Opened, open_source
-from open_rm.data.reading import Reading, make_reading
+from open_rm.data.reading import Reading, reading_of_source
 from open_rm.data.rows import most_pairs
 from open_rm.data.tokenizer import fingerprint
 from open_rm.errors import UserError
@@ -83,7 +83,7 @@ def load_preference_data(
     sources = parse_mixer(getattr(flags, flag), getattr(flags, f"{flag}_splits"), flag)
     opened = [open_source(source) for source in sources]
     split = "eval" if held_out else "train"
-    readings = [make_reading(flags, split, source.name, i) for i, source in enumerate(sources)]
+    readings = [reading_of_source(flags, split, source.name, i) for i, source in enumerate(sources)]
 
     def build(folder: Path) -> None:
         writing = _Writing(flags, tokenizer, show_progress)

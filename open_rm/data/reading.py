@@ -14,7 +14,7 @@ from open_rm.data.labels import SIDES
 from open_rm.data.lookup import parse_lookup
 from open_rm.data.public_sets import FORMS
 from open_rm.errors import UserError
-from open_rm.flags import DataFlags
+from open_rm.flags import DataFlags, ReadingFlags
 
 SCORES = "scores"  # of --margin_from: the difference of the scores that decided who won
 
@@ -52,25 +52,40 @@ class Reading:
         }
 
 
-def make_reading(flags: DataFlags, split: str = "train", name: str | None = None, position: int = 0) -> Reading:
+def reading_of_source(flags: DataFlags, split: str = "train", name: str | None = None, position: int = 0) -> Reading:
+    """`make_reading` for a source of the mixer lists."""
+    named = (flags.dataset_mixer_list[::2], flags.dataset_mixer_eval_list[::2])
+    return make_reading(flags, split, name, position, named=named)
+
+
+def make_reading(
+    flags: ReadingFlags,
+    split: str = "train",
+    name: str | None = None,
+    position: int = 0,
+    *,
+    named: tuple[list[str], list[str]] = ((), ()),
+) -> Reading:
     """The reading flags for one source: of `split` (train or eval), called `name`, the `position`-th of its list.
+
+    named: the sources of training and those held out, for which a value may be written alone.
 
     Raises:
         UserError: a value that cannot be read, or is written for a source that is not named.
     """
 
     def own(flag: str, given: list[str] | bool, *, all_levels: bool = False) -> list[str]:
-        levels = [values for _, values in _levels(flags, flag, given, split, name)]
+        levels = [values for _, values in _levels(named, flag, given, split, name)]
         return [value for values in levels for value in values] if all_levels else (levels or [[]])[0]
 
     def is_for_all(flag: str, given: list[str] | bool) -> bool:
-        return [scope for scope, _ in _levels(flags, flag, given, split, name)][:1] == [None]
+        return [scope for scope, _ in _levels(named, flag, given, split, name)][:1] == [None]
 
     reading = Reading(
-        column_map=_column_map([values for _, values in _levels(flags, "column_map", flags.column_map, split, name)]),
+        column_map=_column_map([values for _, values in _levels(named, "column_map", flags.column_map, split, name)]),
         margin_from=_margin_from(own("margin_from", flags.margin_from)),
         parse_hh=_switch("parse_hh", own("parse_hh", flags.parse_hh)) or False,
-        form=_form(flags, split, name, position),
+        form=_form(flags.dataset_format, named, split, name, position),
         label_values=_label_values(own("label_values", flags.label_values)),
         lower_is_better=_switch("lower_is_better", own("lower_is_better", flags.lower_is_better)),
         as_messages=_switch("as_messages", own("as_messages", flags.as_messages)),
@@ -85,11 +100,11 @@ def make_reading(flags: DataFlags, split: str = "train", name: str | None = None
 
 
 def _levels(
-    flags: DataFlags, flag: str, given: list[str] | bool, split: str, name: str | None
+    named: tuple[list[str], list[str]], flag: str, given: list[str] | bool, split: str, name: str | None
 ) -> list[tuple[str | None, list[str]]]:
     """(scope, values) of a flag that are about a source: its own, its split's, those for all; only those that were written."""
     values = [str(given)] if isinstance(given, bool) else list(given)
-    names = {*flags.dataset_mixer_list[::2], *flags.dataset_mixer_eval_list[::2]}
+    names = {*named[0], *named[1]}
     found: dict[str | None, list[str]] = {}
     for value in map(str, values):
         scope = next((scope for scope in (*names, "train", "eval") if value.startswith(f"{scope}::")), None)
@@ -103,11 +118,12 @@ def _levels(
     return [(scope, found[scope]) for scope in scopes if scope in found]
 
 
-def _form(flags: DataFlags, split: str, name: str | None, position: int) -> Form | None:
+def _form(
+    given: list[str], named: tuple[list[str], list[str]], split: str, name: str | None, position: int
+) -> Form | None:
     """The form of a source: one for all, or one each in the order of the training sources (of the eval ones after eval::)."""
-    scope, values = (_levels(flags, "dataset_format", flags.dataset_format, split, name) or [(None, [])])[0]
-    sources = flags.dataset_mixer_eval_list if scope == "eval" else flags.dataset_mixer_list
-    count = len(sources) // 2 if scope in (None, "train", "eval") else 1
+    scope, values = (_levels(named, "dataset_format", given, split, name) or [(None, [])])[0]
+    count = len(named[scope == "eval"]) if scope in (None, "train", "eval") else 1
     if len(values) > 1 and len(values) != count:
         where = "" if scope is None else f" of {scope}"
         raise UserError(

@@ -3,6 +3,7 @@
 families       what a config alone decides: can it be a reward model, which layouts are exact for it
 loading        a checkpoint becomes a reward model: head, dropout off, what is trained
 reward_model   backbone and score head: batch in, rewards out
+contract       what a client has to know besides the weights: contract.json
 adapters       LoRA and QLoRA: adapt, save, load, merge
 kernels        what is fast on a device: fused kernels (Liger's on a GPU, ours on a CPU), attention, float8
 cpu_kernels    rotary embeddings and norms in fewer passes over a CPU's memory

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from open_rm.model.contract import Contract
 from open_rm.publishing.run_folder import Place
-from open_rm.publishing.saving import Contract
 
 WHOLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

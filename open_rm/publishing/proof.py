@@ -23,7 +23,8 @@ from open_rm.data.encoding import encode, render_pair
 from open_rm.errors import UserError, quote_error
 from open_rm.evaluation.held_out import Probe
 from open_rm.model import adapters
-from open_rm.publishing.saving import Contract, save_tokenizer
+from open_rm.model.contract import Contract
+from open_rm.publishing.tokenizer_files import save_tokenizer
 
 # Absolute plus relative to the reward. float32: the order of sums differs between layouts. bfloat16: 8 bits of
 # mantissa in every layer, and plain transformers rounds the reward itself to bfloat16 (ours is float32). 4-bit weights are

@@ -8,70 +8,15 @@ no BOS twice, files readable by others, nothing that needs custom code. What a c
 import dataclasses
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from open_rm.data import tokenizer as tokenizers
-from open_rm.flags import AdapterFlags
 from open_rm.model import adapters, families
+from open_rm.model.contract import Contract
 from open_rm.model.reward_model import RewardModel
-
-CONTRACT = "contract.json"
-
-
-@dataclass(frozen=True)
-class Contract:
-    """How the folder has to be read, as contract.json in it says.
-
-    chat: trained on conversations, which the chat template renders with all special tokens; else on plain text.
-    ending: what plain text has to end with; its last token is scored.
-    adapter: trained as an adapter.  merged: the folder holds the sum of it and its base, a whole model.
-    dtype: that was computed in: an adapter's base is loaded in it; a whole model's config says its own.
-    load_in_4bit: the adapter's base is held in 4 bits (NF4, double quantization); false in the folder of a merged one, whose
-        weights are whole.
-    trust_remote_code: the model brings Python code of its own.
-    """
-
-    chat: bool
-    ending: str
-    adapter: bool = False
-    merged: bool = False
-    dtype: str = "float32"
-    load_in_4bit: bool = False
-    trust_remote_code: bool = False
-
-    @classmethod
-    def of(
-        cls, flags: AdapterFlags, tokenizer: PreTrainedTokenizerBase, *, chat: bool, dtype: torch.dtype, code: bool
-    ) -> "Contract":
-        """The contract of a run. code: --trust_remote_code."""
-        return cls(
-            chat=chat,
-            ending=tokenizers.ending(tokenizer),
-            adapter=flags.use_peft,
-            merged=flags.merge_adapter,
-            dtype=str(dtype).removeprefix("torch."),
-            load_in_4bit=flags.load_in_4bit,
-            trust_remote_code=code,
-        )
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "Contract":
-        """That of a folder saved here."""
-        return cls(**json.loads((Path(folder) / CONTRACT).read_text(encoding="utf-8")))
-
-    @property
-    def holds_adapter(self) -> bool:
-        """Whether a client needs the base model besides."""
-        return self.adapter and not self.merged
-
-    def base(self) -> dict:
-        """How an adapter's base is loaded (adapters.load, adapters.merge)."""
-        return {name: getattr(self, name) for name in ("dtype", "load_in_4bit", "trust_remote_code")}
+from open_rm.publishing.tokenizer_files import save_tokenizer
 
 
 def save_reward_model(
@@ -98,7 +43,7 @@ def save_reward_model(
     if not contract.holds_adapter:
         _mend_model_config(path / "config.json")
     said = contract if contract.holds_adapter else dataclasses.replace(contract, load_in_4bit=False)
-    (path / CONTRACT).write_text(json.dumps(dataclasses.asdict(said), indent=2) + "\n", encoding="utf-8")
+    said.write(path)
     for file in path.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
             file.chmod(0o644)
@@ -132,49 +77,3 @@ def _mend_model_config(file: Path) -> None:
         if config["model_type"] == "gpt_neox":
             config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, contract: Contract) -> None:
-    """Write the tokenizer's files so that a client that encodes a complete text gets the ids of training."""
-    tokenizer.save_pretrained(path)
-    config_file = path / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has a dict under this name, and fails
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    # What the encoder adds by itself must not come on top of what the text already has. On a conversation the template
-    # has written everything; on plain text the encoder's BOS was trained with, and EOS stands at the end of the text.
-    # Written even where absent: transformers 4 takes True for some families then.
-    config["add_eos_token"] = False
-    unwanted = {tokenizer.eos_token}
-    if contract.chat:
-        config["add_bos_token"] = False
-        unwanted.add(tokenizer.bos_token)
-    if (path / "tokenizer.json").is_file():  # not of a tokenizer written in Python
-        _remove_added(path / "tokenizer.json", unwanted)
-    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    added = AutoTokenizer.from_pretrained(path, trust_remote_code=contract.trust_remote_code)("a")["input_ids"]
-    if (path / "tokenizer.json").is_file() and set(added) & {
-        tokenizer.convert_tokens_to_ids(token) for token in unwanted if token
-    }:
-        # Some classes (BertTokenizer) put back what their file no longer says; the plain class reads the file alone.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _remove_added(file: Path, tokens: set[str | None]) -> None:
-    """Take special tokens out of what the encoder adds (its post-processor)."""
-
-    def without(processor: dict | None) -> dict | None:
-        if processor and processor["type"] == "Sequence":
-            processor["processors"] = [without(part) for part in processor["processors"]]
-        elif processor and processor["type"] == "TemplateProcessing":
-            for key in ("single", "pair"):
-                pieces = processor[key]
-                processor[key] = [piece for piece in pieces if piece.get("SpecialToken", {}).get("id") not in tokens]
-        return processor
-
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["post_processor"] = without(content.get("post_processor"))
-    Tokenizer.from_str(json.dumps(content)).save(str(file))

@@ -18,7 +18,7 @@ from open_rm.data.building import read_both
 from open_rm.data.columns import plan_of
 from open_rm.data.printed import check_printed
 from open_rm.data.public_sets import FORMS, PUBLIC_FORMS
-from open_rm.data.reading import Reading, make_reading
+from open_rm.data.reading import Reading, reading_of_source
 from open_rm.data.rows import read_row
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
@@ -96,7 +96,7 @@ def test_every_command_of_the_page_is_one_that_is_read():
             words = guide.flags_of(form, name, split).split()
             flag, splits = words[0].removeprefix("--"), words[4:] or ["test" if form.held_out else "train"]
             flags = DataFlags(**{flag: words[1:3], f"{flag}_splits": splits[-1:]})
-            make_reading(flags, "eval" if form.held_out else "train", name)
+            reading_of_source(flags, "eval" if form.held_out else "train", name)
             assert form.source.startswith("http"), form.name
 
 
@@ -336,7 +336,7 @@ def test_flags_hold_for_all_sources_for_one_or_for_the_held_out_ones():
         dataset_format=["orca", "auto"],
     )
     a, b, c = (
-        make_reading(flags, *where)
+        reading_of_source(flags, *where)
         for where in (("train", "a.jsonl", 0), ("train", "b.jsonl", 1), ("eval", "c.jsonl", 0))
     )
     assert [reading.column_map["chosen"] for reading in (a, b, c)] == ["x", "y", "z"]
@@ -344,18 +344,23 @@ def test_flags_hold_for_all_sources_for_one_or_for_the_held_out_ones():
     assert [reading.form for reading in (a, b, c)] == [FORMS["orca"], None, None]
     for bad in ({"column_map": ["d.jsonl::chosen=y"]}, {"dataset_format": ["orca"] * 3}, {"dataset_format": ["orka"]}):
         with pytest.raises(UserError, match="no source is called d.jsonl|3 values for 2 sources|no form is called so"):
-            make_reading(DataFlags(**({"dataset_mixer_list": flags.dataset_mixer_list} | bad)))
+            reading_of_source(DataFlags(**({"dataset_mixer_list": flags.dataset_mixer_list} | bad)))
 
 
 def test_text_and_messages_on_two_sides_of_a_run_are_refused(tokenizer, write_rows, tmp_path):
     text = write_rows([{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2, "text.jsonl")
     chat = write_rows([{"prompt": [user("q")], "chosen": "a", "rejected": "b"}] * 2, "chat.jsonl")
     flags = {"dataset_local_cache_dir": str(tmp_path / "cache")}
-    mixed = DataFlags([str(text), "1.0"], dataset_mixer_eval_list=[str(chat), "1.0"], **flags)
+    mixed = DataFlags(dataset_mixer_list=[str(text), "1.0"], dataset_mixer_eval_list=[str(chat), "1.0"], **flags)
     with pytest.raises(UserError, match="pass --as_messages train::True"):
         read_both(mixed, tokenizer, seed=1)
     train, held_out = read_both(
-        DataFlags([str(text), "1.0"], dataset_mixer_eval_list=[str(chat), "1.0"], as_messages=["train::True"], **flags),
+        DataFlags(
+            dataset_mixer_list=[str(text), "1.0"],
+            dataset_mixer_eval_list=[str(chat), "1.0"],
+            as_messages=["train::True"],
+            **flags,
+        ),
         tokenizer,
         seed=1,
     )

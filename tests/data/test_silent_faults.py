@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from open_rm.data.counts import Counts
-from open_rm.data.reading import Reading, make_reading
+from open_rm.data.reading import Reading, reading_of_source
 from open_rm.data.rows import read_row
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
@@ -34,7 +34,7 @@ def orders(row: dict, reading: Reading | None = None, **how) -> list[tuple]:
 
 
 def reading(name: str = "a", **flags) -> Reading:
-    return make_reading(
+    return reading_of_source(
         DataFlags(dataset_mixer_list=["a", "1.0", "b", "1.0"], **flags), "train", name, "ab".index(name)
     )
 
@@ -150,11 +150,11 @@ def test_forms_for_the_held_out_sources_are_counted_by_those():
         dataset_mixer_eval_list=["c", "1.0"],
         dataset_format=["eval::orca"],
     )
-    assert make_reading(flags, "eval", "c", 0).form.name == "orca"
+    assert reading_of_source(flags, "eval", "c", 0).form.name == "orca"
     for values in (["eval::orca", "eval::pairs"], ["c::orca", "c::pairs"]):
         wrong = DataFlags(**{**vars(flags), "dataset_format": values})
         with pytest.raises(UserError, match="has 2 values for 1 sources"):
-            make_reading(wrong, "eval", "c", 0)
+            reading_of_source(wrong, "eval", "c", 0)
 
 
 @pytest.mark.parametrize("judged", [1, 1.0, "1"])

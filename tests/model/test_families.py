@@ -19,12 +19,13 @@ from open_rm.data.tokenizer import ending, load_tokenizer
 from open_rm.errors import UserError
 from open_rm.flags import AdapterFlags, ModelFlags
 from open_rm.model import families
+from open_rm.model.contract import Contract
 from open_rm.model.kernels import apply_fused_kernels
 from open_rm.model.loading import load_reward_model
 from open_rm.model.recompute import recompute
 from open_rm.model.reward_model import model_shape
 from open_rm.publishing.proof import client_rewards
-from open_rm.publishing.saving import Contract, save_reward_model
+from open_rm.publishing.saving import save_reward_model
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=640)
 GQA = SMALL | {"num_key_value_heads": 1}

@@ -20,8 +20,9 @@ from open_rm.data.encoding import encode
 from open_rm.data.tokenizer import ending, load_tokenizer
 from open_rm.errors import UserError
 from open_rm.evaluation.held_out import Probe
+from open_rm.model.contract import Contract
 from open_rm.publishing.proof import check_reload, rehearse
-from open_rm.publishing.saving import Contract, save_reward_model
+from open_rm.publishing.saving import save_reward_model
 
 # float32 on both sides and the same weights: only the order of sums differs, with the padding.
 TOLERANCE = 1e-5

@@ -11,9 +11,9 @@ from open_rm.command_line import parse
 from open_rm.errors import UserError
 from open_rm.evaluation.held_out import Probe
 from open_rm.flags import Args
+from open_rm.model.contract import Contract
 from open_rm.publishing import proof
 from open_rm.publishing.proof import ClientRewards, check_reload
-from open_rm.publishing.saving import Contract
 
 CONTRACT = Contract(chat=False, ending="")
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 from open_rm.flags import Args
-from open_rm.publishing.saving import Contract
+from open_rm.model.contract import Contract
 from open_rm.reward_modeling import main
 
 PLAIN = {"chat": True, "adapter": False, "merged": False, "dtype": "float32", "load_in_4bit": False}
