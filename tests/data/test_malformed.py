@@ -729,7 +729,7 @@ from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 source, model, cache = sys.argv[1:]
 try:
-    flags = DataFlags([source, "1.0"], skip_bad_rows=10**6, dataset_local_cache_dir=cache)
+    flags = DataFlags(dataset_mixer_list=[source, "1.0"], skip_bad_rows=10**6, dataset_local_cache_dir=cache)
     load_preference_data(flags, load_tokenizer(model))
 except UserError as error:
     print(json.dumps(str(error)))

@@ -202,7 +202,7 @@ def test_a_script_without_a_guard_is_told_instead_of_waiting_for_itself(toy, wri
 from open_rm.data.building import load_preference_data
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.flags import DataFlags
-flags = DataFlags([{str(rows)!r}, "1.0"], num_proc=2, dataset_local_cache_dir={str(tmp_path / "cache")!r})
+flags = DataFlags(dataset_mixer_list=[{str(rows)!r}, "1.0"], num_proc=2, dataset_local_cache_dir={str(tmp_path / "cache")!r})
 load_preference_data(flags, load_tokenizer({str(toy / "model")!r}))
 """
     )
