@@ -22,13 +22,15 @@ T = TypeVar("T")
 PROG = "python -m open_rm.reward_modeling"
 
 
-def read(arguments_class: type[T], check: Callable[[T], None], *, prog: str = PROG) -> T:
+def read(arguments_class: type[T], check: Callable[[T], None], *, prog: str = PROG, argv: list[str] | None = None) -> T:
     """This process's command line, checked; a mistake ends it with one sentence and status 1.
+
+    argv: the words behind the program's name; None: all of them.
 
     Called before torch and its like are imported, so that `--help` and a wrong flag are answered at once.
     """
     try:
-        args = parse(arguments_class, sys.argv[1:], prog=prog)
+        args = parse(arguments_class, sys.argv[1:] if argv is None else argv, prog=prog)
         check(args)
     except UserError as mistake:  # every rank finds the same one; the first tells it
         sys.exit(f"error: {mistake}" if _rank() == 0 else 1)

@@ -64,8 +64,8 @@ def export(args: ExportArgs) -> str:
     flags = Args(**{name: value for name, value in found.state["flags"].items() if name in known})
     if args.model_name_or_path is not None:
         flags = dataclasses.replace(flags, model_name_or_path=args.model_name_or_path)
-    contract = Contract(**found.state["contract"])
-    if (flags.trust_remote_code or contract.trust_remote_code) and not args.trust_remote_code:
+    contract = Contract.from_json(found.state["contract"])
+    if flags.trust_remote_code and not args.trust_remote_code:
         raise UserError(
             f"{found.path}: the run ran Python code of {flags.model_name_or_path}; read that code, and pass "
             "--trust_remote_code to run it here"

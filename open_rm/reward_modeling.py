@@ -36,15 +36,14 @@ from open_rm.batching.rules import BatchRules
 from open_rm.data.building import read_both
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.tokenizer import tokenizer_of
-from open_rm.evaluation import held_out
+from open_rm.evaluation import calibration, held_out
 from open_rm.inspection import look
-from open_rm.model import families
+from open_rm.model import any_decoder, families
 from open_rm.model.contract import Contract
 from open_rm.model.kernels import capability_of, check_float8, use_fastest
 from open_rm.model.loading import check_trusted_code, compute_dtype, fetch, load_reward_model
 from open_rm.model.reward_model import RewardModel, model_shape
-from open_rm.publishing import card, proof, pushing, run_folder, saving
-from open_rm.publishing.run_folder import Place
+from open_rm.publishing import card, clients, proof, pushing, run_folder, saving
 from open_rm.ranks import Ranks, joined_ranks
 from open_rm.reliability import comparing, resuming
 from open_rm.reliability.checkpoints import Checkpoint
@@ -68,7 +67,7 @@ class Prepared:
     args: Args
     ranks: Ranks  # which process this is
     survival: Survival  # whether a stop was asked for; the claim on the folder
-    place: Place  # the run's name, its folder, its repository
+    place: run_folder.Place  # the run's name, its folder, its repository
     found: Checkpoint | None  # what is gone on from
     log: Log
     config: object  # the model's, of transformers
@@ -78,6 +77,7 @@ class Prepared:
     train_pairs: PreferenceData
     held_out_pairs: PreferenceData | None  # None: nothing is evaluated
     contract: Contract  # how a client has to read the saved folder
+    checks: list[dict]  # which clients read it as it was trained (clients.ClientCheck)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Run(Prepared):
     def facts(self) -> dict:
         """Flags and what followed from them: for run.json, the trackers and the model card."""
         derived = {"run_name": self.place.name, "output_dir": self.place.folder, "hf_repo_id": self.place.repo_id}
-        derived |= {"world_size": self.ranks.world_size, "layout": self.rules.layout}
+        derived |= {"world_size": self.ranks.world_size, "layout": self.rules.layout, "clients": self.checks}
         derived |= {"max_tokens_per_micro_batch": self.rules.max_tokens, "plan": self.plan.numbers()}
         return dataclasses.asdict(self.args) | derived
 
@@ -109,10 +109,8 @@ def main(args: Args) -> dict[str, float]:
         progress = run.keeper.resume(run.engine, run.found, len(run.train_pairs), run.plan.total_steps)
         # From now on the folder says which run it holds: the same command goes on with it, another one is refused.
         ranks.from_main(lambda: run_folder.write_facts(run.place.folder, run.facts(), finished=False))
-        with (
-            run.keeper,
-            Tracker(run.place.folder, run.log, run.facts(), args, **resuming.records(run.found)) as tracker,
-        ):
+        records = resuming.records(run.found)
+        with run.keeper, Tracker(run.place.folder, run.log, run.facts(), args, **records) as tracker:
             train(run, tracker, progress)
             finish(run, tracker, progress)
         return progress.metrics
@@ -132,9 +130,7 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
         held = (place.folder, place.begun, comparing.plain(args))
         found = resuming.find(args, *held, finished=place.finished, ranks=ranks, say=log.say)
     if place.finished:
-        log.say(
-            f"the run in {place.folder} is finished, there is nothing to do; for another one choose another --output_dir"
-        )
+        log.say(f"the run in {place.folder} is finished, there is nothing to do; choose another --output_dir")
         return None
     if args.use_slow_tokenizer:
         log.say("--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers")
@@ -154,21 +150,23 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     with alive.phase("reading data", alive.Kind.BUSY):
         config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
     log.say(*train_pairs.lines, *(held_out_pairs.lines if held_out_pairs else ["eval: no held-out data was named"]))
-    contract = Contract.of(args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
+    code = args.trust_remote_code or any_decoder.brings_code(config)
+    contract = Contract.of(args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=code)
 
-    def rehearse() -> list[str]:
+    def rehearse() -> tuple[list[dict], list[str]]:
         """What would otherwise fail after hours; then a look at the data, which --strict may end."""
         check_trusted_code(args)
-        proof.rehearse(tokenizer, contract)
-        return look.before_training(train_pairs, held_out_pairs, tokenizer, args, margin_loss=args.margin_loss)
+        checks = proof.rehearse(tokenizer, contract)
+        found = look.before_training(train_pairs, held_out_pairs, tokenizer, args, margin_loss=args.margin_loss)
+        return list(map(dataclasses.asdict, checks)), clients.lines(checks) + found
 
-    findings = ranks.from_main(rehearse)
+    checks, findings = ranks.from_main(rehearse)
     log.say(*findings)
     if args.cache_dataset_only:
         log.say(f"cached in {args.dataset_local_cache_dir}; stopping (--cache_dataset_only)")
         return None
-    data = (train_pairs, held_out_pairs)
-    return Prepared(args, ranks, survival, place, found, log, config, dtype, tokenizer, layout, *data, contract)
+    learned = (train_pairs, held_out_pairs, contract, checks)
+    return Prepared(args, ranks, survival, place, found, log, config, dtype, tokenizer, layout, *learned)
 
 
 def build(prepared: Prepared) -> Run:
@@ -250,9 +248,7 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
                 evaluate(run, tracker, progress)
             keeper.after_step(engine, progress, tracker.positions, stop=run.survival.stop)
             if best.out_of_patience(args, progress):
-                run.log.say(
-                    f"no evaluation was better than that of step {progress.best_step}: ending at step {step.number}"
-                )
+                run.log.say(f"no evaluation beat that of step {progress.best_step}: ending at step {step.number}")
                 break
         keeper.after_training(engine, progress, tracker.positions)
 
@@ -288,21 +284,24 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
     with run.engine.evaluating():  # rewards of a few pairs, which the saved folder has to give too
         probe = held_out.probe(run.engine, pairs, rules, **how)
     state = run.engine.gathered_state()  # whole weights, on the main rank's CPU
+    statistics = calibration.statistics_of(progress.last_evaluation, pairs=len(run.held_out_pairs or ()))
+    contract = dataclasses.replace(run.contract, statistics=statistics)
 
     def save() -> None:
         run.survival.check_held()
         with run_folder.disk_explained(place.folder, run.keeper.committed_step):
-            saving.save_reward_model(run.model, state, run.tokenizer, place.folder, run.contract)
+            saving.save_reward_model(run.model, state, run.tokenizer, place.folder, contract)
             curves = draw_curves(tracker.record, title=place.name)
             tracker.figure(curves, progress)
             facts = run.facts() | {"total_flops": f"{progress.flops:.3e}"}
-            card.write_card(place, run.contract, facts, progress.results, data=run.train_pairs.labels)
-        log.say(f"saved in {place.folder} after {progress.hours * 60:.1f} min; curves: {curves}")
+            card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels)
+        minutes = f"{progress.hours * 60:.1f} min"
+        log.say(calibration.describe(statistics), f"saved in {place.folder} after {minutes}; curves: {curves}")
 
     def prove_and_push() -> None:
-        # Fused kernels and trusted code change transformers in this process, so the proof then needs one of its own.
-        patched = run.ranks.on_gpu or args.trust_remote_code
-        log.say(proof.check_reload(place.folder, probe, run.tokenizer, run.contract, fresh_process=patched))
+        # Fused kernels and code of the folder change transformers in this process; the proof then needs one of its own.
+        patched = run.ranks.on_gpu or contract.trust_remote_code
+        log.say(proof.check_reload(place.folder, probe, run.tokenizer, contract, fresh_process=patched))
         log.say(*proof.float8_difference(probe, as_trained))
         run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=not args.push_to_hub)
         if args.push_to_hub:

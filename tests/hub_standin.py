@@ -15,7 +15,7 @@ again by a later process; without it a temporary folder lasts as long as the pro
 Not covered: Xet, Spaces, pull requests and discussions, the list of commits, multipart LFS uploads,
 paging (a listing is always one page), deleting or changing repositories and references, what the Hub
 derives from a repository (card data, tags, the dataset viewer, last commit per file), rate limits,
-gated repositories.
+gated repositories (but a fault may say GatedRepo).
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ ROUTES = [
 # The client asks for this list once per process, whatever it does, and does without it. It is kept out
 # of the log and of the faults, so that both see only what a test is about.
 UNASKED = "/api/agent-harnesses"
+# What `HubStandin.fault` takes, with its defaults.
+NO_FAULT = {"method": None, "status": None, "times": 1, "hang": 0, "code": None, "cut": None, "spoil": False}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -194,6 +196,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self):
         url = urlsplit(self.path)
         self.url_path, self.query, self.body = url.path, parse_qs(url.query), self.read_chunks()
+        self.fault = None
         try:
             if url.path in ("/_control", "/_requests", UNASKED):
                 self.reply_json(self.control(url.path))
@@ -234,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
             if order.get("clear"):
                 server.faults.clear()
             else:
-                server.faults.append({"method": None, "status": None, "times": 1, "hang": 0, **order})
+                server.faults.append({**NO_FAULT, **order})
         return {}
 
     def meet_fault(self):
@@ -247,11 +250,13 @@ class Handler(BaseHTTPRequestHandler):
                     break
             else:
                 return False
-        time.sleep(fault["hang"])
+        if fault["cut"] is None:
+            time.sleep(fault["hang"])
         if fault["status"] is None:
+            self.fault = fault
             return False
         if fault["status"]:
-            raise HubError(fault["status"], "injected fault")
+            raise HubError(fault["status"], "injected fault", fault["code"])
         self.drain()
         self.log_request(0)
         self.close_connection = True
@@ -500,12 +505,17 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_head(status, {**headers, "Content-Length": stop - start})
         if self.command == "HEAD":
             return
+        fault = self.fault or NO_FAULT
+        cut = stop if fault["cut"] is None else min(stop, start + fault["cut"])
         with blob.open("rb") as source:
             source.seek(start)
-            while start < stop:
-                chunk = source.read(min(CHUNK, stop - start))
-                self.wfile.write(chunk)
+            while start < cut:
+                chunk = source.read(min(CHUNK, cut - start))
+                self.wfile.write(bytes([chunk[0] ^ 1]) + chunk[1:] if fault["spoil"] else chunk)
                 start += len(chunk)
+        if cut < stop:
+            time.sleep(fault["hang"])
+            self.close_connection = True
 
 
 class Server(ThreadingHTTPServer):
@@ -582,14 +592,15 @@ class HubStandin:
         }
         return env | ({"HF_TOKEN": token} if token else {})
 
-    def fault(self, match, method=None, status=None, times=1, hang=0):
-        """Arm a fault for the next `times` requests whose path contains `match` (-1: for all).
+    def fault(self, match, **how):
+        """Arm a fault for the next `times` requests whose path contains `match` (-1: for all) and whose verb is `method`.
 
-        They wait for `hang` seconds; then they get `status` (0: the connection is closed without an
-        answer), or their usual answer if `status` is None.
+        They wait for `hang` seconds; then they get `status`, with `code` to tell what kind of error it is (0: the
+        connection is closed without an answer), or their usual answer if `status` is None. A file's usual answer
+        has a bit turned in every block if `spoil`, and ends after `cut` bytes, the hang and a closed connection.
         """
-        order = {"match": match, "method": method, "status": status, "times": times, "hang": hang}
-        self._call("/_control", order)
+        assert set(how) <= set(NO_FAULT), how
+        self._call("/_control", {"match": match, **how})
 
     def clear(self):
         """Disarm all faults."""

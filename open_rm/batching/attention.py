@@ -10,8 +10,8 @@ with them. The pair (abc|de , abc|f) of layouts.py's drawing, computed once per 
 No T x T mask is made. On a GPU one flash-attention call serves the row (torch's varlen_attn: queries and keys may differ
 in number, causal is aligned at the end); on the CPU each segment is one scaled_dot_product_attention. `dense_attention`
 is the slow reference that the tests compare both to.
-Not covered, and refused by name when the model is loaded: attention sinks; on a GPU what flash attention does not take
-(families.py knows).
+Not covered, and refused by name when the model is loaded: on a GPU what flash attention does not take, such as soft-capped
+scores and attention sinks (families.py knows).
 Shapes: T tokens of the row, H query heads, G key/value heads, D head width, s tokens of a segment, p of its prefix.
 """
 
@@ -87,6 +87,7 @@ def segment_attention(
     scaling=None,
     sliding_window=None,
     softcap=None,
+    s_aux=None,
     **_,
 ):
     """The attention function that transformers calls in each layer; see the module docstring.
@@ -96,13 +97,25 @@ def segment_attention(
         attention_mask: None always; `segments` says who sees whom.
         sliding_window: tokens that a token sees, itself included, or None for all.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
+        s_aux: [H] attention sinks (gpt-oss): a score of each head's that takes its share of the softmax and no value, or None.
 
     Returns:
         ([1, T, H, D], None), as transformers expects.
     """
     if query.device.type == "cuda":
         return _flash(query, key, value, segments, scaling, sliding_window), None
-    return _per_segment(query, key, value, segments, scaling, sliding_window, softcap), None
+    scoring = _Scoring(scaling, sliding_window, softcap, s_aux)
+    return _per_segment(query, key, value, segments, scoring), None
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How scores become weights; as `segment_attention` is told."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
 def _flash(query, key, value, segments, scaling, window):
@@ -134,7 +147,8 @@ def _asks_for_gqa(varlen_attn) -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _per_segment(query, key, value, segments, scaling, window, softcap):
+def _per_segment(query, key, value, segments, scoring: _Scoring):
+    window, written_out = scoring.window, scoring.softcap is not None or scoring.sinks is not None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # once for the row; per segment it would be done again for every prefix
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -152,12 +166,12 @@ def _per_segment(query, key, value, segments, scaling, window, softcap):
             else:
                 seen = [tensor[:, :, prefix_start:prefix_end] for tensor in (key, value)]
             k, v = torch.cat((seen[0], k), 2), torch.cat((seen[1], v), 2)
-        plain = softcap is None and not prefix and (window is None or end - start <= window)
+        plain = not written_out and not prefix and (window is None or end - start <= window)
         mask = None if plain else _mask(segments.masks, end - start, prefix, window, q)
-        if softcap is None:
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
+        if written_out:
+            output = _written_out(q, k, v, mask, scoring)
         else:
-            output = _soft_capped(q, k, v, mask, scaling, softcap)
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scoring.scaling)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, 1)
 
@@ -173,10 +187,16 @@ def _mask(masks: dict, queries: int, prefix: int, window: int | None, like: torc
     return made
 
 
-def _soft_capped(q, k, v, mask, scaling, softcap):
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap) + mask
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+def _written_out(q, k, v, mask, scoring: _Scoring):
+    """What torch's own attention does not know: soft-capped scores and sinks."""
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scoring.scaling is None else scoring.scaling)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scores + mask
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    return scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype) @ v
 
 
 def dense_attention(

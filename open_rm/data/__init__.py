@@ -19,6 +19,7 @@ sides         two sides to one form: text, messages, token ids
 comparisons   a row's values to unchecked pairs and ties
 conversation  system text, history, prompt and answers to two sides
 rows          one row of any form to pairs (prompt, chosen, rejected)
+answers       one row of any form to the answers in it, each to be scored
 counts        what happened to rows, counted; the log's lines
 
 Pairs to token ids:

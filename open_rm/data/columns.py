@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from open_rm.data import labels
-from open_rm.data.forms import OPTIONAL, OWN_FORMS, OWN_NAMES, SHAPES, Form
+from open_rm.data.forms import DECIDING, OPTIONAL, OWN_FORMS, OWN_NAMES, SCORED_FORMS, SCORED_SHAPES, SHAPES, Form
 from open_rm.data.lookup import Lookup, parse_lookup
 from open_rm.data.messages import is_message, parsed_json
 from open_rm.data.public_sets import FORMS
@@ -135,7 +135,8 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
             and (form.name in OWN_NAMES or ours in ALWAYS)
         ):
             values[ours] = Lookup(ours, (ours,))
-    shape = next((shape for shape, needed in SHAPES.items() if set(needed) <= values.keys()), None)
+    shapes = SHAPES | SCORED_SHAPES if reading.to_score else SHAPES
+    shape = next((shape for shape, needed in shapes.items() if set(needed) <= values.keys()), None)
     if shape is None:
         raise _no_form(row, filled)
     used = {name for lookup in values.values() for name in lookup.columns} | set(reading.margin_from or ())
@@ -144,7 +145,8 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
     chat = bool(form.chat or {"system", "history"} & values.keys())
     chat = chat if reading.as_messages is None else reading.as_messages
     _check_used(mapped, shape)
-    _check_meaning(form, reading, shape, values)
+    if not reading.to_score:
+        _check_meaning(form, reading, shape, values)
     meant = reading.label_values or form.labels
     lower = form.lower_is_better if reading.lower_is_better is None else reading.lower_is_better
     return Plan(form, shape, values, chat, meant, lower, unread, twins)
@@ -152,11 +154,12 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
 
 def _check_used(mapped: dict[str, Lookup], shape: str) -> None:
     """What is mapped must have a place in rows of this shape: scores beside chosen and rejected would do nothing."""
-    uses = {*SHAPES[shape], *OPTIONAL}
+    needed = (SHAPES | SCORED_SHAPES)[shape]
+    uses = {*needed, *OPTIONAL}
     uses |= {"ranked": {"scores"}, "token ids": {"prompt_input_ids"}}.get(shape, set())
     if idle := [ours for ours in mapped if ours not in uses]:
         raise UserError(
-            f"--column_map {idle[0]}={mapped[idle[0]].written}: rows that are read as {' and '.join(SHAPES[shape])} have no use "
+            f"--column_map {idle[0]}={mapped[idle[0]].written}: rows that are read as {' and '.join(needed)} have no use "
             f"for {idle[0]}; remove it, or map what belongs to it as well (docs/data.md)"
         )
 
@@ -206,7 +209,7 @@ def _check_meaning(form: Form, reading: Reading, shape: str, values: dict[str, L
 def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -> Form:
     mapped = reading.column_map.keys()
     if reading.form is not None:
-        needs = _needs(reading.form, mapped)
+        needs = _needs(reading.form, mapped, DECIDING if reading.to_score else ())
         if lacking := [name for name in needs if name not in filled]:
             raise UserError(
                 f"no value for {' and '.join(lacking)}, which --dataset_format {reading.form.name} reads; {columns_of(row)}"
@@ -215,10 +218,13 @@ def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -
     fitting = [
         form for form in FORMS.values() if (filled if form.name in OWN_NAMES else present).issuperset(form.needs)
     ]
+    if reading.to_score and not fitting:
+        fitting = [form for form in SCORED_FORMS if filled.issuperset(form.needs)]
     best = [form for form in fitting if not any(set(form.needs) < set(other.needs) for other in fitting)]
     # A mapping may add to what the columns tell, or say another form.
     adds_to = [form for form in best if form.name not in OWN_NAMES and mapped <= {*form.reads, *OPTIONAL}]
-    if not adds_to and (meant := _form_that_is_mapped(mapped, filled)):
+    own = OWN_FORMS + SCORED_FORMS if reading.to_score else OWN_FORMS
+    if not adds_to and (meant := _form_that_is_mapped(mapped, filled, own)):
         return meant
     if not best:
         raise _no_form(row, filled)
@@ -228,13 +234,15 @@ def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -
             f"the row has {first} and also {second}; say which are meant, e.g. --column_map chosen=chosen "
             f"rejected=rejected, or --dataset_format {best[0].name}"
         )
-    if lacking := [name for name in _needs(best[0], mapped) if name not in filled and "none" not in best[0].labels]:
+    needs = _needs(best[0], mapped, DECIDING if reading.to_score else ())
+    if lacking := [name for name in needs if name not in filled and "none" not in best[0].labels]:
         raise UserError(f"no value for {' and '.join(lacking)}; correct or remove the row")
     return best[0]
 
 
-def _needs(form: Form, mapped) -> list[str]:
-    """The columns that a form needs where a mapping reads some of ours from elsewhere."""
+def _needs(form: Form, mapped, without=()) -> list[str]:
+    """The columns that a form needs where a mapping reads some of ours from elsewhere, and some (`without`) are not needed."""
+    mapped = {*mapped, *without}
     replaced = {name for ours in mapped if ours in form.reads for name in parse_lookup(form.reads[ours]).columns}
     lookups = [parse_lookup(text) for ours, text in form.reads.items() if ours not in mapped]
     kept = {name for lookup in lookups for name in lookup.columns}
@@ -244,7 +252,7 @@ def _needs(form: Form, mapped) -> list[str]:
     return [name for name in form.needs if (name not in replaced or name in kept) and name not in parts]
 
 
-def _form_that_is_mapped(mapped, filled: set[str]) -> Form | None:
+def _form_that_is_mapped(mapped, filled: set[str], own: tuple[Form, ...]) -> Form | None:
     """The form of our own columns that a mapping means; None where it only adds to the form that the columns tell.
 
     With chosen=better rejected=worse, a row that also has `messages` and `rejected_messages` is read as chosen and rejected.
@@ -254,7 +262,7 @@ def _form_that_is_mapped(mapped, filled: set[str]) -> Form | None:
     def fits(form: Form) -> tuple:
         return len(set(form.needs) & set(mapped) - set(OPTIONAL)), have.issuperset(form.needs), -len(form.needs)
 
-    best = max(OWN_FORMS, key=fits)
+    best = max(own, key=fits)
     return best if fits(best)[0] else None
 
 

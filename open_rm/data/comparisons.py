@@ -41,23 +41,30 @@ def comparisons(values: Values) -> tuple[list[Unchecked], int]:
     if shape == "ranked" or "responses" in found:
         return _of_list(values, prompt)
     if shape in ("winner", "strength", "two scores"):
-        return _of_two(values, prompt)
+        return _of_two(values)
     if shape == "pairs":
         return _of_sides(values, prompt)
     margin = _margin(values)
-    if shape == "token ids":
-        given = (found.get("prompt_input_ids"), found["chosen_input_ids"], found["rejected_input_ids"])
-    elif shape == "conversations":
-        given = (prompt, found["messages"], found["rejected_messages"])
-    elif shape == "answers":
-        given = (_beside(prompt, values.messages("messages")), found["chosen_response"], found["rejected_response"])
-    elif shape == "last answer":
-        messages = values.messages("messages")
-        sides.ends_with_answer("messages", messages)
-        given = (_beside(prompt, messages[:-1]), messages[-1:], values.messages("rejected_response"))
-    else:  # one answer alone prefers nothing
+    given = two_sides(values)
+    if given is None:  # one answer alone prefers nothing
         raise UserError("a row of one answer among rows of other forms; name its form with --dataset_format")
     return [(*given, margin)], 0
+
+
+def two_sides(values: Values) -> tuple[object, object, object] | None:
+    """(prompt, chosen, rejected) of a row whose columns name them, as they stand; None for other shapes."""
+    found, shape, prompt = values.found, values.plan.shape, values.found.get("prompt")
+    if shape == "token ids":
+        return found.get("prompt_input_ids"), found["chosen_input_ids"], found["rejected_input_ids"]
+    if shape == "conversations":
+        return prompt, found["messages"], found["rejected_messages"]
+    if shape == "answers":
+        return _beside(prompt, values.messages("messages")), found["chosen_response"], found["rejected_response"]
+    if shape == "last answer":
+        messages = values.messages("messages")
+        sides.ends_with_answer("messages", messages)
+        return _beside(prompt, messages[:-1]), messages[-1:], values.messages("rejected_response")
+    return None
 
 
 def _beside(prompt, messages: list[dict]):
@@ -80,8 +87,7 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
             f"no value for {where}, the scores of the responses; correct or remove the row, or where lists stand with the best "
             f"first leave the column out (--ignore_columns {where})"
         )
-    if isinstance(responses, list):
-        responses = [from_json("responses", text) if isinstance(text, str) else text for text in responses]
+    responses = responses_of(responses)
     lenient = form.gaps or values.plan.shape == "rows"
     if lenient and isinstance(responses, list) and isinstance(scores, list):
         responses, scores = _without_gaps(values, responses, scores)
@@ -105,6 +111,13 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
     return [(prompt, a, b, lead if with_margin else None) for a, b, lead in kept], len(pairs) - len(kept)
 
 
+def responses_of(given: object) -> object:
+    """The responses of a list, of which some may be JSON text of messages; anything else as it is."""
+    if not isinstance(given, list):
+        return given
+    return [from_json("responses", text) if isinstance(text, str) else text for text in given]
+
+
 def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, list]:
     """The answers that have both text and score."""
     if len(responses) != len(scores):
@@ -121,7 +134,19 @@ def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, 
     return [text for text, _ in kept], [score for _, score in kept]
 
 
-def _of_two(values: Values, prompt) -> tuple[list[Unchecked], int]:
+def two_answers(values: Values) -> tuple[object, list]:
+    """(prompt, answers a and b) as far as they were judged."""
+    found, form, prompt = values.found, values.plan.form, values.found.get("prompt")
+    two = [found["response_a"], found["response_b"]]
+    turns = values.row.get(form.turn) if form.turn else None
+    if turns not in (None, ""):
+        two = [_up_to(int(labels.number(form.turn, turns)), side) for side in two]
+    if isinstance(prompt, list) and prompt and all(isinstance(turn, str) for turn in prompt):
+        return None, [_turns(prompt, answers) for answers in two]
+    return prompt, two
+
+
+def _of_two(values: Values) -> tuple[list[Unchecked], int]:
     found, plan, lead = values.found, values.plan, None
     if plan.shape == "winner":
         winner = labels.winner_of(found["winner"], plan.labels)
@@ -131,12 +156,7 @@ def _of_two(values: Values, prompt) -> tuple[list[Unchecked], int]:
         winner, lead = labels.winner_of_scores(found, plan.lower_is_better)
     if winner == "tie":
         return [], 1
-    two = [found["response_a"], found["response_b"]]
-    turns = values.row.get(plan.form.turn) if plan.form.turn else None
-    if turns not in (None, ""):
-        two = [_up_to(int(labels.number(plan.form.turn, turns)), side) for side in two]
-    if isinstance(prompt, list) and prompt and all(isinstance(turn, str) for turn in prompt):
-        prompt, two = None, [_turns(prompt, answers) for answers in two]
+    prompt, two = two_answers(values)
     margin_from = values.reading.margin_from
     is_margin = margin_from == (SCORES,) or (margin_from is None and plan.shape == "strength")
     if not (is_margin and lead is not None) or found.get("margin") not in (None, ""):

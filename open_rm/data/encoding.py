@@ -77,6 +77,21 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt, chosen, rejected, te
     return _rendered_together(tokenizer, [(prompt, chosen, rejected, template or {})])[0]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that the encoder cuts out of a text whole; not those of spaces, which some vocabularies add."""
+    return [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()]
+
+
+def render_sample(tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict], str]:
+    """A conversation that the chat template takes, and what it makes of it. Raises UserError where it takes none."""
+    messages = [{"role": "user", "content": "Hello, you."}, {"role": "assistant", "content": "Hello!"}]
+    try:
+        return messages, render_pair(tokenizer, messages[:1], messages[1:], messages[1:]).chosen
+    except UserError:  # some templates want a system message
+        messages = [{"role": "system", "content": "Be kind."}, *messages]
+        return messages, render_pair(tokenizer, messages[:-1], messages[-1:], messages[-1:]).chosen
+
+
 def _rendered_together(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple]) -> list[PairText]:
     """Pairs of text, or of messages with the same template variables."""
     if isinstance(pairs[0][1], str):

@@ -22,6 +22,14 @@ SHAPES = {
     "pairs": ("chosen", "rejected"),
     "rows": ("prompt", "response", "score"),
 }
+# The same of rows that are only scored, which need not say who won; looked at behind those.
+SCORED_SHAPES = {
+    "two answers": ("response_a", "response_b"),
+    "one answer": ("response",),
+    "conversation": ("messages",),
+}
+# Of these, what says who won.
+DECIDING = ("winner", "strength", "score_a", "score_b", "score", "scores", "margin")
 # Our columns that may stand beside any of them.
 OPTIONAL = ("system", "history", "prompt", "tools", "chat_template_kwargs", "margin")
 TARGETS = (
@@ -76,7 +84,7 @@ class Form:
 
 def _own(name: str, shape: str, *more: str, says: str | None = None) -> Form:
     """A form of our own columns."""
-    needs = SHAPES[shape]
+    needs = (SHAPES | SCORED_SHAPES)[shape]
     return Form(name, needs, {ours: ours for ours in (*needs, *more)}, says)
 
 
@@ -93,7 +101,13 @@ OWN_FORMS = (
     _own("two_scores", "two scores", says="A/B with two scores"),
     _own("answers", "rows", says="one answer a row, joined by prompt"),
 )
-OWN_NAMES = frozenset(form.name for form in OWN_FORMS)
+# Of rows that are only scored: a row of a form that training reads is of that one.
+SCORED_FORMS = (
+    _own("two_answers", "two answers", says="two answers"),
+    _own("one_answer", "one answer", says="one answer a row"),
+    _own("conversation", "conversation", says="one conversation a row"),
+)
+OWN_NAMES = frozenset(form.name for form in (*OWN_FORMS, *SCORED_FORMS))
 
 
 def form_named(name: str, forms: dict[str, Form]) -> Form:

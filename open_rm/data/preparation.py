@@ -295,21 +295,32 @@ def _as_given(pair: Preference, tokenizer: PreTrainedTokenizerBase) -> PairIds:
 
 
 def _checked_text(text: PairText) -> PairText | UserError:
+    fault = fault_of_text(text.prompt + text.chosen + text.rejected)
+    return text if fault is None else UserError(fault)
+
+
+def fault_of_text(text: str) -> str | None:
+    """Why a text cannot be encoded."""
     try:
-        (text.prompt + text.chosen + text.rejected).encode()
+        text.encode()
     except UnicodeEncodeError:
-        return UserError("the text holds half a surrogate pair, which is no character; remove it")
-    return text
+        return "the text holds half a surrogate pair, which is no character; remove it"
+    return None
 
 
 def _fault(pair: PairIds, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if pair.chosen == pair.rejected:
         return "chosen and rejected are identical as tokens, so the pair prefers nothing; remove the row"
-    if tokenizer.pad_token_id in pair.chosen or tokenizer.pad_token_id in pair.rejected:
+    return fault_of_ids(pair.chosen, tokenizer) or fault_of_ids(pair.rejected, tokenizer)
+
+
+def fault_of_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a sequence of token ids cannot be scored."""
+    if tokenizer.pad_token_id in ids:
         pad = tokenizer.pad_token
         return f"the text contains the pad token {pad!r}, which must never occur in text; remove it from the row"
     reward_id = reward_id_of(tokenizer)
-    if reward_id is not None and any(side.count(reward_id) != 1 for side in (pair.chosen, pair.rejected)):
+    if reward_id is not None and ids.count(reward_id) != 1:
         token = reward_token_of(tokenizer)
         return f"the text contains the reward token {token!r} itself; remove it from the row, or name another"
     return None

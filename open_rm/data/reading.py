@@ -7,6 +7,7 @@ A value of such a flag may be written for some sources alone; the most special o
     --column_map my/pairs.jsonl::chosen=good ...           the source of that name
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from open_rm.data.forms import TARGETS, Form, form_named
@@ -30,6 +31,7 @@ class Reading:
     margin_from: margin = first column - second; or ("scores",).
     parse_hh: HH text becomes messages.  as_messages: so does other text.  None: as the form says.
     ignore: columns, and keys of messages, that are taken as absent.
+    to_score: rows are scored and not trained on, so they need not say who won (forms.SCORED_FORMS).
     for_all: those of label_values and lower_is_better that were written for every source, and not for this one or its kind.
     """
 
@@ -42,13 +44,18 @@ class Reading:
     as_messages: bool | None = None
     ignore: tuple[str, ...] = ()
     for_all: tuple[str, ...] = ()
+    to_score: bool = False
     plans: dict = field(default_factory=dict, compare=False, repr=False)  # columns.plan_of's memory
+
+    def to_be_scored(self, as_messages: bool | None) -> "Reading":
+        """The same for rows that are scored, with texts as messages or not."""
+        return dataclasses.replace(self, as_messages=as_messages, to_score=True, plans={})
 
     def identity(self) -> dict:
         """Everything that decides what a row is read as, as plain values."""
         named = {"form": self.form.name if self.form else None}
         return named | {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("form", "plans")
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("form", "plans", "to_score")
         }
 
 

@@ -102,6 +102,15 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
     Raises:
         UserError: what is wrong with the row; the caller adds where it is.
     """
+    return _assembled(values_of(row, reading))
+
+
+def values_of(row: object, reading: Reading) -> Values:
+    """What a row holds under our own names, not yet checked.
+
+    Raises:
+        UserError: the row is of no form, or lacks what it should have.
+    """
     answers = {}
     if isinstance(row, Joined):
         answers = {"responses": row.responses, "scores": row.scores}
@@ -123,12 +132,12 @@ def read_row(row: object, reading: Reading = AS_IS) -> Row:
     for name in LIST_COLUMNS:
         if values.get(name).__class__ is str and (found := parsed_json(values[name])) is not None:
             values[name] = found
-    return _assembled(Values(row, plan, reading, values, odd))
+    return Values(row, plan, reading, values, odd)
 
 
 def _assembled(values: Values) -> Row:
     """The pairs that the values give, checked."""
-    template = _template(values.found)
+    template = template_of(values.found)
     found, ties = comparisons(values)
     form, pairs = None, []
     for *given, margin in found:
@@ -163,7 +172,7 @@ def most_pairs(row: object, reading: Reading) -> int:
     return max(1, len(answers_of(found["chosen"])) * len(answers_of(found["rejected"])))
 
 
-def _template(values: dict) -> dict:
+def template_of(values: dict) -> dict:
     """What the chat template is given besides the messages: tools, and chat_template_kwargs."""
     given = {}
     for name, kind, what in (("chat_template_kwargs", dict, "an object"), ("tools", list, "a list of objects")):

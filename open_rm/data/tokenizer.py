@@ -4,12 +4,17 @@ Rules that keep a reward the same wherever it is computed:
   - padding is on the right, and the pad token is one that never occurs in text (never eos, bos or unk);
   - a reward token, where there is one, comes after the end of the text and is scored. It belongs to the tokenizer
     (transformers saves it as `reward_token`) and the chat template writes it, so clients need not know of it;
-  - a template that prints today's date prints a fixed one.
+  - a template that prints today's date prints a fixed one;
+  - a saved tokenizer names no BOS, and the scored token as its EOS, so that clients add nothing to a conversation
+    (publishing/tokenizer_files.py). Its template says what they were; `load_tokenizer` names them again, and who goes on
+    from a saved folder has the tokenizer of its training.
 What is not covered: choosing a template for the user. Without one, messages are refused by name (encoding.py).
 """
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +27,9 @@ PAD_TOKEN = "<|pad|>"
 # later take when they are not told today's.
 DATE = "26 Jul 2024"
 FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
+# What a saved chat template begins with where the tokenizer beside it names other tokens than in training (`say_names`).
+LITERAL = r'("(?:[^"\\]|\\.)*")'
+NAMES = re.compile(rf"\A(?:{{% set bos_token = {LITERAL} %}})?{{% set eos_token = {LITERAL} %}}\n")
 
 
 def tokenizer_of(flags: ModelFlags) -> PreTrainedTokenizerBase:
@@ -58,6 +66,7 @@ def load_tokenizer(
         UserError: the tokenizer cannot be loaded, has no eos token to score, or was saved with another reward token.
     """
     tokenizer, saved = _from_pretrained(name, revision, reward_token, trust_remote_code)
+    _name_again(tokenizer)
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:  # an encoder's: [CLS] text [SEP]
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
@@ -104,10 +113,31 @@ def _mend_templates(tokenizer: PreTrainedTokenizerBase) -> None:
     if (reward_token := reward_token_of(tokenizer)) is not None and tokenizer.chat_template is not None:
         literal = json.dumps(reward_token, ensure_ascii=False)
         write = "{% if not add_generation_prompt %}{{ " + literal + " }}{% endif %}"
-        _change_templates(tokenizer, lambda template: template.removesuffix(write) + write)
+        change_templates(tokenizer, lambda template: template.removesuffix(write) + write)
     if prints_date(tokenizer):
         # The template may look the function up under this name: a macro of its own takes precedence.
-        _change_templates(tokenizer, lambda template: FIXED_DATE + template.removeprefix(FIXED_DATE))
+        change_templates(tokenizer, lambda template: FIXED_DATE + template.removeprefix(FIXED_DATE))
+
+
+def say_names(template: str, *, bos_token: str | None, eos_token: str) -> str:
+    """The template with the values of `bos_token` and `eos_token` in it, for a tokenizer that no longer says them.
+
+    A line of its own: transformers removes the newline after a block, so the template's first line is read as before.
+    """
+    names = {"bos_token": bos_token, "eos_token": eos_token}
+    literals = {name: json.dumps(token, ensure_ascii=False) for name, token in names.items() if token is not None}
+    return "".join(f"{{% set {name} = {literal} %}}" for name, literal in literals.items()) + "\n" + template
+
+
+def _name_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Undo `say_names`, and name the tokens that it said."""
+    for template in templates_of(tokenizer).values():
+        if said := NAMES.match(template):
+            bos_token, eos_token = said.groups()
+            if bos_token is not None:
+                tokenizer.bos_token = json.loads(bos_token)
+            tokenizer.eos_token = json.loads(eos_token)
+    change_templates(tokenizer, lambda template: NAMES.sub("", template))
 
 
 def reward_token_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -143,17 +173,20 @@ def _check_reward_token(tokenizer: PreTrainedTokenizerBase, reward_token: str, s
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template prints today's date (or did, before `load_tokenizer` fixed it)."""
-    return any("strftime_now" in template for template in _templates(tokenizer).values())
+    return any("strftime_now" in template for template in templates_of(tokenizer).values())
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def templates_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The chat template, or templates by name."""
     template = tokenizer.chat_template or {}
     return template if isinstance(template, dict) else {"": template}
 
 
-def _change_templates(tokenizer: PreTrainedTokenizerBase, change) -> None:
-    changed = {name: change(template) for name, template in _templates(tokenizer).items()}
+def change_templates(tokenizer: PreTrainedTokenizerBase, change: Callable[[str], str]) -> None:
+    """Change every chat template of the tokenizer, if it has any."""
+    if not tokenizer.chat_template:
+        return
+    changed = {name: change(template) for name, template in templates_of(tokenizer).items()}
     tokenizer.chat_template = changed if isinstance(tokenizer.chat_template, dict) else changed[""]
 
 

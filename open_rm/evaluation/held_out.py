@@ -17,6 +17,7 @@ from open_rm.batching import feeding
 from open_rm.batching.dealing import deal_step
 from open_rm.batching.rules import BatchRules
 from open_rm.data.pairs import PreferenceData
+from open_rm.evaluation.calibration import reward_statistics
 from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.training.losses import ranking_loss
 from open_rm.training.metrics import pair_means, pair_sums
@@ -29,7 +30,8 @@ DEALT_AT_ONCE = 16_384  # pairs; more are dealt in pieces, so that planning a la
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: eval/rm/... overall and eval/rm/<source>/...  rewards: [pairs, 2] float64, chosen and rejected."""
+    """metrics: eval/rm/... overall and eval/rm/<source>/..., and overall alone how rewards are spread (calibration).
+    rewards: [pairs, 2] float64, chosen and rejected."""
 
     metrics: dict[str, float]
     rewards: torch.Tensor
@@ -72,7 +74,7 @@ def evaluate(
     started = time.perf_counter()
     rewards = score_pairs(rewards_of, data, np.arange(len(data)), rules, ranks)
     seconds = time.perf_counter() - started
-    metrics = {f"eval/rm/{name}": value for name, value in _means(rewards).items()}
+    metrics = {f"eval/rm/{name}": value for name, value in (_means(rewards) | reward_statistics(rewards)).items()}
     if len(data.labels) > 1:
         sources = torch.tensor(data.source_ids())
         for number, label in enumerate(data.labels):

@@ -1,6 +1,8 @@
 """Batches to rewards.
 
 families       what a config alone decides: can it be a reward model, which layouts are exact for it
+any_decoder    decoders that transformers has no classifier of: one is made, and saved with them
+modeling_reward  what it is made of, and the file that such a folder brings
 loading        a checkpoint becomes a reward model: head, dropout off, what is trained
 reward_model   backbone and score head: batch in, rewards out
 contract       what a client has to know besides the weights: contract.json

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from open_rm.errors import UserError
 from open_rm.flags import AdapterFlags
+from open_rm.model import any_decoder
 
 ADAPTER_CONFIG = "adapter_config.json"
 HEAD = "score"
@@ -129,11 +130,11 @@ def merge(folder: str, tokenizer, *, dtype: str, load_in_4bit: bool, trust_remot
     """
     import peft
 
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    how = _of_base(dtype, load_in_4bit, trust_remote_code)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        config["base_model_name_or_path"], revision=config["revision"], **how
-    )
+    named = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name, revision = named["base_model_name_or_path"], named["revision"]
+    code = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loader = any_decoder.loader(AutoConfig.from_pretrained(name, **code), name, **code)
+    base = loader.from_pretrained(name, revision=revision, **_of_base(dtype, load_in_4bit, trust_remote_code))
     if load_in_4bit:
         base = base.dequantize().to(getattr(torch, dtype))
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:

@@ -18,6 +18,22 @@ CONTRACT = "contract.json"
 
 
 @dataclass(frozen=True)
+class RewardStatistics:
+    """Of the rewards of held-out pairs, both answers of each, as the saved model gives them.
+
+    mean, std: over all rewards; (reward - mean) / std is normalised.
+    temperature: T with which sigmoid((r_a - r_b) / T) fits the pairs best; None where none does, and no_temperature says why.
+    pairs: how many there were.
+    """
+
+    mean: float
+    std: float
+    temperature: float | None
+    pairs: int
+    no_temperature: str | None = None
+
+
+@dataclass(frozen=True)
 class Contract:
     """How the folder has to be read, as contract.json in it says.
 
@@ -28,6 +44,7 @@ class Contract:
     load_in_4bit: the adapter's base is held in 4 bits (NF4, double quantization); false in the folder of a merged one, whose
         weights are whole.
     trust_remote_code: the model brings Python code of its own.
+    statistics: of held-out rewards; None where there are none.
     """
 
     chat: bool
@@ -37,6 +54,7 @@ class Contract:
     dtype: str = "float32"
     load_in_4bit: bool = False
     trust_remote_code: bool = False
+    statistics: RewardStatistics | None = None
 
     @classmethod
     def of(
@@ -61,7 +79,13 @@ class Contract:
     @classmethod
     def read(cls, folder: str | Path) -> "Contract":
         """That of a folder saved here."""
-        return cls(**json.loads((Path(folder) / CONTRACT).read_text(encoding="utf-8")))
+        return cls.from_json(json.loads((Path(folder) / CONTRACT).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_json(cls, said: dict) -> "Contract":
+        """From what `dataclasses.asdict` made of one, of an older version too."""
+        numbers = said.get("statistics")
+        return cls(**said | {"statistics": RewardStatistics(**numbers) if numbers else None})
 
     @property
     def holds_adapter(self) -> bool:

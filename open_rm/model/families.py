@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from open_rm.data.tokenizer import reward_id_of
 from open_rm.errors import UserError, quote_error
 from open_rm.flags import AdapterFlags, ModelFlags
+from open_rm.model import any_decoder
 from open_rm.model.adapters import is_adapter
 
 # Families whose attention goes through transformers' attention interface with nothing that segments do not know, each
@@ -19,9 +20,29 @@ SEGMENTS = (
     "phi3",
     "olmo2",
     "gpt_neox",
+    "gemma",
     "gemma2",
     "gemma3_text",
+    "glm4",
+    "glm4_moe",
+    "granite",
+    "cohere",
+    "cohere2",
+    "gpt_oss",
+    "ministral3",
+    "mixtral",
+    "olmo3",
+    "olmoe",
+    "qwen3_moe",
+    "smollm3",
 )
+
+# Of these, families with attention sinks.
+SINKS = ("gpt_oss",)
+
+# Families that carry a state from token to token in all their layers, and the layers of others that do.
+RECURRENT = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid"}
 
 # Families whose linear layers are Conv1D, stored transposed.
 TRANSPOSED = ("gpt2",)
@@ -62,7 +83,7 @@ def choose_layout(
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
     if text.model_type not in SEGMENTS:
-        reason = f"packed rows are not known to be exact for {text.model_type}"
+        reason = _why_not_packed(text)
     elif getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
         reason = "its attention is not causal"
     elif on_gpu and (refused := _flash_refuses(text, bf16, capability)):
@@ -78,12 +99,23 @@ def choose_layout(
     raise UserError(f"--batching {wanted} is not possible: {reason}; pass --batching padded, or leave it to auto")
 
 
+def _why_not_packed(text) -> str:
+    if text.model_type == "llama4_text":
+        return "llama4_text attends within chunks of positions, which packed rows would cut elsewhere"
+    layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    if text.model_type in RECURRENT or layers & RECURRENT_LAYERS:
+        return f"{text.model_type} carries a state from token to token, in packed rows from one sequence into the next"
+    return f"packed rows are not known to be exact for {text.model_type}"
+
+
 def _flash_refuses(text, bf16: bool, capability: tuple[int, int] | None) -> str | None:
     """Why flash attention over packed rows does not take this model or GPU: mha_varlen_fwd's own checks, in torch's
     aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp; None where it does."""
     heads, key_heads, width = attention_shape(text)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return f"{text.model_type} soft-caps attention scores, which torch's flash attention does not"
+    if text.model_type in SINKS:
+        return f"{text.model_type} has attention sinks, which torch's flash attention does not"
     if not bf16:
         return "flash attention over packed rows computes in bfloat16, and --dtype is float32"
     if width % 8 or width > 256:
@@ -96,11 +128,21 @@ def _flash_refuses(text, bf16: bool, capability: tuple[int, int] | None) -> str 
     return None
 
 
+def attention_shapes(text) -> list[tuple[int, int, int]]:
+    """Of each layer: query heads H, key heads G and the width D of a head, from the config of a decoder's text part; zeros where
+    it names no heads (state-space models)."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    shapes = []
+    for layer in layers:
+        heads = getattr(layer, "num_attention_heads", None) or 0
+        width = heads and (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+        shapes.append((heads, getattr(layer, "num_key_value_heads", None) or heads, width))
+    return shapes
+
+
 def attention_shape(text) -> tuple[int, int, int]:
-    """Query heads H, key heads G and the width D of a head, from the config of a decoder's text part."""
-    heads = text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    return heads, key_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+    """H, G and D of the layer with the widest heads."""
+    return max(attention_shapes(text), key=lambda shape: shape[2])
 
 
 def read_config(flags: ModelFlags, *, max_token_length: int):
@@ -120,6 +162,7 @@ def read_config(flags: ModelFlags, *, max_token_length: int):
             f"--model_name_or_path {name}: no model could be found ({quote_error(error)}); "
             "check the name, the revision and the network, or pass a local folder"
         ) from error
+    any_decoder.loader(config, name, revision=flags.model_revision, trust_remote_code=trust_remote_code)
     if getattr(config.get_text_config(), "output_router_logits", False):
         raise UserError(
             f"--model_name_or_path {name}: its config asks for the router's auxiliary loss (output_router_logits), which "
@@ -148,6 +191,11 @@ def check_together(name: str, config, tokenizer, flags: AdapterFlags) -> None:
     if flags.load_in_4bit and config.model_type in TRANSPOSED:
         raise UserError(
             f"--load_in_4bit: {config.model_type} stores its layers transposed, and 4 bits lose that; leave it out"
+        )
+    if not flags.merge_adapter and any_decoder.brings_code(config):
+        raise UserError(
+            f"--use_peft: transformers has no sequence classifier of {config.model_type}, so that clients of an adapter could "
+            "not load its base; add --merge_adapter"
         )
     if not flags.merge_adapter and pad in range(len(tokenizer)) and pad != tokenizer.pad_token_id:
         # An adapter's folder holds no config: clients would look for the last token that is not the base's pad.

@@ -47,7 +47,9 @@ class _Rows:
         """[S, T, D] to [1, R, D]"""
         return (args[0].flatten(0, 1)[self.index].unsqueeze(0),)
 
-    def put_back(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        """[1, R, E] to [S, T, E]"""
+    def put_back(self, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        """[1, R, E] to [S, T, E]; of several outputs the first (gpt-oss's MLP also gives its router's scores)."""
+        if isinstance(output, tuple):
+            return (self.put_back(module, args, output[0]), *output[1:])
         full = output.new_zeros(self.positions.numel(), output.shape[-1])
         return full.index_copy(0, self.index, output[0]).view(*self.positions, -1)

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,7 +26,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from open_rm.batching import attention
 from open_rm.errors import UserError, quote_error
 from open_rm.flags import AdapterFlags, ModelFlags
-from open_rm.model import adapters, families
+from open_rm.model import adapters, any_decoder, families
 from open_rm.model.reward_model import RewardModel, head_of, size_of
 
 NO_ADAPTER = AdapterFlags()
@@ -82,10 +81,10 @@ def load_reward_model(
     Returns:
         the model, and one line for the log on each thing a user would want to know about it.
     """
-    config = _mended_config(flags)
+    config, loader = _mended_config(flags)
     torch.manual_seed(seed)  # rows added to the embeddings are random
     with _zero3_loading(deepspeed_config):
-        classifier, new = _load(flags, config, adapter, layout, dtype)
+        classifier, new = _load(flags, config, loader, adapter, layout, dtype)
         lines = _fit_embeddings(classifier, tokenizer, frozen=adapter.use_peft or flags.freeze_backbone)
     for part in families.configs_of(classifier.config):
         part.pad_token_id = tokenizer.pad_token_id
@@ -93,6 +92,8 @@ def load_reward_model(
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if any_decoder.is_made_here(classifier):
+        lines.append(any_decoder.describe(classifier))
     if config.model_type in families.ENCODERS:
         lines.append("an encoder: the reward is read where its own pooling says, not at the last token")
     if flags.freeze_backbone:
@@ -108,9 +109,11 @@ def load_reward_model(
 
 
 def _mended_config(flags: ModelFlags):
-    """The checkpoint's config as that of a reward model: one label, no dropout, no pad yet, no code unless it is trusted."""
+    """The checkpoint's config as that of a reward model (one label, no dropout, no pad yet, no code unless it is trusted), and
+    the class that loads it."""
     how = {"revision": flags.model_revision, "trust_remote_code": flags.trust_remote_code}
     config = AutoConfig.from_pretrained(flags.model_name_or_path, **how)
+    loader = any_decoder.loader(config, flags.model_name_or_path, **how)
     if flags.trust_remote_code:
         families.name_own_class(config)
     else:
@@ -124,7 +127,7 @@ def _mended_config(flags: ModelFlags):
         part.pad_token_id = None
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}  # this is how num_labels = 1 is stored
     config.problem_type = "regression"  # else pipelines and servers return sigmoid(reward)
-    return config
+    return config, loader
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class _New:
 
 
 def _load(
-    flags: ModelFlags, config, adapter: AdapterFlags, layout: str, dtype: torch.dtype
+    flags: ModelFlags, config, loader, adapter: AdapterFlags, layout: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, _New]:
     """The classifier with the checkpoint's weights, and what is new in it."""
     name, attn_implementation = flags.model_name_or_path, flags.attn_implementation
@@ -144,6 +147,7 @@ def _load(
         AttentionInterface.register(attention.NAME, attention.segment_attention)
         attn_implementation = attention.NAME
     classifier, loading = _from_pretrained(
+        loader,
         name,
         revision=flags.model_revision,
         config=config,
@@ -204,9 +208,9 @@ def _freeze(classifier: PreTrainedModel, new: _New) -> str:
     return f"backbone frozen: {trained} weights of the score head{pooling} are trained"
 
 
-def _from_pretrained(name: str, **how) -> tuple[PreTrainedModel, dict]:
+def _from_pretrained(loader, name: str, **how) -> tuple[PreTrainedModel, dict]:
     try:
-        return AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **how)
+        return loader.from_pretrained(name, output_loading_info=True, **how)
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"--model_name_or_path {name}: cannot be loaded as a reward model ({quote_error(error)})"
@@ -225,8 +229,11 @@ def check_trusted_code(flags: ModelFlags) -> None:
     name, revision = flags.model_name_or_path, flags.model_revision
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
     families.name_own_class(config)
+    loader = any_decoder.loader(config, name, revision=revision, trust_remote_code=True)
     config.pad_token_id = None
-    classifier, _ = _from_pretrained(name, revision=revision, config=config, dtype="auto", trust_remote_code=True)
+    classifier, _ = _from_pretrained(
+        loader, name, revision=revision, config=config, dtype="auto", trust_remote_code=True
+    )
     saved = classifier.state_dict().keys()
     computed = {key: buffer.float().cpu() for key, buffer in classifier.named_buffers() if key not in saved}
     with accelerate.init_empty_weights(include_buffers=False):

@@ -86,9 +86,10 @@ class RewardModel(nn.Module):
         if own != attention.NAME:
             yield
             return
-        # sdpa, which keeps no scores, unless they are soft-capped
-        capped = getattr(self.classifier.config.get_text_config(), "attn_logit_softcapping", None) is not None
-        self.classifier.set_attn_implementation("eager" if capped else "sdpa")
+        # sdpa, which keeps no scores, unless they are soft-capped or beside sinks
+        text = self.classifier.config.get_text_config()
+        eager = getattr(text, "attn_logit_softcapping", None) is not None or text.model_type in families.SINKS
+        self.classifier.set_attn_implementation("eager" if eager else "sdpa")
         try:
             yield
         finally:
@@ -97,7 +98,7 @@ class RewardModel(nn.Module):
 
 @dataclass(frozen=True)
 class Shape:
-    """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension.
+    """What counting FLOPs needs; see metrics.training_flops. attention_width: heads * head dimension, mean of layers.
 
     passes: 3, forward and backward for activations and for weights; 2 where the weights are frozen beside an adapter,
         1 where nothing but the head is trained.
@@ -116,11 +117,11 @@ def model_shape(model: RewardModel) -> Shape:
     config = model.classifier.config.get_text_config()
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     body = sum(size_of(p) for p in model.parameters() if id(p) not in embeddings)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = [heads * width for heads, _, width in families.attention_shapes(config)]
     read = model.read_only_parameters + model.width
     frozen = not any(p.requires_grad for p in getattr(model.classifier, model.backbone_name).parameters())
     passes = 1 if frozen else 2 if model.adapted is not None else 3
-    return Shape(body - read, read, config.num_hidden_layers, config.num_attention_heads * head, passes)
+    return Shape(body - read, read, len(widths), sum(widths) // len(widths), passes)
 
 
 def head_of(classifier: PreTrainedModel) -> nn.Module | None:

@@ -1,5 +1,8 @@
-"""The model card: the reward in a few lines of code, results, settings."""
+"""The model card: the reward in a few lines of code, what it means, who reads it the same, results, settings."""
 
+import json
+import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -7,17 +10,20 @@ from huggingface_hub import ModelCardData
 from open_rm.model.contract import Contract
 from open_rm.publishing.run_folder import Place
 
+ON_HUB = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # entity/name
+
 WHOLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 where = {where}
-tokenizer, model = AutoTokenizer.from_pretrained(**where), AutoModelForSequenceClassification.from_pretrained(**where)"""
+tokenizer = AutoTokenizer.from_pretrained(**where)
+model = AutoModelForSequenceClassification.from_pretrained(**where{attention})"""
 
 ADAPTER = """from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 where = {where}
 tokenizer = AutoTokenizer.from_pretrained(**where)
-base = {{"num_labels": 1, "dtype": "{dtype}", "quantization_config": {packed}}}
+base = {{"num_labels": 1, "torch_dtype": "{dtype}", "quantization_config": {packed}}}
 model = AutoPeftModelForSequenceClassification.from_pretrained(**where, **base).eval()
 model.base_model.model.config.pad_token_id = tokenizer.pad_token_id"""
 
@@ -25,81 +31,168 @@ PACKED = """BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}"
 )"""
 
-CARD = """---
-{header}
----
+REWARD = """## Get the raw reward
 
-# {title}
-
-A reward model: it reads {what} and returns one number, higher for the answer that people would prefer.
-Trained with open_rm from `{base_model}` on {data}.
-
-## Get the raw reward
+{given}
 
 ```python
 {load}
 text = {text}
 reward = model(**tokenizer(text, {encode}return_tensors="pt")).logits[0, 0].item()
-```
+```"""
 
-{note}Differences of rewards between answers to the same prompt have a meaning: sigmoid(r_a - r_b) is the modelled
-probability that a is preferred to b. A single reward has none.
+MEANING = """## What the number means
 
-## Results
+Only differences between answers to the same prompt have a meaning: sigmoid(r_a - r_b) is the modelled probability that people
+prefer a to b. A single reward has none."""
 
-{results}
+SPREAD = """Over both answers of {pairs} held-out pairs, rewards have the mean {mean:.4g} and the standard deviation {std:.4g} ({names}).
+For a learner that wants rewards of mean 0 and standard deviation 1:
 
-![training curves](curves.png)
+```python
+mean, std = {mean!r}, {std!r}
+normalised = (reward - mean) / std
+```"""
 
-## Training
+TEMPERATURE = """Probabilities fit those pairs best where differences are divided by a temperature of {temperature:.4g}:
 
-{facts}
-"""
+```python
+import torch
+
+
+def preferred(reward_a: float, reward_b: float) -> float:
+    \"\"\"The probability that people prefer answer a to answer b.\"\"\"
+    return torch.sigmoid(torch.tensor((reward_a - reward_b) / {temperature!r})).item()
+```"""
+
+NO_SPREAD = "How rewards are spread is not known: no held-out pairs were scored, or all had the same reward."
+NO_TEMPERATURE = "No temperature makes the probabilities fit those pairs better: {no_temperature}."
+
+COMMANDS = """## Score files, serve rewards
+
+```bash
+# a file of answers, with a column of rewards
+python -m open_rm.scoring score {opening} --input answers.jsonl --output scored.jsonl
+# a server for trainers that ask for rewards
+python -m open_rm.serve {opening}
+```"""
 
 
 def write_card(
     place: Place, contract: Contract, facts: dict[str, object], results: dict[str, float], *, data: list[str]
 ) -> None:
-    """Write README.md into the run's folder.
+    """Write README.md into the run's folder, which holds the model already.
 
     Args:
-        facts: flags and derived numbers of the run (run.json), as a table.  results: final metrics, as a table.
+        facts: flags and derived numbers of the run (run.json), as a table; "clients", where it is there, is one of its own:
+            a list of dicts, of which each says of one client whether it computes the same rewards.
+        results: final metrics, as a table.
         data: names of the training sources.
     """
-    base_model, adapter = str(facts["model_name_or_path"]), contract.holds_adapter
-    on_hub = "/" in base_model and not Path(base_model).exists()
-    header = ModelCardData(
+    base_model, name = str(facts["model_name_or_path"]), place.repo_id or place.folder
+    code = sorted(path.name for path in Path(place.folder).glob("*.py"))
+    trusted = contract.trust_remote_code or bool(code)
+    settings = facts["plan"] | {key: value for key, value in facts.items() if key not in ("plan", "clients")}
+    parts = [
+        _header(base_model, adapter=contract.holds_adapter),
+        f"# {place.name}",
+        f"A reward model: it reads {'a conversation' if contract.chat else 'a text'} and returns one number, higher for the "
+        f"answer that people would prefer.\nTrained with open_rm from `{base_model}` on {', '.join(data)}.",
+        _reward(
+            contract, name, place.revision if place.repo_id else None, trusted=trusted, attention=_attention(place)
+        ),
+        f"Loading runs Python code ({', '.join(code) or f'of {base_model}'}): read it first." if trusted else None,
+        *_meaning(contract),
+        COMMANDS.format(opening=_opening(name, place.revision if place.repo_id else None, trusted=trusted)),
+        *_clients(facts.get("clients") or []),
+        "## Results",
+        _table(("metric", "value"), [(key, f"{value:.4g}") for key, value in results.items()]),
+        "![training curves](curves.png)",
+        "## Training",
+        _table(("setting", "value"), [(key, value) for key, value in settings.items() if value not in (None, [])]),
+    ]
+    text = "\n\n".join(part for part in parts if part is not None)
+    (Path(place.folder) / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _header(base_model: str, *, adapter: bool) -> str:
+    """What the Hub reads."""
+    on_hub = ON_HUB.fullmatch(base_model) and not Path(base_model).exists()
+    data = ModelCardData(
         base_model=base_model if on_hub else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification",
         tags=["reward-model", "open_rm"],
-    ).to_yaml()
-    # What a reader passes to from_pretrained: repository and branch, or the folder.
-    where = {"pretrained_model_name_or_path": place.repo_id or place.folder}
-    where |= {"revision": place.revision} if place.repo_id else {}
-    where |= {"trust_remote_code": True} if contract.trust_remote_code else {}
-    packed = PACKED.format(dtype=contract.dtype) if contract.load_in_4bit else None
-    load = ADAPTER.format(where=where, packed=packed, dtype=contract.dtype) if adapter else WHOLE.format(where=where)
-    ending = contract.ending
-    settings = facts["plan"] | {name: value for name, value in facts.items() if name != "plan"}
-    card = CARD.format(
-        header=header,
-        title=place.name,
-        what="a conversation" if contract.chat else "a text",
-        load=load,
-        base_model=base_model,
-        data=", ".join(data),
-        text="tokenizer.apply_chat_template(messages, tokenize=False)"
-        if contract.chat
-        else f'prompt + answer + "{ending}"',
-        encode="add_special_tokens=False, " if contract.chat else "",
-        note="" if contract.chat else f"The text must end with `{ending}`; its last token is scored. ",
-        results=_table(("metric", "value"), {name: f"{value:.4g}" for name, value in results.items()}),
-        facts=_table(("setting", "value"), {name: value for name, value in settings.items() if value is not None}),
     )
-    (Path(place.folder) / "README.md").write_text(card, encoding="utf-8")
+    return f"---\n{data.to_yaml()}\n---"
 
 
-def _table(head: tuple[str, str], rows: dict[str, object]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {key} | {value} |" for key, value in rows.items()])
+def _attention(place: Place) -> str:
+    """What transformers 4 has to be told of models that soft-cap attention scores (Gemma 2): it would leave that out."""
+    file = Path(place.folder) / "config.json"  # an adapter has none
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    capped = (config.get("text_config") or config).get("attn_logit_softcapping")
+    return ', attn_implementation="eager"' if capped else ""
+
+
+def _reward(contract: Contract, name: str, revision: str | None, *, trusted: bool, attention: str) -> str:
+    """The lines that compute a reward, with what a reader passes to from_pretrained: repository and branch, or the folder."""
+    where = {"pretrained_model_name_or_path": name}
+    where |= {"revision": revision} if revision else {}
+    where |= {"trust_remote_code": True} if trusted else {}
+    packed = PACKED.format(dtype=contract.dtype) if contract.load_in_4bit else None
+    load = WHOLE.format(where=where, attention=attention)
+    if contract.holds_adapter:
+        load = ADAPTER.format(where=where, packed=packed, dtype=contract.dtype)
+    if contract.chat:
+        given = """`messages` is a conversation that ends with the answer, a list of `{"role": ..., "content": ...}`."""
+        text, encode = "tokenizer.apply_chat_template(messages, tokenize=False)", "add_special_tokens=False, "
+    else:
+        given = (
+            f"`prompt` and `answer` are texts. What is scored ends with `{contract.ending}`, whose last token is read."
+        )
+        text, encode = f'prompt + answer + "{contract.ending}"', ""
+    return REWARD.format(given=given, load=load, text=text, encode=encode)
+
+
+def _meaning(contract: Contract) -> list[str]:
+    if contract.statistics is None:
+        return [MEANING, NO_SPREAD]
+    numbers = vars(contract.statistics)
+    fitted = contract.statistics.temperature is not None
+    names = "`mean` and `std` in config.json, the names that OpenRLHF reads"
+    if contract.holds_adapter:
+        names = "`statistics` in contract.json"
+    return [
+        MEANING,
+        SPREAD.format(**numbers, names=names),
+        (TEMPERATURE if fitted else NO_TEMPERATURE).format(**numbers),
+    ]
+
+
+def _opening(name: str, revision: str | None, *, trusted: bool) -> str:
+    """Flags that name the model to a command."""
+    flags = ["--model", name]
+    flags += ["--model_revision", revision] if revision else []
+    flags += ["--trust_remote_code"] if trusted else []
+    return shlex.join(flags)
+
+
+def _clients(clients: list[dict]) -> list[str]:
+    if not clients:
+        return []
+    rows = []
+    for one in clients:
+        verdict = "yes" if one["reads_the_same"] else f"no: {one['why_not']}"
+        rows.append((one["client"], verdict, one["how"]))
+    return ["## Who reads this folder the same", _table(("client", "as it was trained", "how"), rows)]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(map(_cell, row))} |" for row in rows])
+
+
+def _cell(value: object) -> str:
+    """On one line, with bars that are no borders and special tokens that are no HTML."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "\\<")

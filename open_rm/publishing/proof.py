@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from open_rm.data.encoding import encode, render_pair
 from open_rm.errors import UserError, quote_error
 from open_rm.evaluation.held_out import Probe
 from open_rm.model import adapters
 from open_rm.model.contract import Contract
+from open_rm.publishing.clients import ClientCheck, check_clients, plain_difference
 from open_rm.publishing.tokenizer_files import save_tokenizer
 
 # Absolute plus relative to the reward. float32: the order of sums differs between layouts. bfloat16: 8 bits of
@@ -47,11 +47,15 @@ class ClientRewards:
     device: str = "cpu"
 
 
-def rehearse(tokenizer: PreTrainedTokenizerBase, contract: Contract) -> None:
-    """Before training: save the tokenizer somewhere and refuse one whose clients would get other tokens than training."""
+def rehearse(tokenizer: PreTrainedTokenizerBase, contract: Contract) -> list[ClientCheck]:
+    """Before training: save the tokenizer somewhere and try every client on it.
+
+    Raises:
+        UserError: plain transformers would get other tokens than training.
+    """
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), tokenizer, contract)
-        _check_encoding(folder, tokenizer, contract)
+        return _check_encoding(folder, tokenizer, contract)
 
 
 def check_reload(
@@ -129,30 +133,15 @@ def _in_this_process(folder: str, probe: Probe) -> ClientRewards:
         raise UserError(f"{folder}: a client cannot load it ({quote_error(error)}); do not use this model") from error
 
 
-def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, contract: Contract) -> None:
-    """A client that encodes a complete text, with the tokenizer's defaults or without special tokens, gets our ids."""
+def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, contract: Contract) -> list[ClientCheck]:
+    """Who reads our token ids from the folder. Plain transformers has to."""
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=contract.trust_remote_code)
-    if contract.chat:
-        prompt, answer = [{"role": "user", "content": "Hello, you."}], [{"role": "assistant", "content": "Hello!"}]
-        try:
-            ours = render_pair(tokenizer, prompt, answer, answer)
-        except UserError:  # some templates want a system message
-            prompt = [{"role": "system", "content": "Be kind."}, *prompt]
-            ours = render_pair(tokenizer, prompt, answer, answer)
-        text = saved.apply_chat_template(prompt + answer, tokenize=False)
-        ways = ({}, {"add_special_tokens": False})
-    else:
-        text = f"Hello, you.{contract.ending}"
-        ours = render_pair(tokenizer, "", "Hello, you.", "Hello, you.")
-        ways = ({},)
-    expected = encode(tokenizer, [ours.chosen], chat=contract.chat)[0]
-    for options in ways:
-        ids = saved(text, **options)["input_ids"]
-        if ids != expected:
-            raise UserError(
-                f"the tokenizer, once saved, gives a client that encodes {text!r} the tokens {ids}, and training has "
-                f"{expected}; name another with --tokenizer_name, or another template with --chat_template_name"
-            )
+    if difference := plain_difference(saved, tokenizer, contract):
+        raise UserError(
+            f"the tokenizer, once saved, gives a client that encodes a complete text other tokens than training has "
+            f"({difference}); name another with --tokenizer_name, or another template with --chat_template_name"
+        )
+    return check_clients(saved, tokenizer, contract)
 
 
 def client_rewards(folder: str, sequences: list[list[int]]) -> ClientRewards:

@@ -2,7 +2,8 @@
 
 A `...ForSequenceClassification` with one label and problem_type "regression" (else clients return a sigmoid), a score head
 of shape [1, D], the tokenizer's own pad id in the config, a chat template and a tokenizer class that older clients load too,
-no BOS twice, files readable by others, nothing that needs custom code. What a client has to know besides is in contract.json.
+no BOS twice, files readable by others, and no custom code but for families that have no such class (model/any_decoder.py).
+What a client has to know besides is in contract.json.
 """
 
 import dataclasses
@@ -11,12 +12,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_rm.model import adapters, families
-from open_rm.model.contract import Contract
+from open_rm.model import adapters, any_decoder, families
+from open_rm.model.contract import Contract, RewardStatistics
 from open_rm.model.reward_model import RewardModel
 from open_rm.publishing.tokenizer_files import save_tokenizer
+
+# Names in config.json. OpenRLHF normalises with `mean` and `std`, both or none. `temperature` would be a setting for generating
+# text, which transformers takes out of a config.
+OF_REWARDS = {"mean": "mean", "std": "std", "reward_temperature": "temperature"}
 
 
 def save_reward_model(
@@ -32,26 +37,25 @@ def save_reward_model(
     """
     path = Path(folder)
     weights = {name.removeprefix("classifier."): tensor.contiguous() for name, tensor in state.items()}
-    if model.adapted is None:
-        model.classifier.save_pretrained(path, state_dict=weights)
-    elif contract.holds_adapter:
+    if contract.holds_adapter:
         adapters.save(model.adapted, weights, path)
         (path / "README.md").unlink(missing_ok=True)  # peft's; the recipe writes its own
     else:
-        _save_merged(model, weights, tokenizer, path, contract)
+        whole = model.classifier if model.adapted is None else _merged(model, weights, tokenizer, contract)
+        whole.save_pretrained(path, state_dict=weights if model.adapted is None else None)
+        _mend_model_config(path / "config.json", contract.statistics)
+        code = any_decoder.write_code(path, whole)
+        contract = dataclasses.replace(
+            contract, load_in_4bit=False, trust_remote_code=contract.trust_remote_code or code
+        )
     save_tokenizer(path, tokenizer, contract)
-    if not contract.holds_adapter:
-        _mend_model_config(path / "config.json")
-    said = contract if contract.holds_adapter else dataclasses.replace(contract, load_in_4bit=False)
-    said.write(path)
+    contract.write(path)
     for file in path.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
             file.chmod(0o644)
 
 
-def _save_merged(
-    model: RewardModel, weights: dict[str, torch.Tensor], tokenizer, path: Path, contract: Contract
-) -> None:
+def _merged(model: RewardModel, weights: dict[str, torch.Tensor], tokenizer, contract: Contract) -> PreTrainedModel:
     """The adapter and its base, loaded as it was held in training, as one model."""
     with tempfile.TemporaryDirectory() as apart:
         adapters.save(model.adapted, weights, Path(apart))
@@ -60,20 +64,44 @@ def _save_merged(
         part.pad_token_id = tokenizer.pad_token_id
     merged.config.problem_type, merged.config.id2label = "regression", model.classifier.config.id2label
     merged.config.label2id = model.classifier.config.label2id
-    merged.save_pretrained(path)
+    return merged
 
 
-def _mend_model_config(file: Path) -> None:
-    """Write rotary settings where transformers 4 looks for them too; it would silently take its defaults instead."""
+def _mend_model_config(file: Path, statistics: RewardStatistics | None) -> None:
+    """Write how rewards are spread, and rotary settings where transformers 4 looks for them too; it would silently take its
+    defaults instead."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # else there are none, or one set per kind of layer, which transformers 4 never had
-        rest = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-        config["rope_theta"] = rope["rope_theta"]
-        if rest.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rest
-        if "partial_rotary_factor" in rope:
-            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if config["model_type"] == "gpt_neox":
-            config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)
+    for name in OF_REWARDS:  # those of a reward model that was trained on
+        config.pop(name, None)
+    if statistics is not None:
+        numbers = dataclasses.asdict(statistics)
+        config |= {name: numbers[field] for name, field in OF_REWARDS.items() if numbers[field] is not None}
+    for part in (config, config.get("text_config") or {}):
+        part.update(_rope_of_transformers_4(part))
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _rope_of_transformers_4(config: dict) -> dict:
+    """Rotary settings of a config under the names that transformers 4 has for them; empty where there are none."""
+    rope, kind = config.get("rope_parameters") or {}, config.get("model_type")
+    if "rope_theta" in rope:
+        names = _one_rope(rope, kind)
+        if kind == "gpt_neox":
+            names |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+        return names
+    if "full_attention" not in rope:
+        return {}
+    whole, local = rope["full_attention"], rope.get("sliding_attention", rope["full_attention"])
+    if kind == "modernbert":
+        return {"global_rope_theta": whole["rope_theta"], "local_rope_theta": local["rope_theta"]}
+    return _one_rope(whole, kind) | {"rope_local_base_freq": local["rope_theta"]}  # Gemma 3
+
+
+def _one_rope(rope: dict, kind: str | None) -> dict:
+    names = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") == "default":
+        return names
+    scaling = {name: value for name, value in rope.items() if name not in names}
+    if kind == "phi3" and rope["rope_type"] == "longrope":  # it takes these three names and no others
+        scaling = {"type": "longrope"} | {name: rope[name] for name in ("short_factor", "long_factor")}
+    return names | {"rope_scaling": scaling}

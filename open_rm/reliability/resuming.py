@@ -99,7 +99,7 @@ def _check_finished(folder: str, begun: dict, all_flags: dict) -> None:
     if differ:
         raise UserError(
             f"the run in {folder} is finished, without {', '.join(differ)} as they are now; push its model with python -m "
-            "open_rm.hub, make another folder of its checkpoint with python -m open_rm.export, or choose another --output_dir"
+            "open_rm.hub push, make another folder of its checkpoint with python -m open_rm.export, or choose another --output_dir"
         )
 
 

@@ -4,6 +4,7 @@ import math
 
 from open_rm.errors import UserError
 from open_rm.flags import CheckpointFlags
+from open_rm.training.metrics import PAIR_METRICS
 from open_rm.training.progress import Progress
 
 GROUP = "eval/rm/"
@@ -21,8 +22,10 @@ def judge(flags: CheckpointFlags, progress: Progress) -> bool:
     if flags.metric_for_best_model is None:
         return False
     name = GROUP + flags.metric_for_best_model.removeprefix(GROUP)
-    if name not in progress.last_evaluation:
-        there = sorted(metric.removeprefix(GROUP) for metric in progress.last_evaluation if metric.startswith(GROUP))
+    # what is said of the rewards' spread besides is no measure of how good they are
+    compared = [metric for metric in progress.last_evaluation if metric.rpartition("/")[2] in PAIR_METRICS]
+    if name not in compared:
+        there = sorted(metric.removeprefix(GROUP) for metric in compared)
         raise UserError(
             f"--metric_for_best_model {flags.metric_for_best_model}: the evaluations have no such metric, but "
             f"{', '.join(there)}; name one of these"

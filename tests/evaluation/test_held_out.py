@@ -1,8 +1,10 @@
 """Held-out pairs: each is scored once, in its place, by whatever gives rewards, dealt by what it costs."""
 
 import contextlib
+import dataclasses
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from open_rm.batching.dealing import deal_step
 from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.evaluation import held_out
 from open_rm.model.reward_model import Shape
+from open_rm.training.metrics import PAIR_METRICS
 
 
 @pytest.fixture
@@ -63,6 +66,18 @@ def test_metrics_are_means_over_the_pairs(data):
     assert found.metrics["eval/rm/accuracy"] == 0.0  # a rejected side's token is the larger by one
     assert found.metrics["eval/rm/reward_margin"] == -1.0
     assert found.metrics["eval/rm/chosen_rewards"] == pytest.approx(122.0)
+
+
+def test_how_rewards_are_spread_is_said_overall_alone(data):
+    columns = data.dataset.to_dict() | {"source": [i % 2 for i in range(23)]}
+    data = dataclasses.replace(data, dataset=datasets.Dataset.from_dict(columns), labels=["first", "second"])
+    names = set(held_out.evaluate(last_token, data, rules("packed"), alone()).metrics)
+    spread = {"reward_mean", "reward_std"}  # every pair is ranked wrong, so that no temperature fits
+    groups = {f"eval/rm/{group}{name}" for group in ("", "first/", "second/") for name in PAIR_METRICS}
+    assert names == groups | {f"eval/rm/{name}" for name in spread} | {"eval/samples_per_second"}
+    found = held_out.evaluate(lambda **inputs: -last_token(**inputs), data, rules("packed"), alone()).metrics
+    assert found["eval/rm/reward_mean"] == pytest.approx(-122.5)
+    assert found["eval/rm/reward_std"] == pytest.approx(np.std(np.arange(100, 146), ddof=1))
 
 
 def test_probes_are_spread_over_the_set_and_hold_whole_sequences(data):

@@ -281,6 +281,16 @@ SIZE = dict(
 )
 GROUPED = SIZE | {"num_key_value_heads": 2}
 BOTH = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+YARN = {  # queries grow with their position beyond the original ones
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 FAMILIES = {
     "llama": lambda **c: transformers.LlamaConfig(**(GROUPED | c)),
     "qwen2": lambda **c: transformers.Qwen2Config(**(GROUPED | c)),
@@ -297,6 +307,37 @@ FAMILIES = {
     "phi3 with windows": lambda **c: transformers.Phi3Config(**(GROUPED | {"sliding_window": WINDOW} | c)),
     "olmo2": lambda **c: transformers.Olmo2Config(**(GROUPED | c)),
     "gpt_neox": lambda **c: transformers.GPTNeoXConfig(**(SIZE | c)),
+    "gemma": lambda **c: transformers.GemmaConfig(**(GROUPED | {"head_dim": 8} | c)),
+    "glm4": lambda **c: transformers.Glm4Config(**(GROUPED | {"head_dim": 8} | c)),
+    "glm4_moe": lambda **c: transformers.Glm4MoeConfig(
+        **(GROUPED | EXPERTS | {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 8} | c)
+    ),
+    "granite": lambda **c: transformers.GraniteConfig(
+        **(GROUPED | {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 3.0} | c)
+    ),
+    "cohere": lambda **c: transformers.CohereConfig(**(GROUPED | c)),
+    "cohere2": lambda **c: transformers.Cohere2Config(**(GROUPED | BOTH | c)),
+    "gpt_oss": lambda **c: transformers.GptOssConfig(**(GROUPED | BOTH | EXPERTS | {"num_local_experts": 4} | c)),
+    "ministral3": lambda **c: transformers.Ministral3Config(**(GROUPED | {"head_dim": 8, "rope_parameters": YARN} | c)),
+    "mixtral": lambda **c: transformers.MixtralConfig(
+        **(GROUPED | EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW} | c)
+    ),
+    "olmo3": lambda **c: transformers.Olmo3Config(
+        **(GROUPED | {"sliding_window": WINDOW, "layer_types": BOTH["layer_types"]} | c)
+    ),
+    "olmoe": lambda **c: transformers.OlmoeConfig(**(GROUPED | EXPERTS | {"num_experts": 4} | c)),
+    "qwen3_moe": lambda **c: transformers.Qwen3MoeConfig(
+        **(
+            GROUPED
+            | EXPERTS
+            | {"num_experts": 4, "head_dim": 8, "use_sliding_window": True, "sliding_window": WINDOW}
+            | c
+        )
+    ),
+    "smollm3": lambda **c: transformers.SmolLM3Config(
+        **(GROUPED | {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": WINDOW} | c)
+        | {"layer_types": ["sliding_attention", "full_attention"]}
+    ),
 }
 
 
@@ -330,12 +371,11 @@ def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, fa
     largest = (0.0, 0.0)
     for layout in LAYOUTS:
         assert choose_layout(layout, config, **choice) == Layout(layout)
-        for checkpointing in (False, True):
-            reward_model = load_model(folder, tokenizer, layout=layout, every=int(checkpointing))
-            for world_size, max_tokens in ((1, EVERYTHING), (2, 120)):
-                result = computed(reward_model, pairs, layout, world_size=world_size, max_tokens=max_tokens)
-                assert_same(result, reference, f"{family}, {layout}")
-                largest = tuple(map(max, zip(largest, differences(result, reference), strict=True)))
+        for every, world_size, max_tokens in ((0, 1, EVERYTHING), (1, 2, 120)):
+            reward_model = load_model(folder, tokenizer, layout=layout, every=every)
+            result = computed(reward_model, pairs, layout, world_size=world_size, max_tokens=max_tokens)
+            assert_same(result, reference, f"{family}, {layout}")
+            largest = tuple(map(max, zip(largest, differences(result, reference), strict=True)))
     print(f"{family}: rewards {largest[0]:.1e} apart, gradients {largest[1]:.1e}")
 
 
@@ -349,10 +389,10 @@ def test_whole_models_give_the_same_by_what_a_gpu_is_told(family_folder, tokeniz
     reference = computed(load_model(folder, tokenizer), pairs, "padded")
     monkeypatch.setattr(varlen, "varlen_attn", signature)
 
-    def as_on_a_gpu(query, key, value, segments, scaling, window, softcap):
-        assert softcap is None
-        called.append(window)
-        return attention._flash(query, key, value, segments, scaling, window)
+    def as_on_a_gpu(query, key, value, segments, scoring):
+        assert scoring.softcap is None and scoring.sinks is None
+        called.append(scoring.window)
+        return attention._flash(query, key, value, segments, scoring.scaling, scoring.window)
 
     monkeypatch.setattr(attention, "_per_segment", as_on_a_gpu)
     for layout in ("packed", "shared_prefix"):
@@ -372,7 +412,7 @@ def test_the_last_layer_computes_its_mlp_and_output_projection_where_a_reward_is
     reward_model, pairs = load_model(family_folder(family), tokenizer, layout="shared_prefix"), as_data(*FAMILY_PAIRS)
     last, seen = reward_model.classifier.base_model.layers[-1], {}
     for name, module in last.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) or name == "mlp":
             module.register_forward_hook(
                 lambda _, args, out, name=name: seen.update({name: args[0].shape[:-1].numel()})
             )
@@ -383,7 +423,10 @@ def test_the_last_layer_computes_its_mlp_and_output_projection_where_a_reward_is
     everywhere = {name for name, tokens in seen.items() if tokens == batch.positions}
     assert {tokens for name, tokens in seen.items() if name not in everywhere} == {distinct}
     assert {name.rpartition(".")[2] for name in everywhere} <= {"k_proj", "v_proj", "qkv_proj", "query_key_value"}
-    trimmed = sum(p.numel() for name, p in last.named_parameters() if name.rpartition(".")[0] in set(seen) - everywhere)
+    few = set(seen) - everywhere  # with the MLP its experts, which are no linear layers
+    trimmed = sum(
+        p.numel() for name, p in last.named_parameters() if {name.rpartition(".")[0], name.split(".")[0]} & few
+    )
     assert reward_model.read_only_parameters == trimmed
 
 
@@ -400,6 +443,15 @@ def test_every_family_that_may_be_packed_is_tested_here():
         ("gemma2", {"attn_logit_softcapping": None}),
         ("gemma3_text", {"sliding_window": 200}),
         ("phi3 with windows", {"sliding_window": 200}),
+        ("cohere2", {"sliding_window": 200}),
+        ("gpt_oss", {"sliding_window": 200}),
+        ("granite", {"attention_multiplier": 0.3}),
+        ("ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.0}}),
+        ("mixtral", {"sliding_window": 200}),
+        ("olmo3", {"sliding_window": 200}),
+        ("qwen3_moe", {"sliding_window": 200}),
+        ("smollm3", {"sliding_window": 200}),
+        ("smollm3", {"no_rope_layers": [1, 1]}),
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -417,7 +469,8 @@ OTHERS = {
     "bert": transformers.BertConfig(),
     "mamba": transformers.MambaConfig(),
     "gpt2": transformers.GPT2Config(),
-    "gpt_oss": transformers.GptOssConfig(),  # attention sinks
+    "llama4_text": transformers.Llama4TextConfig(),
+    "qwen3_next": transformers.Qwen3NextConfig(),
 }
 
 
@@ -429,7 +482,7 @@ def test_other_families_are_padded_and_refused_by_name(family):
     assert choose_layout("padded", OTHERS[family], **choice) == Layout("padded")
     for wanted in ("packed", "shared_prefix"):
         with pytest.raises(
-            UserError, match=rf"--batching {wanted} is not possible: .*{family}; pass --batching padded"
+            UserError, match=rf"--batching {wanted} is not possible: .*{family}.*; pass --batching padded"
         ):
             choose_layout(wanted, OTHERS[family], **choice)
 
@@ -446,6 +499,7 @@ LONGROPE = {
     ("family", "changes", "choice", "reason"),
     [
         ("gemma2", {}, {"on_gpu": True}, "gemma2 soft-caps attention scores"),
+        ("gpt_oss", {}, {"on_gpu": True}, "gpt_oss has attention sinks"),
         ("llama", {}, {"on_gpu": True, "bf16": False}, "flash attention over packed rows computes in bfloat16"),
         (
             "llama",

@@ -21,7 +21,7 @@ from hub_standin import READ_ONLY_TOKEN, TOKEN, HubStandin
 from huggingface_hub.errors import HfHubHTTPError
 
 from open_rm.errors import UserError
-from open_rm.publishing import pushing
+from open_rm.publishing import hub_calls, pushing
 
 # Enough for a model that is saved: these runs are about what comes before and after the training.
 SHORT = {"total_episodes": 16, "dataset_mixer_eval_list": None, "num_sample_pairs": 0}
@@ -292,7 +292,7 @@ def test_a_model_that_could_not_be_pushed_is_complete_on_the_disk(given_up):
 def test_the_command_in_the_message_pushes_the_model_later(giving_up, given_up, runs):
     (folder, hub, _), (_, done, _) = giving_up, given_up
     assert client(hub, runs, LISTING, "standin/later", "kept-run")["files"] == [".gitattributes"]
-    command = shlex.split(re.search(r"python -m open_rm\.hub .*", the_one_sentence(done))[0])
+    command = shlex.split(re.search(r"python -m open_rm\.hub push .*", the_one_sentence(done))[0])
     command[0] = sys.executable
     env = {**environment(hub), "PYTHONPATH": str(REPOSITORY)}
     later = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
@@ -333,7 +333,7 @@ def failing(*errors):
 
 def test_pauses_between_attempts_double_from_two_seconds(pauses, capsys):
     with pytest.raises(HfHubHTTPError):
-        pushing._persistently(failing(*[answered(503)] * 5))
+        hub_calls.persistently(failing(*[answered(503)] * 5))
     assert pauses == [2, 4, 8, 16]
     assert len(capsys.readouterr().err.splitlines()) == 4
 
@@ -343,14 +343,14 @@ PASSING = [answered(500), answered(502), answered(503), answered(429), httpx2.Co
 
 @pytest.mark.parametrize("error", [*PASSING, httpx2.RemoteProtocolError("no"), httpx2.ReadTimeout("no")], ids=str)
 def test_a_fault_that_may_pass_is_tried_again(pauses, error):
-    assert pushing._persistently(failing(error, error)) == "done"
+    assert hub_calls.persistently(failing(error, error)) == "done"
     assert pauses == [2, 4]
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 422])
 def test_an_answer_that_will_not_change_is_not_asked_for_again(pauses, status):
     with pytest.raises(HfHubHTTPError):
-        pushing._persistently(failing(answered(status)))
+        hub_calls.persistently(failing(answered(status)))
     assert pauses == []
 
 

@@ -241,7 +241,7 @@ def test_the_hub_gone_at_the_end_loses_nothing_and_the_same_command_pushes(toy, 
     """The run is not finished until it is pushed. A process with imports of its own: the Hub's client reads its address then."""
     folder, quick = tmp_path / "run", tmp_path / "quick.py"
     quick.write_text(
-        "import sys; from open_rm.publishing import pushing; pushing.FIRST_PAUSE_SECONDS = 0.01\n"
+        "import sys; from open_rm.publishing import hub_calls; hub_calls.FIRST_PAUSE_SECONDS = 0.01\n"
         "from open_rm import reward_modeling as r; from open_rm import command_line\n"
         "command_line.run(r.main, command_line.read(r.Args, r.check_args))\n"
     )
