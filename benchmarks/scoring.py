@@ -44,8 +44,6 @@ class ScoringArgs:
     """Lists that are scored."""
     rounds: int = 5
     """Parts that the work is cut into; each contestant does each part once."""
-    only_rounds: int | None = None
-    """Stop after so many, with figures that stand for all of it. None: all."""
     batch_sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
     """Of the loop over transformers."""
     processes: tuple[int, ...] = (1, 2)
@@ -168,7 +166,7 @@ def main(args: ScoringArgs) -> dict:
         taking_part, lengths = contestants(args, folder, rows, scorers)
         for one in taking_part:
             one.compute(one.parts[0][-4:])  # first calls allocate
-        for number in range(args.only_rounds or args.rounds):
+        for number in range(args.rounds):
             for one in taking_part[number % 2 :] + taking_part[: number % 2]:
                 one.run(number, lengths)
                 print(f"round {number + 1}: {one.name}: {one.rates()[-1]:,.0f} tokens/s", flush=True)
@@ -180,15 +178,11 @@ def report(args: ScoringArgs, taking_part: list[Contestant], rows: list[dict], l
     print(
         f"\n{machine()}, {torch.get_num_threads()} threads; {len(rows)} lists, {len(lengths)} answers, {lengths.sum():,} tokens"
     )
-    done = range(len(best.seconds))
     found = {}
     for one in taking_part:
         per_second = sum(one.tokens) / sum(one.seconds) * len(rows) / lengths.sum()
         ratios = one.rates() / best.rates()
-        both = sorted(
-            {i for number in done for i in one.parts[number]} & {i for number in done for i in best.parts[number]}
-        )
-        difference = float(np.abs(one.rewards - best.rewards)[both].max())
+        difference = float(np.abs(one.rewards - best.rewards).max())
         found[one.name] = {
             "lists_per_second": float(per_second),
             "ratio": statistics.median(ratios),

@@ -50,6 +50,11 @@ LONGEST = (
     "tracking",
     "hub",
     "trl_parity",
+    "serving",
+    "old_clients",
+    "pairs_to_training",
+    "everywhere_the_same",
+    "any_decoder",
 )
 
 
@@ -174,7 +179,7 @@ def launch(
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
         [*launcher, *map(str, what)],
-        env=environment_of_a_process(gpu=gpu) | {"PYTHONPATH": str(REPOSITORY)} | (env or {}),
+        env=environment_of_a_process(gpu=gpu) | {"PYTHONPATH": python_path(REPOSITORY)} | (env or {}),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -294,8 +299,13 @@ def in_a_process(script: str, *arguments):
 def on_gpu(script: str, *arguments):
     """`in_a_process` with the GPU in sight; for tests marked gpu. The script may import test files by their names."""
     folders = [REPOSITORY, *sorted({path.parent for path in (REPOSITORY / "tests").rglob("test_*.py")})]
-    path = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    path = {"PYTHONPATH": python_path(*folders)}
     return printed_by(script, arguments, environment_of_a_process(gpu=True) | path)
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of these folders and what it was: packages may come by it."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def printed_by(script: str, arguments, environment: dict[str, str]):

@@ -31,11 +31,13 @@ if __name__ == "__main__":  # a wrong command line is answered before the import
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import transformers
 
 from open_rm.data.readers import open_source
+from open_rm.scoring.agreement import Agreement
 from open_rm.scoring.arguments import BestOfNArgs, PairsArgs, ScoreArgs, StreamFlags
 from open_rm.scoring.blocks import Encoder
 from open_rm.scoring.opening import open_scorer
@@ -90,6 +92,11 @@ def main(args: StreamFlags) -> Tally:
     truncated = args.overlength == "truncate"
     for line in summary(tally, name=source.name, model=scorer.name, judge=name, truncated=truncated):
         print(line)
+    if name is not None:
+        said = tally.agreements.get("judge", Agreement()).report(scorer.name, name)
+        agreement = output.path.with_suffix(".agreement.json")
+        agreement.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        print(f"agreement in {agreement}")
     unscored = tally.empty + (0 if truncated else tally.overlength)
     print(
         f"{tally.rows:,} rows read, {tally.skipped:,} of them skipped as bad; {tally.answers - unscored:,} of {tally.answers:,} "

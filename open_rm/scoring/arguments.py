@@ -38,7 +38,7 @@ class ScoreArgs(StreamFlags):
     """Write each row with its rewards: score, or scores (of pairs: chosen, then rejected); all else as it was."""
 
     judge: str | None = None
-    """A second reward model: its rewards as judge_score(s), and how far the two agree."""
+    """A second reward model: its rewards as judge_score(s), and how far the two agree, in OUT.agreement.json too."""
 
 
 @dataclass(frozen=True, kw_only=True)

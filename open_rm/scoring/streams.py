@@ -221,8 +221,8 @@ def summary(tally: Tally, *, name: str, model: str, judge: str | None, truncated
         lines.append(f"{tally.overlength:,} answers are over-length, marked and {'cut' if truncated else 'not scored'}")
     if tally.empty:
         lines.append(f"{tally.empty:,} answers are empty and have no score")
-    if "judge" in tally.agreements:
-        lines += tally.agreements["judge"].lines(model, judge)
+    if judge is not None:
+        lines += tally.agreements.get("judge", Agreement()).lines(model, judge)
     if (with_file := tally.agreements.get("file")) and with_file.share is not None:
         low, high = with_file.interval
         lines.append(

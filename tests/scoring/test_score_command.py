@@ -189,6 +189,8 @@ def test_a_judge_scores_beside_the_model_and_their_agreement_is_said(standin, tm
     found = score(LISTS, tmp_path, judge="j")
     assert all(row["judge_scores"] == [-score for score in row["scores"]] for row in found)
     assert "m and j prefer the same answer in 0 of" in capsys.readouterr().out
+    said = json.loads((tmp_path / "out.agreement.json").read_text())
+    assert said["agreement"] == 0 and said["kendall_tau_b"] == -1 and said["prompts"] == len(LISTS)
 
 
 def test_best_of_n_and_pairs_come_from_the_same_scores(standin, tmp_path):
