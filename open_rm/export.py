@@ -18,9 +18,11 @@ import tyro
 from open_rm.batching.layouts import lay_out
 from open_rm.data.tokenizer import tokenizer_of
 from open_rm.errors import UserError
+from open_rm.evaluation import calibration
 from open_rm.evaluation.held_out import Probe
 from open_rm.flags import Args
 from open_rm.manifest import damage_of
+from open_rm.model import any_decoder
 from open_rm.model.contract import Contract
 from open_rm.model.loading import load_reward_model
 from open_rm.model.reward_model import RewardModel
@@ -81,19 +83,23 @@ def export(args: ExportArgs) -> str:
         raise UserError(f"{flags.model_name_or_path} is not the model that the run started from: frozen weights differ")
     fill(model, found)
 
-    place = Place(found.state["name"], args.out, None, "main")
+    place, progress = Place(found.state["name"], args.out, None, "main"), Progress.continued(found.state["progress"])
+    if progress.evaluated_step == found.step:
+        measured = calibration.statistics_of(progress.last_evaluation, pairs=found.state["held_out_pairs"])
+        contract = dataclasses.replace(contract, statistics=measured)
     with disk_explained(args.out, found.step):
         saving.save_reward_model(model, model.state_dict(), tokenizer, args.out, contract)
-        progress = Progress.continued(found.state["progress"])
         facts = found.state["flags"] | {
             "plan": found.state["plan"],
             "step": found.step,
             "exported_from": str(found.path),
+            "clients": list(map(dataclasses.asdict, proof.rehearse(tokenizer, contract))),
         }
         _copy_record(found, Path(args.out), title=place.name)
         card.write_card(place, contract, facts, progress.results, data=found.state["labels"])
     probe = _probe(model, found.state["probe"], tokenizer.pad_token_id)
-    verdict = proof.check_reload(args.out, probe, tokenizer, contract, fresh_process=contract.trust_remote_code)
+    patched = contract.trust_remote_code or any_decoder.is_made_here(model.classifier)
+    verdict = proof.check_reload(args.out, probe, tokenizer, contract, fresh_process=patched)
     return f"saved step {found.step} in {args.out}\n{verdict}"
 
 

@@ -150,8 +150,7 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     with alive.phase("reading data", alive.Kind.BUSY):
         config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
     log.say(*train_pairs.lines, *(held_out_pairs.lines if held_out_pairs else ["eval: no held-out data was named"]))
-    code = args.trust_remote_code or any_decoder.brings_code(config)
-    contract = Contract.of(args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=code)
+    contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
 
     def rehearse() -> tuple[list[dict], list[str]]:
         """What would otherwise fail after hours; then a look at the data, which --strict may end."""
@@ -205,6 +204,7 @@ def build(prepared: Prepared) -> Run:
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
     facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
+    facts |= {"held_out_pairs": len(prepared.held_out_pairs or ())}
     facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
@@ -265,7 +265,7 @@ def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:
             result = held_out.evaluate(rewards_of, pairs, run.rules.for_evaluation(), ranks)
         except Interrupted:
             return  # it is due still, and made when the run goes on
-    progress.evaluation_due, progress.last_evaluation = False, result.metrics
+    progress.evaluated(result.metrics)
     best.judge(args, progress)
     tracker.evaluation(progress)
     if ranks.is_main and args.num_sample_pairs:
@@ -300,7 +300,8 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
 
     def prove_and_push() -> None:
         # Fused kernels and code of the folder change transformers in this process; the proof then needs one of its own.
-        patched = run.ranks.on_gpu or contract.trust_remote_code
+        made_here = any_decoder.is_made_here(run.model.classifier)
+        patched = run.ranks.on_gpu or args.trust_remote_code or made_here
         log.say(proof.check_reload(place.folder, probe, run.tokenizer, contract, fresh_process=patched))
         log.say(*proof.float8_difference(probe, as_trained))
         run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=not args.push_to_hub)

@@ -71,7 +71,7 @@ def serve(scorer: Scorer, args: ServeArgs, listener: socket.socket) -> None:
     Raises:
         UserError: the model gives no reward, or the port was taken meanwhile.
     """
-    token = os.environ.get(TOKEN_VARIABLE) or None
+    token = os.environ.get(TOKEN_VARIABLE, "").strip() or None
     reader = Reader(scorer, unfinished=args.unfinished)
     for line in [*scorer.lines, *reader.lines, *_precautions(args, token), _trial(scorer, reader)]:
         print(line, flush=True)
@@ -83,10 +83,7 @@ async def _served(scorer: Scorer, reader: Reader, args: ServeArgs, listener: soc
     """Whether all that was accepted was answered."""
     ready = f"serving {scorer.name} on {url_of(listener)}"
     server = Server(Service(scorer, reader, args, token), listener, lambda: print(ready, flush=True))
-    try:
-        await server.serve(sockets=[listener])
-    except OSError as error:
-        raise UserError(f"--port {args.port}: was taken while the model was loaded ({error.strerror})") from error
+    await server.serve(sockets=[listener])
     return server.drained
 
 

@@ -24,12 +24,16 @@ class StandIn:
         *,
         chat: bool,
         max_token_length: int = 100_000,
+        cut_to: tuple[int, int] | None = None,
+        machine: dict | None = None,
         name: str = "stand-in",
         reward=reward_of,
         before: Callable = lambda sequences: None,
     ):
         self.tokenizer, self.chat, self.max_token_length, self.name = tokenizer, chat, max_token_length, name
         self.ending, self.fingerprint, self.lines = ending(tokenizer), f"weights of {name}", [name]
+        self.cut_to, self.rows = cut_to or (max_token_length, max_token_length), len(tokenizer)
+        self.machine = {"device": "stand-in"} | (machine or {})
         self.reward, self.before = reward, before
 
     def encode_texts(self, texts):

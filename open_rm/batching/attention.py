@@ -103,6 +103,8 @@ def segment_attention(
         ([1, T, H, D], None), as transformers expects.
     """
     if query.device.type == "cuda":
+        if softcap is not None or s_aux is not None:  # families.choose_layout lets neither come here
+            raise ValueError("flash attention takes neither soft caps nor sinks")
         return _flash(query, key, value, segments, scaling, sliding_window), None
     scoring = _Scoring(scaling, sliding_window, softcap, s_aux)
     return _per_segment(query, key, value, segments, scoring), None

@@ -77,6 +77,34 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt, chosen, rejected, te
     return _rendered_together(tokenizer, [(prompt, chosen, rejected, template or {})])[0]
 
 
+def render_conversations(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict]], template: dict
+) -> list[str | UserError]:
+    """Whole conversations to text, in one call where the template takes all of them.
+
+    One that it refuses is its UserError; all are where there is no template. template: tools and further variables for it.
+    """
+    if tokenizer.chat_template is None:
+        return [_no_template() for _ in chats]
+    try:
+        return tokenizer.apply_chat_template(list(chats), tokenize=False, **template) if chats else []
+    except Exception as error:  # a template is a program; given an odd row, it may fail in any way
+        if len(chats) == 1:
+            return [_refused(error)]
+    return [text for chat in chats for text in render_conversations(tokenizer, [chat], template)]
+
+
+def _no_template() -> UserError:
+    return UserError(
+        "the rows are messages, and the tokenizer has no chat template; choose one with --chat_template_name "
+        f"({', '.join(template_names())}, or a Jinja file)"
+    )
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(f"the chat template refuses these messages: {quote_error(error)}")
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Tokens that the encoder cuts out of a text whole; not those of spaces, which some vocabularies add."""
     return [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()]
@@ -97,10 +125,7 @@ def _rendered_together(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple
     if isinstance(pairs[0][1], str):
         return [_as_text(tokenizer, *pair[:3]) for pair in pairs]
     if tokenizer.chat_template is None:
-        raise UserError(
-            "the rows are messages, and the tokenizer has no chat template; choose one with --chat_template_name "
-            f"({', '.join(template_names())}, or a Jinja file)"
-        )
+        raise _no_template()
 
     def render(conversations: list[list[dict]], **how) -> list[str]:
         how = pairs[0][3] | how
@@ -110,7 +135,7 @@ def _rendered_together(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple
         prompts = iter(render([prompt for prompt, *_ in pairs if prompt], add_generation_prompt=True))
         sides = iter(render([prompt + side for prompt, *both, _ in pairs for side in both]))
     except Exception as error:  # a template is a program; given an odd row, it may fail in any way
-        raise UserError(f"the chat template refuses these messages: {quote_error(error)}") from error
+        raise _refused(error) from error
     return [PairText(True, next(prompts) if prompt else "", next(sides), next(sides)) for prompt, *_ in pairs]
 
 

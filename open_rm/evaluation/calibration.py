@@ -73,7 +73,7 @@ def statistics_of(metrics: dict[str, float], *, pairs: int) -> RewardStatistics 
     if temperature is None:
         useful = metrics["eval/rm/reward_margin"] > 0
         reason = (
-            "all but every pair is ranked right"
+            "nearly every pair is ranked right"
             if useful
             else "chosen answers have no higher rewards than rejected ones"
         )

@@ -106,7 +106,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def load(folder: str, *, pad_token_id: int, dtype: str, load_in_4bit: bool, trust_remote_code: bool) -> nn.Module:
-    """The adapter on its base, as a client of peft loads it; see saving.Contract."""
+    """The adapter on its base, as a client of peft loads it; see contract.Contract."""
     import peft
 
     how = _of_base(dtype, load_in_4bit, trust_remote_code)
@@ -123,7 +123,7 @@ def _of_base(dtype: str, load_in_4bit: bool, trust_remote_code: bool) -> dict:
 
 
 def merge(folder: str, tokenizer, *, dtype: str, load_in_4bit: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """Adapter plus base as one plain model; see saving.Contract.
+    """Adapter plus base as one plain model; see contract.Contract.
 
     A base of 4 bits is unpacked to `dtype` first: that is what the adapter was trained beside, while the original weights
     differ from it by the quantization's rounding.

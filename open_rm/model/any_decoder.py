@@ -5,10 +5,12 @@ score head, which modeling_reward.py adds to the family's own PreTrainedModel. T
 line for the family, and its config names it in auto_map: plain transformers reads it with trust_remote_code=True.
 `architectures` is XForSequenceClassification where the language model is XForCausalLM, and the weights are the decoder's
 and score.weight, which vLLM reads without any code (--runner pooling --convert classify).
-A folder whose file is what is written here needs no trust: the class is made here again, and the file is not run.
+A folder whose file is what is written here, or was by an earlier version, needs no trust: the class is made here again, and
+the file is not run.
 Not covered, and refused by name: what WHY_NOT lists, and encoders with a decoder.
 """
 
+import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -22,6 +24,8 @@ from open_rm.model import modeling_reward
 
 FILE = "modeling_reward.py"
 AUTO = "AutoModelForSequenceClassification"
+# sha256 of modeling_reward.py as all versions had it that give the same rewards; the last is today's.
+COMMON = ("aed31a6eb1fffb03009521191ca3ead93927770837f937f80a50a07428df48ac",)
 LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 # Model types whose decoder alone is no reward model, or none whose padded batches equal its sequences one by one: shown by
@@ -102,18 +106,23 @@ def describe(classifier: PreTrainedModel) -> str:
 
 def code_of(made: type[PreTrainedModel]) -> str:
     """The text of FILE for a class of `class_for`."""
-    family, config = made.__mro__[2], made.config_class
+    imports, of_family = _of_family(made)
     source = inspect.getsource(modeling_reward)
     last_import = "from transformers.modeling_outputs import SequenceClassifierOutputWithPast\n"
     assert last_import in source
+    return source.replace(last_import, last_import + imports) + of_family
+
+
+def _of_family(made: type[PreTrainedModel]) -> tuple[str, str]:
+    """What FILE has beside modeling_reward.py's text: its imports of the family, and the class at its end."""
+    family, config = made.__mro__[2], made.config_class
     imports = f"from {config.__module__} import {config.__name__}\nfrom {family.__module__} import {family.__name__}\n"
-    of_family = (
+    return imports, (
         f"\n\nclass {made.__name__}(ScoreOverDecoder, {family.__name__}):\n"
         f'    """{family.__name__.removesuffix("PreTrainedModel")}\'s decoder with a score head."""\n\n'
         f"    config_class = {config.__name__}\n"
         f'    base_model_prefix = "{made.base_model_prefix}"\n'
     )
-    return source.replace(last_import, last_import + imports) + of_family
 
 
 def write_code(folder: str | Path, classifier: PreTrainedModel) -> bool:
@@ -146,16 +155,27 @@ def loader(config: PreTrainedConfig, name: str, *, revision: str | None = None, 
         return AutoModelForSequenceClassification
     made = class_for(config)
     if foreign and made is not None:
-        raise UserError(
-            f"{name}: brings a classifier of its own ({named}); read that code, then pass --trust_remote_code"
-        )
+        what = f"brings a classifier of its own ({named}); read that code"
+        if _names_file(named):
+            what = f"its {FILE} is of another version of open_rm, or was changed; read it"
+        raise UserError(f"{name}: {what}, then pass --trust_remote_code")
     return made or AutoModelForSequenceClassification
 
 
+def _names_file(named: str) -> bool:
+    return named.partition(".")[0] == FILE.removesuffix(".py")
+
+
 def _is_written_here(config: PreTrainedConfig, named: str, name: str, revision: str | None) -> bool:
-    """Whether the file that a checkpoint names its classifier in is ours, byte for byte."""
-    if named.partition(".")[0] != FILE.removesuffix(".py"):
+    """Whether the file that a checkpoint names its classifier in is ours byte for byte, of this version or an earlier one."""
+    if not _names_file(named):
         return False
     made = class_for(config)
     file = cached_file(name, FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return made is not None and file is not None and Path(file).read_bytes() == code_of(made).encode()
+    if made is None or file is None:
+        return False
+    text = Path(file).read_bytes()
+    imports, of_family = (part.encode() for part in _of_family(made))
+    common = text.removesuffix(of_family).replace(imports, b"", 1)
+    ours = imports in text and text.endswith(of_family)
+    return ours and hashlib.sha256(common).hexdigest() in COMMON

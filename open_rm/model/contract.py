@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from open_rm.data import tokenizer as tokenizers
-from open_rm.flags import AdapterFlags
+from open_rm.flags import AdapterFlags, DataFlags
 
 CONTRACT = "contract.json"
 
@@ -45,6 +45,8 @@ class Contract:
         weights are whole.
     trust_remote_code: the model brings Python code of its own.
     statistics: of held-out rewards; None where there are none.
+    max_token_length, max_prompt_token_length: what training cut or filtered a side and its prompt to; None in folders of
+        older versions.
     """
 
     chat: bool
@@ -55,10 +57,19 @@ class Contract:
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     statistics: RewardStatistics | None = None
+    max_token_length: int | None = None
+    max_prompt_token_length: int | None = None
 
     @classmethod
     def of(
-        cls, flags: AdapterFlags, tokenizer: PreTrainedTokenizerBase, *, chat: bool, dtype: torch.dtype, code: bool
+        cls,
+        flags: AdapterFlags,
+        data: DataFlags,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat: bool,
+        dtype: torch.dtype,
+        code: bool,
     ) -> "Contract":
         """The contract of a run. code: --trust_remote_code."""
         return cls(
@@ -69,6 +80,8 @@ class Contract:
             dtype=str(dtype).removeprefix("torch."),
             load_in_4bit=flags.load_in_4bit,
             trust_remote_code=code,
+            max_token_length=data.max_token_length,
+            max_prompt_token_length=data.max_prompt_token_length,
         )
 
     def write(self, folder: str | Path) -> None:
@@ -83,7 +96,13 @@ class Contract:
 
     @classmethod
     def from_json(cls, said: dict) -> "Contract":
-        """From what `dataclasses.asdict` made of one, of an older version too."""
+        """From what `dataclasses.asdict` made of one, of an older version too.
+
+        Raises:
+            ValueError, TypeError: it is no contract.
+        """
+        if not isinstance(said, dict):
+            raise ValueError("it is not an object")
         numbers = said.get("statistics")
         return cls(**said | {"statistics": RewardStatistics(**numbers) if numbers else None})
 

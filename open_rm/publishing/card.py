@@ -1,12 +1,15 @@
 """The model card: the reward in a few lines of code, what it means, who reads it the same, results, settings."""
 
+import contextlib
 import json
 import re
 import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from transformers.utils.hub import cached_file
 
+from open_rm.model.adapters import ADAPTER_CONFIG
 from open_rm.model.contract import Contract
 from open_rm.publishing.run_folder import Place
 
@@ -77,6 +80,12 @@ python -m open_rm.scoring score {opening} --input answers.jsonl --output scored.
 python -m open_rm.serve {opening}
 ```"""
 
+EAGER = """transformers 4 leaves out the soft cap of this model's attention scores, without a word, unless it is told: a pipeline
+needs `model_kwargs={"attn_implementation": "eager"}`; `rewardbench` needs `--attn_implementation eager`."""
+
+NEW_BASE = """transformers 4 does not find the rotary settings of `{base}`, which transformers 5 has saved, and computes other rewards,
+without a word: this adapter needs transformers 5, or `--merge_adapter` at training."""
+
 
 def write_card(
     place: Place, contract: Contract, facts: dict[str, object], results: dict[str, float], *, data: list[str]
@@ -84,6 +93,7 @@ def write_card(
     """Write README.md into the run's folder, which holds the model already.
 
     Args:
+        contract: of the run: its trust_remote_code is the user's.
         facts: flags and derived numbers of the run (run.json), as a table; "clients", where it is there, is one of its own:
             a list of dicts, of which each says of one client whether it computes the same rewards.
         results: final metrics, as a table.
@@ -103,8 +113,11 @@ def write_card(
         ),
         f"Loading runs Python code ({', '.join(code) or f'of {base_model}'}): read it first." if trusted else None,
         *_meaning(contract),
-        COMMANDS.format(opening=_opening(name, place.revision if place.repo_id else None, trusted=trusted)),
-        *_clients(facts.get("clients") or []),
+        # they need no trust for a file of ours
+        COMMANDS.format(
+            opening=_opening(name, place.revision if place.repo_id else None, trusted=contract.trust_remote_code)
+        ),
+        *_clients(facts.get("clients") or [], _silent_faults(place)),
         "## Results",
         _table(("metric", "value"), [(key, f"{value:.4g}") for key, value in results.items()]),
         "![training curves](curves.png)",
@@ -178,14 +191,32 @@ def _opening(name: str, revision: str | None, *, trusted: bool) -> str:
     return shlex.join(flags)
 
 
-def _clients(clients: list[dict]) -> list[str]:
+def _silent_faults(place: Place) -> list[str]:
+    """Where older clients compute other rewards from the right token ids."""
+    faults = [EAGER] if _attention(place) else []
+    file = Path(place.folder) / ADAPTER_CONFIG
+    if file.is_file():
+        adapter = json.loads(file.read_text(encoding="utf-8"))
+        base = adapter["base_model_name_or_path"]
+        # the run has loaded it, so that it is a folder or in the Hub's cache; if it has gone since, nothing is said
+        found, how = None, {"revision": adapter.get("revision"), "local_files_only": True}
+        with contextlib.suppress(OSError):
+            found = cached_file(base, "config.json", _raise_exceptions_for_missing_entries=False, **how)
+        config = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        config = config.get("text_config") or config
+        if config.get("rope_parameters") and "rope_theta" not in config:
+            faults.append(NEW_BASE.format(base=base))
+    return faults
+
+
+def _clients(clients: list[dict], faults: list[str]) -> list[str]:
     if not clients:
         return []
     rows = []
     for one in clients:
         verdict = "yes" if one["reads_the_same"] else f"no: {one['why_not']}"
         rows.append((one["client"], verdict, one["how"]))
-    return ["## Who reads this folder the same", _table(("client", "as it was trained", "how"), rows)]
+    return ["## Who reads this folder the same", _table(("client", "as it was trained", "how"), rows), *faults]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple]) -> str:

@@ -175,6 +175,7 @@ class Client:
     """conversation, text: its ways to token ids; None where it has no way for them.
 
     takes_system: system messages.  takes_adapters: a folder that holds an adapter, besides whole models.
+    required: every folder has to be right for it.
     """
 
     name: str
@@ -183,14 +184,25 @@ class Client:
     text: Callable[[Saved, str, str], Ids] | None = None
     takes_system: bool = True
     takes_adapters: bool = False
+    required: bool = False
 
 
 CLIENTS = (
-    # For the first two every folder has to be right.
     Client(
-        "transformers", "the lines of the model card", text_without_special, plain_with_special, takes_adapters=True
+        "transformers",
+        "the lines of the model card",
+        text_without_special,
+        plain_with_special,
+        takes_adapters=True,
+        required=True,
     ),
-    Client("transformers pipeline", 'pipeline("text-classification", FOLDER)', text_with_special, plain_with_special),
+    Client(
+        "transformers pipeline",
+        'pipeline("text-classification", FOLDER)',
+        text_with_special,
+        plain_with_special,
+        required=True,
+    ),
     Client("chat template's ids", "apply_chat_template(messages, tokenize=True)", template_ids, takes_adapters=True),
     Client("RewardBench", "rewardbench --model FOLDER --dataset FILE", reward_bench, takes_system=False),
     Client("TRL", 'GRPOTrainer(reward_funcs="FOLDER", ...)', text_without_special, plain_trl),
@@ -244,7 +256,8 @@ def plain_difference(
 ) -> str | None:
     """What plain transformers reads otherwise, without special tokens or with them; arguments of `check_clients`."""
     seen, cases = Saved.of(saved, tokenizer, chat=contract.chat), _cases(tokenizer, contract)
-    return next((reason for client in CLIENTS[:2] if (reason := _why_not(client, seen, cases, contract))), None)
+    reasons = (_why_not(client, seen, cases, contract) for client in CLIENTS if client.required)
+    return next(filter(None, reasons), None)
 
 
 def lines(checks: Sequence[ClientCheck]) -> list[str]:
@@ -342,18 +355,38 @@ def _difference(tokenizer: PreTrainedTokenizerBase, ids: Ids, expected: Ids) -> 
 
 
 def _loops_over_content(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template loops over a message's content, by which vLLM decides that contents are parts."""
+    """Whether the template loops over a message's content, by which vLLM decides that contents are parts.
+
+    It follows `messages` through assignments and loops by name, whatever the scope, and takes any `content` for one. What it
+    cannot follow (an assignment into a namespace) it takes for text.
+    """
     templates = templates_of(tokenizer)
     source = templates.get("", templates.get("default", ""))
-    loops = _compile_jinja_template(source).environment.parse(source).find_all(nodes.For)
-    return any(_is_content(loop.iter) for loop in loops)
+    tree = _compile_jinja_template(source).environment.parse(source)
+    loops, assignments = list(tree.find_all(nodes.For)), list(tree.find_all(nodes.Assign))
+    lists, targets = ["messages"], []
+    for name in lists:  # grows meanwhile
+        found = [assignment.target for assignment in assignments if _read_name(assignment.node) == name]
+        targets += found
+        lists += [target.name for target in found if isinstance(target, nodes.Name) and target.name not in lists]
+    found = [loop.target for loop in loops if _read_name(loop.iter) in lists]
+    if not all(isinstance(target, nodes.Name) for target in targets + found):
+        return False
+    contents = {f"{target.name}.content" for target in found}
+    return any(
+        _read_name(loop.iter) in contents or (isinstance(loop.iter, nodes.Name) and loop.iter.name == "content")
+        for loop in loops
+    )
 
 
-def _is_content(node: nodes.Node) -> bool:
-    """A variable's content, whole or a slice of it, filtered or not."""
+def _read_name(node: nodes.Node) -> str | None:
+    """`name`, or `name.key`, of what is read, whole or a slice of it, filtered or not; None of anything else."""
     sliced = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
     if sliced or isinstance(node, nodes.Filter | nodes.Test):
-        return node.node is not None and _is_content(node.node)
+        return _read_name(node.node)
+    if isinstance(node, nodes.Name):
+        return node.name
     if not isinstance(node, nodes.Getattr | nodes.Getitem) or not isinstance(node.node, nodes.Name):
-        return False
-    return "content" in (getattr(node, "attr", None), getattr(getattr(node, "arg", None), "value", None))
+        return None
+    key = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
+    return f"{node.node.name}.{key}"

@@ -55,7 +55,7 @@ def rehearse(tokenizer: PreTrainedTokenizerBase, contract: Contract) -> list[Cli
     """
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), tokenizer, contract)
-        return _check_encoding(folder, tokenizer, contract)
+        return check_clients(_check_encoding(folder, tokenizer, contract), tokenizer, contract)
 
 
 def check_reload(
@@ -133,15 +133,15 @@ def _in_this_process(folder: str, probe: Probe) -> ClientRewards:
         raise UserError(f"{folder}: a client cannot load it ({quote_error(error)}); do not use this model") from error
 
 
-def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, contract: Contract) -> list[ClientCheck]:
-    """Who reads our token ids from the folder. Plain transformers has to."""
+def _check_encoding(folder: str, tokenizer: PreTrainedTokenizerBase, contract: Contract) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, with which plain transformers has to read our token ids."""
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=contract.trust_remote_code)
     if difference := plain_difference(saved, tokenizer, contract):
         raise UserError(
             f"the tokenizer, once saved, gives a client that encodes a complete text other tokens than training has "
             f"({difference}); name another with --tokenizer_name, or another template with --chat_template_name"
         )
-    return check_clients(saved, tokenizer, contract)
+    return saved
 
 
 def client_rewards(folder: str, sequences: list[list[int]]) -> ClientRewards:

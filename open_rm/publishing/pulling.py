@@ -1,8 +1,8 @@
 """A model from the Hub as a folder that is whole or not there.
 
-Files arrive in a folder beside, are held against the sizes and hashes that the Hub tells, and appear by one rename. What is
-killed on the way leaves that other folder, and the same command goes on with the files in it that are whole (the client does not
-go on within a file).
+Files arrive in a hidden folder beside, are held against the sizes and hashes that the Hub tells, and appear by one rename. What
+is killed on the way leaves that other folder, and the same command goes on with the files in it that are whole (the client does
+not go on within a file). A mark in that folder says that a pull has made it; one without is somebody's, and left alone.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from open_rm.publishing.pushing import MODELS, NOT_PUSHED, PUSHED
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # reading weights from one runs what somebody put into it
 OF_THE_CLIENT = ".cache"  # what the download keeps beside the files, to go on with them
+MARK = ".open_rm_pull"  # in the folder beside: repository and revision; no name that could be pulled
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,20 @@ def pull_model(repo_id: str, folder: str, *, revision: str = "main") -> str:
     where = Path(folder).expanduser().resolve()
     snapshot = _find(repo_id, revision)
     if _is_there(where, snapshot):
+        (where / MARK).unlink(missing_ok=True)  # of a pull that was killed behind its rename
         return f"{where} holds already {snapshot.described()}"
-    beside = where.with_name(f"{where.name}.pulled")
-    lock = where.with_name(f".{beside.name}.lock")
+    beside = where.with_name(f".{where.name}.pulling")
+    lock = where.with_name(f"{beside.name}.lock")
     try:
         beside.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, blocking=False):
             try:
+                _mark(beside, snapshot)
                 _download(snapshot, beside)
                 _clear(beside, snapshot)
                 os.rename(beside, where)
+                (where / MARK).unlink()
+                sync_folder(where)
                 sync_folder(where.parent)
             finally:
                 lock.unlink(missing_ok=True)
@@ -137,9 +142,23 @@ def _is_there(where: Path, snapshot: Snapshot) -> bool:
     if not where.exists() or (where.is_dir() and not any(where.iterdir())):
         return False
     if where.is_dir() and not snapshot.damaged(where):
+        there = (path.relative_to(where).as_posix() for path in where.rglob("*") if path.is_file())
+        of_a_model = filter_repo_objects(there, allow_patterns=PUSHED, ignore_patterns=NOT_PUSHED)
+        if more := sorted(set(of_a_model) - set(snapshot.files)):
+            raise UserError(
+                f"--folder {where} holds {more[0]}, which {snapshot.repo_id} does not have at {snapshot.revision}; "
+                "choose another folder, or move that file away"
+            )
         return True
     what = "holds another model" if any((where / name).exists() for name in MODELS) else "holds other files"
     raise UserError(f"--folder {where} {what}; choose another folder, or move that one away")
+
+
+def _mark(beside: Path, snapshot: Snapshot) -> None:
+    """Make the folder ours, in which what the snapshot does not have is removed."""
+    if any(beside.iterdir()) and not (beside / MARK).is_file():
+        raise UserError(f"{beside} holds files that no pull has put there; move it away, or name another --folder")
+    (beside / MARK).write_text(f"{snapshot.repo_id} {snapshot.revision}\n", encoding="utf-8")
 
 
 def _download(snapshot: Snapshot, beside: Path) -> None:
@@ -178,7 +197,7 @@ def _download(snapshot: Snapshot, beside: Path) -> None:
 
 
 def _given_up(snapshot: Snapshot, beside: Path, why: str) -> str:
-    waits = beside.is_dir() and any(beside.iterdir())
+    waits = beside.is_dir() and any(path.name != MARK for path in beside.iterdir())
     arrived = f". What has arrived waits in {beside}, and the same command goes on with it" if waits else ""
     return f"{snapshot.repo_id} cannot be pulled: {why}{arrived}"
 
@@ -189,7 +208,7 @@ def _clear(folder: Path, snapshot: Snapshot) -> None:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path.relative_to(folder).as_posix() not in snapshot.files:
+        elif path.relative_to(folder).as_posix() not in {*snapshot.files, MARK}:
             path.unlink()
     sync_folder(folder)
 

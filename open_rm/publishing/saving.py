@@ -24,6 +24,11 @@ from open_rm.publishing.tokenizer_files import save_tokenizer
 OF_REWARDS = {"mean": "mean", "std": "std", "reward_temperature": "temperature"}
 
 
+# Families of transformers 4 with rotary settings for each kind of layer; of later ones it has none, and transformers 5 cannot
+# read what would be written.
+PER_LAYER = ("gemma3_text", "modernbert")
+
+
 def save_reward_model(
     model: RewardModel,
     state: dict[str, torch.Tensor],
@@ -37,19 +42,20 @@ def save_reward_model(
     """
     path = Path(folder)
     weights = {name.removeprefix("classifier."): tensor.contiguous() for name, tensor in state.items()}
+    said = contract
     if contract.holds_adapter:
         adapters.save(model.adapted, weights, path)
         (path / "README.md").unlink(missing_ok=True)  # peft's; the recipe writes its own
     else:
         whole = model.classifier if model.adapted is None else _merged(model, weights, tokenizer, contract)
+        if not contract.trust_remote_code:  # a merged base's: its files are not here
+            whole.config.__dict__.pop("auto_map", None)
         whole.save_pretrained(path, state_dict=weights if model.adapted is None else None)
         _mend_model_config(path / "config.json", contract.statistics)
-        code = any_decoder.write_code(path, whole)
-        contract = dataclasses.replace(
-            contract, load_in_4bit=False, trust_remote_code=contract.trust_remote_code or code
-        )
+        code = any_decoder.write_code(path, whole) or contract.trust_remote_code
+        said = dataclasses.replace(contract, load_in_4bit=False, trust_remote_code=code)
     save_tokenizer(path, tokenizer, contract)
-    contract.write(path)
+    said.write(path)
     for file in path.iterdir():
         if file.is_file():  # safetensors writes for its owner alone
             file.chmod(0o644)
@@ -89,7 +95,7 @@ def _rope_of_transformers_4(config: dict) -> dict:
         if kind == "gpt_neox":
             names |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
         return names
-    if "full_attention" not in rope:
+    if kind not in PER_LAYER or "full_attention" not in rope:
         return {}
     whole, local = rope["full_attention"], rope.get("sliding_attention", rope["full_attention"])
     if kind == "modernbert":

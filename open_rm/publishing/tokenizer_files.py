@@ -12,13 +12,15 @@ import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from open_rm.data.encoding import render_sample, special_tokens
+from open_rm.data.encoding import encode, render_sample, special_tokens
 from open_rm.data.tokenizer import change_templates, say_names
 from open_rm.model.contract import Contract
 
-# A class that reads tokenizer.json and adds nothing of its own; every version of transformers knows it.
+# A class that reads tokenizer.json and adds nothing of its own; every version of transformers knows it. Others have a BOS by
+# default (GPT2Tokenizer), put back what the file no longer says (BertTokenizer), or read files that are not saved here (Llama's
+# in transformers 4, where add_prefix_space is set).
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 
@@ -32,37 +34,40 @@ def save_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase, contract: Con
     _with_names_said(tokenizer, eos_token if contract.chat else None).save_pretrained(path)
     config_file = path / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers 4 does not know
-        config["tokenizer_class"] = PLAIN_CLASS
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 has a dict under this name, and fails
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     # transformers 4 returns token_type_ids where this is missing, which decoders do not take. Encoders that do take zeros
     # where there are none, as in training.
     config["model_input_names"] = ["input_ids", "attention_mask"]
+    if not contract.trust_remote_code:  # names code of the base's, which did not run here and is not in the folder
+        config.pop("auto_map", None)
     # What the encoder adds by itself must not come on top of what the text already has. On a conversation the template
-    # has written everything; on plain text the encoder's BOS was trained with, and EOS stands at the end of the text.
+    # has written everything; on plain text the encoder's BOS was trained with or not, and EOS stands at the end of the text.
     # Written even where absent: transformers 4 takes True for some families then.
     config["add_eos_token"] = False
+    config["add_bos_token"] = not contract.chat and _begins_with_bos(tokenizer)
     if contract.chat:
-        config |= {"add_bos_token": False, "bos_token": None, "eos_token": eos_token}
+        config |= {"bos_token": None, "eos_token": eos_token}
         _name(path / "special_tokens_map.json", eos_token)
-    has_file = (path / "tokenizer.json").is_file()  # not of a tokenizer written in Python
-    if has_file:
+    if (path / "tokenizer.json").is_file():  # not of a tokenizer written in Python
         _remove_added(path / "tokenizer.json", None if contract.chat else tokenizer.eos_token)
-    if has_file and contract.chat and tokenizer.bos_token is not None:
-        config["tokenizer_class"] = PLAIN_CLASS  # other classes may have a BOS by default
-    _write(config_file, config)
-    if has_file and _adds(path, contract, tokenizer.eos_token_id):
-        # Some classes (BertTokenizer) put back what their file no longer says; the plain class reads the file alone.
+        config |= _prefix_space(path / "tokenizer.json")
         config["tokenizer_class"] = PLAIN_CLASS
-        _write(config_file, config)
+    _write(config_file, config)
 
 
-def _adds(path: Path, contract: Contract, eos_token_id: int) -> bool:
-    """Whether the saved tokenizer adds what it must not: any special token to conversations, EOS to plain text."""
-    saved = AutoTokenizer.from_pretrained(path, trust_remote_code=contract.trust_remote_code)
-    ids = saved("a")["input_ids"]
-    return ids != saved("a", add_special_tokens=False)["input_ids"] if contract.chat else eos_token_id in ids
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether plain text begins with BOS in training."""
+    return tokenizer.bos_token_id is not None and encode(tokenizer, ["a"], chat=False)[0][0] == tokenizer.bos_token_id
+
+
+def _prefix_space(file: Path) -> dict:
+    """Whether the encoder puts a space before a text, for tokenizer_config.json: transformers 4 has it do what is said there.
+
+    It does so where one pre-tokenizer stands alone, and leaves those in a sequence as they are.
+    """
+    alone = json.loads(file.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    return {"add_prefix_space": alone["add_prefix_space"]} if "add_prefix_space" in alone else {}
 
 
 def _scored_name(tokenizer: PreTrainedTokenizerBase) -> str:

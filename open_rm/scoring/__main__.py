@@ -31,13 +31,11 @@ if __name__ == "__main__":  # a wrong command line is answered before the import
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import transformers
 
 from open_rm.data.readers import open_source
-from open_rm.scoring.agreement import Agreement
 from open_rm.scoring.arguments import BestOfNArgs, PairsArgs, ScoreArgs, StreamFlags
 from open_rm.scoring.blocks import Encoder
 from open_rm.scoring.opening import open_scorer
@@ -56,7 +54,8 @@ FREE = (
     "output",
     "overwrite",
     "skip_bad_rows",
-    "num_processes",
+    # as it came out, None among it: in Scorer.machine
+    "max_tokens_per_micro_batch",
 )
 
 
@@ -79,27 +78,18 @@ def main(args: StreamFlags) -> Tally:
             for line in other.lines:
                 print(f"judge: {line}")
         output = Output(Path(args.output).expanduser(), facts_of(args, rows, encoder, judge), overwrite=args.overwrite)
-        done = output.progress["rows"] if output.progress else 0
-        if done:
-            print(f"going on after row {done:,} of {len(rows):,}, from {output.partial}")
-        shown = Progress(len(rows), done)
+        shown = Progress(len(rows))
         maker = maker_of(args, encoder)
-        stream = Stream(
-            opened, rows, encoder, judge, maker, output, args.block_rows, args.skip_bad_rows, shown.say, shown.moved
-        )
+        stream = Stream(opened, rows, encoder, judge, maker, output, args.block_rows, args.skip_bad_rows, shown)
         tally = stream.run()
     took = shown.close()
-    truncated = args.overlength == "truncate"
-    for line in summary(tally, name=source.name, model=scorer.name, judge=name, truncated=truncated):
+    for line in summary(tally, name=source.name, model=scorer.name, judge=name):
         print(line)
     if name is not None:
-        said = tally.agreements.get("judge", Agreement()).report(scorer.name, name)
-        agreement = output.path.with_suffix(".agreement.json")
-        agreement.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-        print(f"agreement in {agreement}")
-    unscored = tally.empty + (0 if truncated else tally.overlength)
+        print(f"agreement in {arguments.report_beside(output.path)}")
+    scored = tally.answers - tally.unscored
     print(
-        f"{tally.rows:,} rows read, {tally.skipped:,} of them skipped as bad; {tally.answers - unscored:,} of {tally.answers:,} "
+        f"{tally.rows:,} rows read, {tally.skipped:,} of them skipped as bad; {scored:,} of {tally.answers:,} "
         f"answers scored, {tally.overlength:,} over-length; {tally.written:,} rows written to {output.path} ({took})"
     )
     return tally
@@ -123,7 +113,8 @@ def facts_of(args: StreamFlags, rows: range, encoder: Encoder, judge: Encoder | 
         "judge": judge.scorer.fingerprint if judge else None,
         "first row": rows.start,
     }
-    return facts | flags
+    of_judge = {f"judge's {name}": value for name, value in judge.scorer.machine.items()} if judge else {}
+    return facts | flags | encoder.scorer.machine | of_judge
 
 
 def maker_of(args: StreamFlags, encoder: Encoder) -> Maker:

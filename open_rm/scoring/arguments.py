@@ -24,7 +24,7 @@ class StreamFlags(OpeningFlags, ReadingFlags):
     overwrite: bool = False
     """Make the output anew where it is there, or was begun with another model, input or flags."""
     overlength: Literal["null", "truncate"] = "null"
-    """Answers of more than max_token_length tokens: no score (null), or cut as in training. Marked and counted."""
+    """Answers of more than max_token_length tokens: no score (null), or cut to the limits of training. Marked and counted."""
     block_rows: Count = 256
     """Rows of a block: what is encoded and scored together. Another number may change rewards in their last digits."""
     num_shards: Count = 1
@@ -77,9 +77,17 @@ def check(args: StreamFlags) -> None:
     output = Path(args.output).expanduser()
     if output.resolve() in [path.resolve() for path in source_of(args).paths]:
         raise UserError(f"--output {output} is the input itself; name another file")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"--output {output} is there already; name another file, or pass --overwrite to make it anew")
+    made = [output]
+    if getattr(args, "judge", None) and not output.with_name(output.name + ".partial").exists():
+        made.append(report_beside(output))  # with rows beside it, it is their own: it appears before the output does
+    if not args.overwrite and (there := [path for path in made if path.exists()]):
+        raise UserError(f"--output {there[0]} is there already; name another file, or pass --overwrite to make it anew")
     reading_of(args, chat=True)
+
+
+def report_beside(output: Path) -> Path:
+    """Where the agreement with a judge is written."""
+    return output.with_suffix(".agreement.json")
 
 
 def source_of(args: StreamFlags) -> Source:

@@ -19,7 +19,7 @@ from open_rm.data.preparation import CHARACTERS_PER_TOKEN, LONGEST_TEXT, fault_o
 from open_rm.data.printed import check_printed
 from open_rm.data.reading import Reading
 from open_rm.data.tokenizer import reward_id_of
-from open_rm.errors import UserError, quote_error
+from open_rm.errors import UserError
 from open_rm.scoring.scorer import Scorer
 
 # What a conversation without a prompt is told to do, in training and here.
@@ -99,7 +99,8 @@ class Encoder:
         for members in together.values():
             chats = [rows[number].answers.complete(i) for number, i in members]
             template = rows[members[0][0]].answers.template
-            for (number, i), text in zip(members, render(self.scorer.tokenizer, chats, template), strict=True):
+            texts_of = encoding.render_conversations(self.scorer.tokenizer, chats, template)
+            for (number, i), text in zip(members, texts_of, strict=True):
                 try:
                     if isinstance(text, UserError):
                         raise text
@@ -115,9 +116,10 @@ class Encoder:
 
     def _encode(self, rows: dict[int, EncodedRow], texts: dict[tuple[int, int], str], faults: dict[int, str]) -> None:
         most = max(LONGEST_TEXT, CHARACTERS_PER_TOKEN * self.scorer.max_token_length)
+        longest, longest_prompt = self._limits
         short = [key for key, text in texts.items() if key[0] not in faults and len(text) <= most]
         ids = dict(zip(short, self.scorer.encode_texts([texts[key] for key in short]), strict=True))
-        tokenizer, longest = self.scorer.tokenizer, self.scorer.max_token_length
+        tokenizer = self.scorer.tokenizer
         own_pad = tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
         for number, row in rows.items():
             if number in faults:
@@ -133,11 +135,18 @@ class Encoder:
             ]
             if fault := self._fault(row, own_pad=own_pad):
                 faults[number] = fault
-            elif any(too_many) and self.overlength == "truncate":
+            elif self.overlength == "truncate" and any(len(one) > longest_prompt for one in row.ids if one is not None):
                 whole, row.ids = row.ids, self._cut(row)
                 row.overlength = [a != b or long for a, b, long in zip(whole, row.ids, row.overlength, strict=True)]
             else:
                 row.ids = [None if long else one for one, long in zip(row.ids, row.overlength, strict=True)]
+
+    @property
+    def _limits(self) -> tuple[int, int]:
+        """Most tokens of an answer with its prompt, and of a prompt, which training cuts on its own."""
+        if self.overlength == "truncate":
+            return self.scorer.cut_to
+        return self.scorer.max_token_length, self.scorer.max_token_length
 
     def _fault(self, row: EncodedRow, *, own_pad: bool) -> str | None:
         """Why a row cannot be scored, by its token ids. own_pad: the pad token is none that text may hold."""
@@ -151,13 +160,15 @@ class Encoder:
 
     def _cut(self, row: EncodedRow) -> list[list[int] | None]:
         """The answers within the limit as training cuts a pair's sides: each beside the longest of the others."""
-        limit = self.scorer.max_token_length
+        longest, longest_prompt = self._limits
         order = sorted((i for i, ids in enumerate(row.ids) if ids is not None), key=lambda i: -len(row.ids[i]))
         cut: list[list[int] | None] = [None] * len(row.ids)
         for i in order:
             beside = next((j for j in order if j != i), i)
             prompt = self._prompt_ids(row, i, beside)
-            limits = {"max_token_length": limit, "max_prompt_token_length": limit}
+            # of one text alone it is not known where its prompt ends
+            most = longest if beside == i and not row.answers.prompt else longest_prompt
+            limits = {"max_token_length": longest, "max_prompt_token_length": most}
             pair = PairIds(prompt, row.ids[i], row.ids[beside])
             cut[i] = encoding.truncate(pair, bos_token_id=self.scorer.tokenizer.bos_token_id, **limits).chosen
         return cut
@@ -173,41 +184,28 @@ class Encoder:
         return encoding.encode_pairs(tokenizer, [text])[0].prompt
 
 
-def render(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], template: dict) -> list[str | UserError]:
-    """Conversations as text, in one call where the template takes all of them; one that it refuses is its UserError."""
-    if tokenizer.chat_template is None:
-        lacking = "the rows are messages, and the tokenizer has no chat template; choose one with --chat_template_name"
-        return [UserError(lacking) for _ in chats]
-    try:
-        return tokenizer.apply_chat_template(chats, tokenize=False, **template)
-    except Exception as error:  # a template is a program; given an odd row, it may fail in any way
-        if len(chats) == 1:
-            return [UserError(f"the chat template refuses these messages: {quote_error(error)}")]
-    return [text for chat in chats for text in render(tokenizer, [chat], template)]
-
-
 def _as_given(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids, with the reward token at the end where there is one."""
     reward_id = reward_id_of(tokenizer)
     return ids if reward_id is None or ids[-1] == reward_id else [*ids, reward_id]
 
 
+def skip(rows: Iterator[Raw], *, size: int, done: int) -> str:
+    """Read over the first `done` rows; the digest of their blocks of `size`."""
+    digest = ""
+    for raw in batched(itertools.islice(rows, done), size):
+        digest = digest_of(digest, raw)
+    return digest
+
+
 def blocks(
-    rows: Iterable[Raw], encoder: Encoder, judge: Encoder | None, *, size: int, done: int = 0, digest: str = ""
+    rows: Iterable[Raw], encoder: Encoder, judge: Encoder | None, *, size: int, digest: str = ""
 ) -> Iterator[Block]:
-    """Blocks of `size` rows, behind the first `done` of them, whose digest has to be `digest`.
+    """Blocks of `size` rows. digest: of the blocks before.
 
     Raises:
-        UserError: those rows are other ones, or the input cannot be read on.
+        UserError: the input cannot be read on.
     """
-    rows, before = iter(rows), ""
-    for raw in batched(itertools.islice(rows, done), size):
-        before = digest_of(before, raw)
-    if before != digest:
-        raise UserError(
-            f"the first {done:,} rows of --input are not those that were read before; give the input that the output was begun "
-            "with, or remove the file .partial beside --output to begin anew"
-        )
     for raw in batched(rows, size):
         digest = digest_of(digest, raw)
         good, faults = encoder.rows(raw)

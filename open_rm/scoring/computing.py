@@ -24,12 +24,15 @@ class MicroBatch:
 @dataclass(frozen=True)
 class Facts:
     """What is known once the model is loaded. max_tokens: most positions of a micro-batch.  rows: of its embeddings.
-    positions: most tokens that it can place; None: any number.  lines: for the log."""
+    positions: most tokens that it can place; None: any number.  lines: for the log.
+    device: its name, which tells what sums in which order.  threads: of a process that computes on a CPU."""
 
     max_tokens: int
     rows: int
     positions: int | None
     lines: list[str]
+    device: str
+    threads: int | None
 
 
 class Computer:
@@ -41,7 +44,10 @@ class Computer:
         if device.type == "cuda" and max_tokens is None and not recipe.one_by_one:
             most = self._what_fits()
             lines.append(f"a forward of {most} positions fits into the memory of {device}")
-        self.facts = Facts(most, self.model.rows, self.model.positions, lines)
+        on_gpu = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        threads = None if on_gpu else torch.get_num_threads()
+        self.facts = Facts(most, self.model.rows, self.model.positions, lines, name, threads)
 
     def rewards(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """[n] float32 of each micro-batch, in their order."""

@@ -58,4 +58,4 @@ def _without_nan(value: object) -> object:
         return None
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, list) else value
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value

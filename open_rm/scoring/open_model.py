@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from open_rm.batching import attention
 from open_rm.batching.layouts import lay_out_sequences
@@ -122,6 +128,11 @@ def read_config(name: str, *, revision: str | None, code: bool) -> tuple[PreTrai
             ) from error
         raise UserError(f"--model {name}: no model could be found ({quote_error(error)})") from error
     loader = any_decoder.loader(config, name, **how)
+    own = (getattr(config, "auto_map", None) or {}).get(any_decoder.AUTO)
+    if own and not code and loader is AutoModelForSequenceClassification:
+        raise UserError(
+            f"--model {name}: brings a classifier of its own ({own}); read that code, then pass --trust_remote_code"
+        )
     if code:
         families.name_own_class(config)
     else:

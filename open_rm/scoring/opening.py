@@ -27,7 +27,7 @@ from open_rm.scoring import folders
 from open_rm.scoring.computing import Computer, Facts
 from open_rm.scoring.open_model import OWN, Recipe, read_config
 from open_rm.scoring.processes import Workers
-from open_rm.scoring.scorer import Reading, Scorer
+from open_rm.scoring.scorer import Scorer, SequenceRules
 
 UNBOUNDED = 2**20  # most tokens where neither the model nor its tokenizer names a limit
 
@@ -48,14 +48,14 @@ def open_scorer(flags: OpeningFlags) -> Scorer:
         most = flags.max_tokens_per_micro_batch
         computer = Workers(recipe, devices, most) if len(devices) > 1 else Computer(recipe, devices[0], most)
         try:
-            reading = _reading(flags, found, recipe, computer.facts)
+            rules = _rules(flags, found, recipe, computer.facts)
         except UserError:
             computer.close()
             raise
-    lines = [*_said(flags.model, found, recipe, reading, why_not_shared), *computer.facts.lines]
+    lines = [*_said(flags.model, found, recipe, rules, why_not_shared), *computer.facts.lines]
     if len(devices) > 1:
         lines.append(f"{len(devices)} processes compute, on {', '.join(map(str, dict.fromkeys(devices)))}")
-    return Scorer(flags.model, computer, recipe, found.tokenizer, reading, lines=lines, fingerprint=mark)
+    return Scorer(flags.model, computer, recipe, found.tokenizer, rules, lines=lines, fingerprint=mark)
 
 
 @contextlib.contextmanager
@@ -205,7 +205,7 @@ def _dtype(flags: OpeningFlags, found: _Found, device: torch.device) -> torch.dt
     return getattr(torch, held_in)
 
 
-def _reading(flags: OpeningFlags, found: _Found, recipe: Recipe, facts: Facts) -> Reading:
+def _rules(flags: OpeningFlags, found: _Found, recipe: Recipe, facts: Facts) -> SequenceRules:
     """How sequences have to look, now that the model is there."""
     contract, tokenizer, text = found.contract, found.tokenizer, found.config.get_text_config()
     positions, wanted = facts.positions, flags.max_token_length
@@ -216,21 +216,24 @@ def _reading(flags: OpeningFlags, found: _Found, recipe: Recipe, facts: Facts) -
     most = positions or UNBOUNDED
     if contract is None:  # tokenizers of others may know better than the config (RoBERTa); a huge number means nothing
         most = min(most, tokenizer.model_max_length)
+    trained = (contract.max_token_length, contract.max_prompt_token_length) if contract else (None, None)
+    cut_to = wanted or min(most, trained[0] or most)
     rope = getattr(text, "rope_parameters", None) or {}
     reads_where_its_pooling_says = recipe.layout == OWN or found.config.model_type in families.ENCODERS
-    return Reading(
+    return SequenceRules(
         chat=tokenizer.chat_template is not None if contract is None else contract.chat,
         ending="" if contract is None else contract.ending,
         ours=contract is not None,
         max_token_length=wanted or most,
         rows=facts.rows,
+        cut_to=(cut_to, min(cut_to, trained[1] or cut_to)),
         # there the frequencies change, for all rows of a forward
         apart_at=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else 0,
         skipped=None if reads_where_its_pooling_says else recipe.pad_token_id,
     )
 
 
-def _said(name: str, found: _Found, recipe: Recipe, reading: Reading, why_not_shared: str | None) -> list[str]:
+def _said(name: str, found: _Found, recipe: Recipe, rules: SequenceRules, why_not_shared: str | None) -> list[str]:
     """What was opened as what, for the log."""
     contract, kind = found.contract, found.config.model_type
     if contract is None:
@@ -240,24 +243,27 @@ def _said(name: str, found: _Found, recipe: Recipe, reading: Reading, why_not_sh
         what = f"an adapter of ours, beside its base {found.adapter['base_model_name_or_path']} in {held_in}"
     else:
         what = f"a reward model of ours ({kind})"
-    scored = "conversations, rendered by its chat template" if reading.chat else "plain text"
-    if reading.ending and not reading.chat:
-        scored += f" that ends in {reading.ending!r}"
+    scored = "conversations, rendered by its chat template" if rules.chat else "plain text"
+    if rules.ending and not rules.chat:
+        scored += f" that ends in {rules.ending!r}"
     why = f", not shared_prefix: {why_not_shared}" if why_not_shared else ""
     layout = "its own forward on padded rows" if recipe.layout == OWN else recipe.layout
     lines = [
-        f"{name}: {what}; it scores {scored}, of at most {reading.max_token_length} tokens",
+        f"{name}: {what}; it scores {scored}, of at most {rules.max_token_length} tokens",
         f"computed in {recipe.dtype}, batching: {layout}{why}",
     ]
+    if contract is not None and contract.max_token_length:
+        prompt = f", {contract.max_prompt_token_length} of them its prompt" if contract.max_prompt_token_length else ""
+        lines.append(f"trained on at most {contract.max_token_length} tokens a side{prompt}")
     if recipe.one_by_one:
         lines.append(
             "sequences are computed one by one: its config names no pad token, and its class needs one for several"
         )
-    elif contract is None and reading.skipped is not None and reading.skipped == found.tokenizer.eos_token_id:
-        pad = found.tokenizer.convert_ids_to_tokens(reading.skipped)
+    elif contract is None and rules.skipped is not None and rules.skipped == found.tokenizer.eos_token_id:
+        pad = found.tokenizer.convert_ids_to_tokens(rules.skipped)
         lines.append(
             f"its pad is its end token, {pad}: as in transformers, the reward is read before those at a text's end"
         )
-    if reading.chat and tokenizers.prints_date(found.tokenizer):
+    if rules.chat and tokenizers.prints_date(found.tokenizer):
         lines.append(f"its chat template prints today's date; here it is always {tokenizers.DATE}")
     return lines

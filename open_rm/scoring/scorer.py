@@ -21,7 +21,7 @@ from open_rm.scoring.processes import Workers
 
 
 @dataclass(frozen=True)
-class Reading:
+class SequenceRules:
     """How sequences have to look, and where their reward is read.
 
     chat: whether conversations are rendered by the chat template, which writes all special tokens.
@@ -30,6 +30,7 @@ class Reading:
     max_token_length: most tokens.  apart_at: sequences of more tokens than this and others cannot be computed in the same
         rows (rotary embeddings that change there); 0: none.
     rows: token ids are below it.
+    cut_to: most tokens of a sequence and of a prompt where both are cut as training did.
     skipped: id that is passed over from the end of a sequence to where the reward is read; None: it is read at the end.
     """
 
@@ -38,6 +39,7 @@ class Reading:
     ours: bool
     max_token_length: int
     rows: int
+    cut_to: tuple[int, int]
     apart_at: int = 0
     skipped: int | None = None
 
@@ -50,7 +52,10 @@ class Scorer:
     chat: trained on conversations (contract.json), or somebody's model with a chat template.
     ending: what plain text has to end with.
     max_token_length: most tokens of a sequence.
+    cut_to: most tokens of a sequence and of a prompt where both are cut as training did.
+    rows: token ids are below it.
     fingerprint: changes with whatever decides a reward: weights, code, tokenizer, dtype.
+    machine: name, as a refusal says it -> value, of what decides a reward's last digits besides.
     """
 
     def __init__(
@@ -59,14 +64,18 @@ class Scorer:
         computer: Computer | Workers,
         recipe: Recipe,
         tokenizer: PreTrainedTokenizerBase,
-        reading: Reading,
+        rules: SequenceRules,
         *,
         lines: list[str],
         fingerprint: str,
     ):
         self.name, self.tokenizer, self.lines, self.fingerprint = name, tokenizer, lines, fingerprint
-        self.chat, self.ending, self.max_token_length = reading.chat, reading.ending, reading.max_token_length
-        self._computer, self._recipe, self._reading = computer, recipe, reading
+        self.chat, self.ending, self.max_token_length = rules.chat, rules.ending, rules.max_token_length
+        self.cut_to, self.rows = rules.cut_to, rules.rows
+        facts = computer.facts
+        self.machine = {"device": facts.device, "number of threads": facts.threads}
+        self.machine |= {"--max_tokens_per_micro_batch": facts.max_tokens}
+        self._computer, self._recipe, self._rules = computer, recipe, rules
         self._one_call = threading.Lock()
 
     def encode_conversations(
@@ -79,19 +88,15 @@ class Scorer:
         Raises:
             UserError: there is no chat template, or it refuses one of them.
         """
-        if not conversations:
-            return []
-        try:
-            texts = self.tokenizer.apply_chat_template(list(conversations), tokenize=False, **(template or {}))
-        except Exception:  # a template is a program; training's rendering says which of them it refuses, and why
-            for conversation in conversations:
-                encoding.render_pair(self.tokenizer, [], conversation, conversation, template)
-            raise
+        texts = encoding.render_conversations(self.tokenizer, conversations, template or {})
+        for mistake in texts:
+            if isinstance(mistake, UserError):
+                raise mistake
         return encoding.encode(self.tokenizer, texts, chat=True)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of complete texts: conversations that were rendered, or plain text with its ending."""
-        if self.chat or self._reading.ours:
+        if self.chat or self._rules.ours:
             return encoding.encode(self.tokenizer, texts, chat=self.chat)
         return self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
 
@@ -105,7 +110,7 @@ class Scorer:
             raise UserError(
                 f"{self.name} scores conversations, and this is plain text; give it messages, or a prompt and an answer as such"
             )
-        if not self._reading.ours:
+        if not self._rules.ours:
             return prompt + answer
         return encoding.render_pair(self.tokenizer, prompt, answer, answer).chosen
 
@@ -139,20 +144,20 @@ class Scorer:
             raise UserError(f"sequence {number} is no list of token ids")
         if not 0 < len(ids) <= most:
             raise UserError(f"sequence {number} has {ids.size} tokens, and {self.name} takes from 1 to {most}")
-        if ids.min() < 0 or ids.max() >= self._reading.rows:
+        if ids.min() < 0 or ids.max() >= self.rows:
             raise UserError(
                 f"sequence {number} has the token id {ids.min() if ids.min() < 0 else ids.max()}, and {self.name} knows those "
-                f"from 0 to {self._reading.rows - 1}"
+                f"from 0 to {self.rows - 1}"
             )
-        if self._reading.skipped is not None and ids[-1] == self._reading.skipped:
-            kept = np.flatnonzero(ids != self._reading.skipped)
+        if self._rules.skipped is not None and ids[-1] == self._rules.skipped:
+            kept = np.flatnonzero(ids != self._rules.skipped)
             ids = ids[: kept[-1] + 1 if len(kept) else 1]
         return ids.astype(np.int64)
 
     def _rewards(self, sequences: list[np.ndarray], prompts: Sequence[int] | None) -> np.ndarray:
         layout = "padded" if self._recipe.layout == OWN else self._recipe.layout
         most = 1 if self._recipe.one_by_one else self._computer.facts.max_tokens
-        parts = plan(sequences, prompts, layout=layout, max_tokens=most, apart_at=self._reading.apart_at)
+        parts = plan(sequences, prompts, layout=layout, max_tokens=most, apart_at=self._rules.apart_at)
         batches = [MicroBatch([sequences[i] for i in part.members], part.prompt_of) for part in parts]
         rewards = np.zeros(len(sequences), np.float32)
         for part, of_part in zip(parts, self._computer.rewards(batches), strict=True):

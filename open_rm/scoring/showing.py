@@ -9,14 +9,21 @@ FIRST_SECONDS, EVERY_SECONDS = 10.0, 60.0
 
 
 class Progress:
-    """total: rows.  done: of them, before this process."""
+    """total: rows."""
 
-    def __init__(self, total: int, done: int):
-        self.total, self.done, self.before = total, done, done
-        self.started = self._said = time.monotonic()
-        self._bar = None
+    def __init__(self, total: int):
+        self.total, self._bar = total, None
+        self._begin(0)
+
+    def begin(self, done: int) -> None:
+        """The clock runs. done: rows that an earlier process did."""
+        self._begin(done)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit=" rows", desc="score", smoothing=0.05)
+            self._bar = tqdm(total=self.total, initial=done, unit=" rows", desc="score", smoothing=0.05)
+
+    def _begin(self, done: int) -> None:
+        self.done = self.before = done
+        self.started = self._said = time.monotonic()
 
     def moved(self, rows: int) -> None:
         """So many rows more are done."""

@@ -7,8 +7,10 @@ blocks.py reads and encodes the next block in a thread while the model scores; w
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,10 +22,12 @@ from open_rm.data.readers import Opened
 from open_rm.data.rows import Row
 from open_rm.errors import UserError
 from open_rm.scoring.agreement import Agreement
-from open_rm.scoring.blocks import Block, EncodedRow, Encoder, blocks
+from open_rm.scoring.arguments import report_beside
+from open_rm.scoring.blocks import Block, EncodedRow, Encoder, Raw, blocks, skip
 from open_rm.scoring.lines import Lines
 from open_rm.scoring.output import Output
 from open_rm.scoring.scorer import Scorer
+from open_rm.scoring.showing import Progress
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Tally:
     """How far a stream is and what it counted: what a run that goes on takes up.
 
     rows: of the input, read.  digest: of them.  written: rows of the output.  skipped: bad rows that were left out.
-    empty: answers without text.  made: the maker's counts.  agreements: with the judge, and with what the file says.
+    empty: answers without text.  unscored: answers without a score, these among them.  made: the maker's counts.  agreements: with the judge, and with what the file says.
     """
 
     rows: int = 0
@@ -70,6 +74,7 @@ class Tally:
     answers: int = 0
     overlength: int = 0
     empty: int = 0
+    unscored: int = 0
     skipped: int = 0
     counts: Counts = field(default_factory=Counts)
     made: dict = field(default_factory=dict)
@@ -87,7 +92,7 @@ class Stream:
     """One file's way through a model.
 
     rows: which of the input's rows, whole blocks of `block_rows`.  skip_bad_rows: most that are left out.
-    say: takes lines for the log.  moved: is told how many rows of the input were done.
+    shown: where the log's lines go, and how far it is.
     """
 
     opened: Opened
@@ -98,8 +103,7 @@ class Stream:
     output: Output
     block_rows: int
     skip_bad_rows: int
-    say: Callable[[str], None]
-    moved: Callable[[int], None]
+    shown: Progress
 
     def run(self) -> Tally:
         """Score all rows and have the output appear.
@@ -107,11 +111,15 @@ class Stream:
         Raises:
             UserError: a row that is bad and may not be skipped, a disk that takes no more. What was written is kept.
         """
-        tally = Tally.of(self.output.progress) if self.output.progress else Tally()
+        try:
+            tally, raw = self._begun()
+        except BaseException:
+            self.output.close()
+            raise
         if tally.made:
             self.maker.counts = type(self.maker.counts)(**tally.made)
-        raw = itertools.islice(self.opened.rows(), self.rows.start, self.rows.stop)
-        how = {"size": self.block_rows, "done": tally.rows, "digest": tally.digest}
+        self.shown.begin(tally.rows)
+        how = {"size": self.block_rows, "digest": tally.digest}
         lines, is_first = Lines(), True
         try:
             with contextlib.closing(prefetch(blocks(raw, self.encoder, self.judge, **how), depth=2)) as ready:
@@ -123,25 +131,53 @@ class Stream:
                     tally.made = dataclasses.asdict(self.maker.counts)
                     self.output.write(lines.of(made), dataclasses.asdict(tally), now=is_first)
                     if is_first and (columns := columns_line(dataclasses.asdict(tally.counts))):
-                        self.say(columns.strip())
+                        self.shown.say(columns.strip())
                     is_first = False
-                    self.moved(block.size)
-            self.output.finish()
+                    self.shown.moved(block.size)
+            self.output.finish(self._reports(tally))
         except BaseException as error:
             with contextlib.suppress(Exception):
                 self.output.commit()
             self.output.close()
-            if isinstance(error, UserError) and tally.rows and "what was written" not in str(error):
-                raise UserError(f"{error}. {self._kept(tally)}") from error
+            if isinstance(error, UserError) and self.output.progress and "what was written" not in str(error):
+                raise UserError(f"{error}. {self._kept()}") from error
             raise
         for line in (*lines.said(), *self.maker.lines()):
-            self.say(line)
+            self.shown.say(line)
         return tally
 
-    def _kept(self, tally: Tally) -> str:
+    def _begun(self) -> tuple[Tally, Iterator[Raw]]:
+        """How far the output is, and the rows behind."""
+        tally = Tally.of(self.output.progress) if self.output.progress else Tally()
+        raw = self._raw()
+        if skip(raw, size=self.block_rows, done=tally.rows) == tally.digest:
+            if tally.rows:
+                self.shown.say(f"going on after row {tally.rows:,} of {len(self.rows):,}, from {self.output.partial}")
+            return tally, raw
+        what = f"the first {tally.rows:,} rows of --input are not those that were read before"
+        if not self.output.overwrite:
+            raise UserError(
+                f"{what}; give the input that {self.output.partial} was begun with, or pass --overwrite to begin anew"
+            )
+        self.shown.say(f"{what}: begun anew")
+        self.output.begin_anew()
+        return Tally(), self._raw()
+
+    def _raw(self) -> Iterator[Raw]:
+        return itertools.islice(self.opened.rows(), self.rows.start, self.rows.stop)
+
+    def _reports(self, tally: Tally) -> dict[Path, str]:
+        """Files beside the output, and their texts."""
+        if self.judge is None:
+            return {}
+        names = self.encoder.scorer.name, self.judge.scorer.name
+        said = tally.agreements.get("judge", Agreement()).report(*names)
+        return {report_beside(self.output.path): json.dumps(said, indent=2) + "\n"}
+
+    def _kept(self) -> str:
         return (
-            f"The {tally.rows:,} rows before are kept in {self.output.partial}: the same command goes on behind them, also when "
-            "later rows were corrected or may be skipped"
+            f"The {self.output.progress['rows']:,} rows before are kept in {self.output.partial}: the same command goes on behind "
+            "them, also when later rows were corrected or may be skipped"
         )
 
     def _judge_bad_rows(self, block: Block, tally: Tally) -> None:
@@ -154,7 +190,7 @@ class Stream:
             )
         tally.skipped = allowed
         for place, what in block.bad:
-            self.say(f"skipped {place}: {what}")
+            self.shown.say(f"skipped {place}: {what}")
 
     def _scored(self, block: Block, tally: Tally) -> list[ScoredRow]:
         scores = rewards_of(self.encoder.scorer, block.rows)
@@ -167,6 +203,7 @@ class Stream:
             tally.answers += len(scored.scores)
             tally.overlength += sum(scored.overlength)
             tally.empty += sum(answer is None for answer in scored.answers.answers)
+            tally.unscored += sum(score is None for score in scored.scores)
             for name, other in (("judge", scored.judge), ("file", scored.answers.given)):
                 if other is not None and len(other) > 1:
                     tally.agreements.setdefault(name, Agreement()).take(scored.scores, other)
@@ -211,14 +248,17 @@ def _prompt_numbers(rows: list[EncodedRow]) -> list[int]:
     return [numbers.setdefault(key if isinstance(key, int) else repr(key), len(numbers)) for key in keys]
 
 
-def summary(tally: Tally, *, name: str, model: str, judge: str | None, truncated: bool) -> list[str]:
+def summary(tally: Tally, *, name: str, model: str, judge: str | None) -> list[str]:
     """What became of the input, for the log: forms, oddities, agreement."""
     forms = ", ".join(f"{count:,} {form}" for form, count in tally.counts.forms.items())
     lines = [f"{name}: {tally.rows:,} rows ({forms})" if forms else f"{name}: {tally.rows:,} rows"]
     for key, entry in tally.counts.oddities.items():
         lines.append(f"{entry['count']:,} rows {oddity_sentence(key)} (first {entry['first']})")
-    if tally.overlength:
-        lines.append(f"{tally.overlength:,} answers are over-length, marked and {'cut' if truncated else 'not scored'}")
+    left_out = tally.unscored - tally.empty
+    if cut := tally.overlength - left_out:
+        lines.append(f"{cut:,} answers are over-length, marked and cut")
+    if left_out:
+        lines.append(f"{left_out:,} answers are over-length, marked and not scored")
     if tally.empty:
         lines.append(f"{tally.empty:,} answers are empty and have no score")
     if judge is not None:

@@ -6,12 +6,11 @@ Every request gets a status: rewards, or one sentence in the shape that the path
 """
 
 import asyncio
-import contextlib
 import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
@@ -26,7 +25,7 @@ from open_rm.serving import dialects
 from open_rm.serving.collector import Collector
 from open_rm.serving.counters import Counters
 from open_rm.serving.limits import Places, Refusal, ServingFlags
-from open_rm.serving.texts import Reader, cut
+from open_rm.serving.texts import Item, Reader, characters
 
 LOG = logging.getLogger("open_rm.serving")
 THROWN_AWAY = 4  # times the limit: so much of a refused body is read, that its sender may hear why
@@ -52,6 +51,7 @@ class Service:
             scorer.rewards, self.worker, wait=flags.collect_ms / 1000, counters=self.counters, places=self.places
         )
         self.began, self.draining = int(time.time()), False
+        self._stopped = asyncio.get_running_loop().create_future()
 
     def application(self) -> Starlette:
         """The paths."""
@@ -62,6 +62,10 @@ class Service:
             Route("/v1/models", self._answering("/v1/models", self.models), methods=["GET"]),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: self.no_such_path})
+
+    def stop(self) -> None:
+        """Whoever still waits is told 503."""
+        self._stopped.set_result(None)
 
     # ---------------------------------------------------------------- handlers
 
@@ -75,6 +79,7 @@ class Service:
             count = len(question.items)
             if count > self.flags.max_texts_per_request:
                 raise Refusal(400, f"{count} texts in one request, and it may have {self.flags.max_texts_per_request}")
+            held += self._hold_written_out(question.items, held)
             with self.places.for_texts(count):
                 scored = await self._unless_gone(request, self._scored(question, began))
             return JSONResponse(question.write(scored))
@@ -83,22 +88,23 @@ class Service:
 
     async def _scored(self, question: dialects.Question, began: float) -> dialects.Scored:
         loop = asyncio.get_running_loop()
-        sequences = await loop.run_in_executor(self.encoder, self._sequences, question)
+        sequences = await loop.run_in_executor(self.encoder, self.reader.sequences, question.items, question.keep)
         rewards = await self.collector.rewards(sequences)
         return dialects.Scored(rewards, [len(ids) for ids in sequences], time.monotonic() - began)
 
-    def _sequences(self, question: dialects.Question) -> list[list[int]]:
-        """Token ids of the question's items, none of them too long."""
-        most, keep = self.scorer.max_token_length, question.keep
-        if keep is not None and keep > most:
-            raise Refusal(400, f"truncate_prompt_tokens {keep} is more than the {most} tokens that the model takes")
-        sequences = self.reader.sequences(question.items)
-        if keep is not None:
-            sequences = [cut(ids, most if keep == -1 else keep, self.reader.count) for ids in sequences]
-        for number, ids in enumerate(sequences):
-            if len(ids) > most:
-                raise Refusal(400, f"text {number} has {len(ids)} tokens, and the model takes at most {most}")
-        return sequences
+    def _hold_written_out(self, items: Sequence[Item], held: int) -> int:
+        """Room for the items' text beyond the body's bytes: a prompt may stand there once for many answers."""
+        known: dict[int, int] = {}
+        size = sum(characters(item, known) for item in items)
+        if size > self.places.most_bytes:
+            raise Refusal(
+                400,
+                f"the prompts and answers have {size} characters together, and --max_waiting_mib "
+                f"{self.flags.max_waiting_mib:g} allows {self.places.most_bytes}; send fewer texts a request",
+            )
+        more = max(0, size - held)
+        self.places.hold(more)
+        return more
 
     async def health(self, request: Request) -> Response:
         """Open to all: 200 while it scores, 503 while it drains or the model fails."""
@@ -132,7 +138,7 @@ class Service:
             began = time.monotonic()
             try:
                 self._authorise(request)
-                response = await handler(request)
+                response = await self._unless_stopped(handler(request))
             except Refusal as refusal:
                 response = await self._refused(request, refusal)
             except ClientDisconnect:
@@ -148,7 +154,7 @@ class Service:
         return answer
 
     async def _refused(self, request: Request, refusal: Refusal) -> Response:
-        if refusal.close:
+        if refusal.close and refusal.status != 408 and not self._stopped.done():  # 408: it had its time
             await self._throw_away(request)
         headers = {}
         if refusal.retry_after is not None:
@@ -163,7 +169,9 @@ class Service:
         if self.token is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.token.encode())
+        sent, token = given.encode("latin-1").strip(), self.token.encode(errors="surrogateescape")
+        # Beyond ASCII, aiohttp sends UTF-8 and requests Latin-1.
+        right = any(hmac.compare_digest(form, token) for form in (sent, sent.decode("latin-1").encode()))
         if scheme.lower() != "bearer" or not right:
             raise Refusal(401, "this server asks for a token: send Authorization: Bearer TOKEN", close=True)
 
@@ -206,12 +214,27 @@ class Service:
         if request.headers.get("expect") is not None:  # it asks before it sends
             return
         left = THROWN_AWAY * self.most_bytes
-        with contextlib.suppress(TimeoutError, RuntimeError):  # RuntimeError: all of it was read
+        try:
             async with asyncio.timeout(self.flags.receive_timeout):
                 async for piece in request.stream():
                     left -= len(piece)
                     if left < 0:
                         break
+        except ClientDisconnect:
+            self.counters.gone.inc()
+        except (TimeoutError, RuntimeError):  # RuntimeError: all of it was read
+            pass
+
+    async def _unless_stopped(self, work: Awaitable[Response]) -> Response:
+        """What the work gives; 503 where `stop` is called before."""
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({working, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise Refusal(503, "the server was stopped", retry_after=5, close=True)
+            return working.result()
+        finally:
+            working.cancel()
 
     async def _unless_gone(self, request: Request, work: Awaitable[dialects.Scored]) -> dialects.Scored:
         """What the work gives; where the client leaves before, it is cancelled and its place is free."""

@@ -6,6 +6,7 @@ in the event loop; the thread runs the scorer alone. What is scored together cha
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from open_rm.errors import UserError
+from open_rm.errors import UserError, quote_error
 from open_rm.serving.counters import Counters
 from open_rm.serving.limits import Places, Refusal
 
@@ -26,7 +27,7 @@ MOST_TEXTS, MOST_TOKENS = 256, 65536
 SICK = 3  # batches in a row that fail, after which the server says of itself that it is not healthy
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     """A request's sequences in the queue."""
 
@@ -56,7 +57,6 @@ class Collector:
         self._score, self._executor, self._wait = score, executor, wait
         self._counters, self._places = counters, places
         self._queue: deque[_Waiting] = deque()
-        self._in_work: list[_Waiting] = []
         self._more = asyncio.Event()
         self._running = asyncio.get_running_loop().create_task(self._run())
         self.failures = 0  # batches in a row
@@ -70,31 +70,31 @@ class Collector:
         """Rewards of a request's sequences, in order. Cancelled, it leaves the queue.
 
         Raises:
-            Refusal: 500, the model failed; 503, `refuse_all` was called.
+            Refusal: 500, the model failed.
         """
         if not sequences:
             return []
         waiting = _Waiting(list(sequences), time.monotonic(), asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._more.set()
-        return await waiting.answer
-
-    def refuse_all(self, refusal: Refusal) -> None:
-        """Answer everything that waits or is being scored with a refusal."""
-        for waiting in (*self._in_work, *self._queue):
-            _tell(waiting, refusal)
-        self._queue.clear()
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):  # it is being scored
+                self._queue.remove(waiting)
+            raise
 
     async def _run(self) -> None:
         while True:
             await self._more.wait()
             if self._queue and (left := self._queue[0].arrived + self._wait - time.monotonic()) > 0:
                 await asyncio.sleep(left)
-            self._in_work = self._taken()
+            batch = self._taken()
             if not self._queue:
                 self._more.clear()
-            if self._in_work:
-                await self._scored(self._in_work)
+            if batch:
+                await self._scored(batch)
+            del batch  # not held until the next one comes
 
     def _taken(self) -> list[_Waiting]:
         """The requests of the next batch, the oldest first; those whose client has left are dropped."""
@@ -108,6 +108,7 @@ class Collector:
         return batch
 
     async def _scored(self, batch: list[_Waiting]) -> None:
+        """Answer a batch. Where it fails, each request is scored by itself once: the fault may be of one of them."""
         sequences = [ids for waiting in batch for ids in waiting.sequences]
         began = time.monotonic()
         try:
@@ -116,12 +117,12 @@ class Collector:
             own = iter(rewards)
             answers = [[next(own) for _ in waiting.sequences] for waiting in batch]
         except Exception as error:
-            self.failures += 1
-            self._counters.failed.inc()
-            LOG.exception("a batch of %d texts failed", len(sequences))
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}, see the server's log"
+            answers = None
+            self._failed(batch, error)
+        if answers is None:  # outside of the handler: the error's frames may hold a GPU's memory
             for waiting in batch:
-                _tell(waiting, Refusal(500, f"the model could not score this: {said}"))
+                if not waiting.answer.done():
+                    await self._scored([waiting])
             return
         self.failures = 0
         self._note(sequences, time.monotonic() - began)
@@ -130,6 +131,17 @@ class Collector:
                 _tell(waiting, Refusal(500, "the model's reward of this text is not a finite number"))
             elif not waiting.answer.done():
                 waiting.answer.set_result(answer)
+
+    def _failed(self, batch: list[_Waiting], error: Exception) -> None:
+        """Count and say it; a request that was scored by itself is answered."""
+        self.failures += 1
+        self._counters.failed.inc()
+        texts = sum(len(waiting.sequences) for waiting in batch)
+        first = self.failures == 1  # in a row; one traceback says enough
+        LOG.error("a batch of %d texts failed: %s", texts, quote_error(error), exc_info=error if first else None)
+        if len(batch) == 1:
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}, see the server's log"
+            _tell(batch[0], Refusal(500, f"the model could not score this: {said}"))
 
     def _note(self, sequences: list[list[int]], seconds: float) -> None:
         self._places.texts_per_second = len(sequences) / max(seconds, 1e-6)

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from open_rm.errors import UserError, quote_error
 from open_rm.serving.application import Service
-from open_rm.serving.limits import Refusal
 
 LOG = logging.getLogger("open_rm.serving")
 LARGEST_HEAD = 64 * 2**10
@@ -123,8 +123,12 @@ class Server(uvicorn.Server):
         self.service, self.listener, self.ready, self.drained = service, listener, ready, True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
-        await super().startup(sockets)
+        """Listen, then say so. Raises UserError where somebody else listens there by now."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            port = self.service.flags.port
+            raise UserError(f"--port {port}: was taken while the model was loaded ({error.strerror})") from error
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -146,7 +150,7 @@ class Server(uvicorn.Server):
         except TimeoutError:
             self.drained = False
             LOG.warning("what still waits after %g seconds is told 503", self.service.flags.drain_timeout)
-            self.service.collector.refuse_all(Refusal(503, "the server was stopped", retry_after=5, close=True))
+            self.service.stop()
             await asyncio.sleep(LINGER)
 
     async def _take_those_in_the_queue(self) -> None:
@@ -154,10 +158,17 @@ class Server(uvicorn.Server):
         make = functools.partial(
             self.config.http_protocol_class, config=self.config, server_state=self.server_state, app_state={}
         )
-        with contextlib.suppress(BlockingIOError):
-            while True:
+        while True:
+            try:
                 accepted, _ = self.listener.accept()
-                await asyncio.get_running_loop().connect_accepted_socket(make, accepted)
+            except BlockingIOError:  # nobody waits any more
+                return
+            except ConnectionError:  # it has left
+                continue
+            except OSError as error:  # too many open files
+                LOG.warning("who waits in the system's queue is not taken: %s", quote_error(error))
+                return
+            await asyncio.get_running_loop().connect_accepted_socket(make, accepted)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from open_rm.data.rows import OWN_KEYWORDS
 from open_rm.errors import quote
 from open_rm.serving.limits import Refusal
 from open_rm.serving.texts import Answered, Conversation, Ids, Item, Text
@@ -173,6 +174,10 @@ def _vllm(body: dict, name: str, kind: str, entry: Callable[[int, float], dict])
         template = body.get("chat_template_kwargs") or {}
         if not isinstance(template, dict) or not isinstance(body["messages"], list):
             raise Refusal(400, "messages must be a list of messages, and chat_template_kwargs an object")
+        if own := sorted(set(template) & set(OWN_KEYWORDS)):
+            raise Refusal(
+                400, f"chat_template_kwargs sets {own[0]}, which the server decides as training did; leave it out"
+            )
         items: Sequence[Item] = [Conversation(body["messages"], template)]
     else:
         items = _inputs("input", body.get("input"))
@@ -191,6 +196,7 @@ def _listed(body: dict, name: str, kind: str, entry: Callable[[int, float], dict
 def _refuse(body: dict) -> None:
     """Known fields that ask for something else. use_activation is none: of one label with problem_type regression, as these
     folders have, vLLM's activation is the identity."""
+    _check_id(body, "request_id")
     if "normalize" in body:
         raise Refusal(400, "normalize was removed from vLLM, and a reward is not normalised; leave it out")
     for key in ("dimensions", "mm_processor_kwargs"):
@@ -210,6 +216,14 @@ def _keep(body: dict) -> int | None:
     if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < -1 or keep == 0):
         raise Refusal(400, f"truncate_prompt_tokens must be a number of tokens, or -1, not {quote(keep)}")
     return keep
+
+
+def _check_id(body: dict, key: str) -> None:
+    """What the client calls its request is written into the answer."""
+    try:
+        str(body.get(key)).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"{key} holds half of a surrogate pair, which is no text in UTF-8") from error
 
 
 def _id(body: dict, kind: str) -> str:
@@ -235,6 +249,7 @@ def _native(body: dict) -> Question:
     given = body.get(name)
     items = _inputs(name, given)
     alone = isinstance(given, str) or (isinstance(given, list) and isinstance(given[0], int))
+    _check_id(body, "rid")
     rid = body.get("rid")
 
     def write(scored: Scored) -> dict | list[dict]:

@@ -7,21 +7,31 @@ chat template in a few known ways, and each is mended where the template says ho
     two BOS            a text with BOS that an encoder began once more
     no end             an answer that was cut off: ended as training ends an answer, since training scores nothing else
     part of the end    a policy stops at <|im_end|> where the template writes a line break after it; or the other way round
+    another date       a template that prints today's date prints a fixed one here, as in training
     a plain prompt     beside an answer, for a model of conversations: the user's message
 
-A text that does not begin as the template begins is scored as it stands, and counted: it comes from another template.
+A text that does not begin as the template begins is scored as it stands, and counted: it comes from another template. So
+does a prompt that holds what only templates write.
 """
 
-from collections.abc import Callable, Sequence
+import os.path
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from open_rm.data.encoding import special_tokens
 from open_rm.data.messages import check_messages
+from open_rm.data.preparation import CHARACTERS_PER_TOKEN, fault_of_ids
+from open_rm.data.tokenizer import DATE
 from open_rm.errors import UserError, quote, quote_error
 from open_rm.scoring.scorer import Scorer
 from open_rm.serving.limits import Refusal
 
 # Words that no template writes itself.
 SYSTEM, QUESTION, ANSWER = "Heed oblique walnuts.", "Whither, tangerine?", "Yonder, marmalade."
+# What begins a turn in templates of other models, where it may be plain text to this tokenizer.
+TURN_MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]")
+SLICE = 2**20  # characters that are encoded before their lengths are looked at
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,12 @@ class Reader:
         self.ending = scorer.ending
         if scorer.chat:
             self._read_template()
-        special = [token.content for token in scorer.tokenizer.added_tokens_decoder.values() if token.special]
-        ends = {self.ending.find(token) + len(token) for token in special if token in self.ending}
-        self.parts_of_ending = [self.ending[:n] for n in sorted(ends, reverse=True) if n < len(self.ending)]
+        tokens = special_tokens(scorer.tokenizer)
+        ends = {self.ending.find(token) + len(token) for token in tokens if token in self.ending} | {len(self.ending)}
+        parts = (self.ending[:n].rstrip() for n in sorted(ends, reverse=True))
+        self.parts_of_ending = [part for part in dict.fromkeys(parts) if part]
+        added = scorer.tokenizer.added_tokens_decoder.values()
+        self.marks = [token.content for token in added if token.special and token.content.strip()] + [*TURN_MARKS]
         [sample] = self.sequences([self.sample()])
         self.first_id, self.scored_id = sample[0], sample[-1]
         begin = f" begin with {quote(self.openings[-1])} and" if scorer.chat else ""
@@ -109,26 +122,54 @@ class Reader:
         token = self.scorer.tokenizer.added_tokens_decoder.get(ids[0])
         if token is not None and token.special and all(opening.startswith(token.content) for opening in self.openings):
             self.bos = token.content
-            self.common = _common_start(self.openings)  # what conversations with tools begin with, too
+            self.common = os.path.commonprefix(self.openings)  # what conversations with tools begin with, too
 
     # ---------------------------------------------------------------- items
 
-    def sequences(self, items: Sequence[Item]) -> list[list[int]]:
-        """Token ids of each item, in order.
+    def sequences(self, items: Sequence[Item], keep: int | None = None) -> list[list[int]]:
+        """Token ids of each item, in order. keep: as dialects.Question has it.
 
         Raises:
-            Refusal: 400, an item that cannot be scored; the sentence says which and why.
+            Refusal: 400, an item that cannot be scored or is too long; the sentence says which and why.
         """
+        most = self.scorer.max_token_length
+        if keep is not None and keep > most:
+            raise Refusal(400, f"truncate_prompt_tokens {keep} is more than the {most} tokens that the model takes")
+        result: list[list[int]] = []
+        for part in _slices(items):
+            for item, ids in zip(part, self._encoded(part, len(result)), strict=True):
+                if fault := self._fault(item, ids):
+                    raise Refusal(400, f"text {len(result)}: {fault}")
+                ids = cut(ids, most if keep == -1 else keep, self.count)
+                if len(ids) > most:
+                    raise Refusal(400, f"text {len(result)} has {len(ids)} tokens, and the model takes at most {most}")
+                result.append(ids)
+        return result
+
+    def _encoded(self, items: list[Item], before: int) -> list[list[int]]:
+        """Token ids of a slice. before: how many items stand before it."""
         made: list[Item] = []
-        for number, item in enumerate(items):
+        for number, item in enumerate(items, before):
             try:
                 made.append(self._prepared(item))
             except UserError as mistake:
                 raise Refusal(400, f"text {number}: {mistake}") from mistake
         result: list[list[int] | None] = [item.ids if isinstance(item, Ids) else None for item in made]
         self._encode_texts(made, result)
-        self._encode_conversations(made, result)
+        self._encode_conversations(made, result, before)
         return result
+
+    def _fault(self, item: Item, ids: list[int]) -> str | None:
+        """Why the ids cannot be scored. They would fail the texts that are scored together with them, too."""
+        tokenizer = self.scorer.tokenizer
+        if not ids:
+            return "has no tokens"
+        if max(ids) >= self.scorer.rows:
+            return f"has the token id {max(ids)}, and the model knows those below {self.scorer.rows}"
+        text_ids = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+        if tokenizer.pad_token_id in text_ids or (isinstance(item, Ids) and ids[-1] != self.scored_id):
+            return None
+        return fault_of_ids(ids, tokenizer)
 
     def _encode_texts(self, items: list[Item], result: list) -> None:
         where = [number for number, item in enumerate(items) if isinstance(item, Text)]
@@ -136,7 +177,7 @@ class Reader:
             for number, ids in zip(where, self.scorer.encode_texts([items[n].text for n in where]), strict=True):
                 result[number] = ids
 
-    def _encode_conversations(self, items: list[Item], result: list) -> None:
+    def _encode_conversations(self, items: list[Item], result: list, before: int) -> None:
         together: dict[str, list[int]] = {}
         for number, item in enumerate(items):
             if isinstance(item, Conversation):
@@ -146,12 +187,20 @@ class Reader:
                 template = items[where[0]].template
                 encoded = self.scorer.encode_conversations([items[n].messages for n in where], template)
             except UserError as mistake:
-                raise Refusal(400, f"text {where[0]}: {mistake}" if len(where) == 1 else str(mistake)) from mistake
+                raise Refusal(
+                    400, f"text {before + where[0]}: {mistake}" if len(where) == 1 else str(mistake)
+                ) from mistake
             for number, ids in zip(where, encoded, strict=True):
                 result[number] = ids
 
     def _prepared(self, item: Item) -> Item:
         """An item with nothing left to decide: complete text, messages that the template takes, checked ids."""
+        size, most = characters(item), CHARACTERS_PER_TOKEN * self.scorer.max_token_length
+        if size > most:
+            raise UserError(
+                f"has {size} characters, and the model takes at most {self.scorer.max_token_length} tokens, so no text of more "
+                f"than {most} characters is read"
+            )
         if isinstance(item, Answered):
             item = self._joined(item)
         elif isinstance(item, Text):
@@ -164,6 +213,9 @@ class Reader:
             messages = check_messages("messages", item.messages)
             if messages[-1]["role"] != "assistant":
                 raise UserError(f"ends with a message of {messages[-1]['role']}, and the assistant's answer is scored")
+            for part in _parts([messages, item.template]):
+                if isinstance(part, str):
+                    _encodable(part)
             return Conversation(messages, item.template)
         return item if isinstance(item, Text) else self._checked(item)
 
@@ -176,14 +228,20 @@ class Reader:
         if isinstance(prompt, str):
             if not self.scorer.chat:
                 return Text(self.scorer.complete(prompt, ended.removesuffix(self.ending)))
-            if any(opening and prompt.startswith(opening) for opening in self.openings) or self._lacks_bos(prompt):
+            if self._is_rendered(prompt):
                 return Text(self._begun(prompt) + ended)
             self.count("plain prompt", prompt)
             prompt = [{"role": "user", "content": prompt}]
         return Conversation([*prompt, {"role": "assistant", "content": ended.removesuffix(self.ending)}])
 
+    def _is_rendered(self, prompt: str) -> bool:
+        """Whether a template wrote the prompt, this one or another."""
+        begins = any(opening and prompt.startswith(opening) for opening in self.openings) or self._lacks_bos(prompt)
+        return begins or any(mark in prompt for mark in self.marks)
+
     def _begun(self, text: str) -> str:
         """The text with the template's beginning."""
+        text = self._dated(text)
         if not self.scorer.chat or any(text.startswith(opening) for opening in self.openings):
             return text
         if self.bos and text.startswith(2 * self.bos):
@@ -197,6 +255,16 @@ class Reader:
             self.count("another template", text[:80])
         return text
 
+    def _dated(self, text: str) -> str:
+        """The text with the date of training, where the template prints one."""
+        for opening in (*self.openings, self.common):
+            before, date, after = opening.removeprefix(self.bos).partition(DATE)
+            pattern = f"((?:{re.escape(self.bos)})*{re.escape(before)})([^\\n]{{4,30}}?){re.escape(after)}"
+            if date and after and (found := re.match(pattern, text)) and found[2] != DATE:
+                self.count("another date", text[:80])
+                return found[1] + DATE + text[found.end(2) :]
+        return text
+
     def _lacks_bos(self, text: str) -> bool:
         """Whether the text with BOS before it would begin as conversations do, beyond BOS alone."""
         begun, starts = self.bos + text, (*self.openings, self.common)
@@ -206,14 +274,11 @@ class Reader:
         """The text with the ending of training; without counting where the answer is whole."""
         if text.endswith(self.ending):
             return text
-        core = self.ending.rstrip()
-        if core and text.rstrip().endswith(core):
-            self.count("part of the end", text[-80:])
-            return text.rstrip().removesuffix(core) + self.ending
+        bare = text.rstrip()
         for part in self.parts_of_ending:
-            if text.endswith(part):
+            if bare.endswith(part):
                 self.count("part of the end", text[-80:])
-                return text.removesuffix(part) + self.ending
+                return bare.removesuffix(part) + self.ending
         if not whole:
             if self.refuses_unfinished:
                 raise UserError(
@@ -245,11 +310,54 @@ MENDED = {
     "two BOS": "came with BOS twice, which was taken away",
     "no end": "came without the token that is scored, as cut-off answers do; they were ended as in training",
     "part of the end": "ended a little differently from the template, and were given its ending",
+    "another date": "came with another date than this template prints, which was put in its place",
     "plain prompt": "came with a prompt that was not rendered, which was taken as the user's message",
     "another template": "do not begin as this model's chat template begins; their rewards mean little",
     "other ids": "came as token ids that do not begin or end as in training; they were scored as they are",
     "cut": "were longer than their truncate_prompt_tokens and lost their start",
 }
+
+
+def characters(item: Item, known: dict[int, int] | None = None) -> int:
+    """About as many as the item has when it is written out. known: sizes of prompts, which may stand in many items."""
+    if isinstance(item, Text):
+        return len(item.text)
+    if isinstance(item, Answered):
+        known = {} if known is None else known
+        if id(item.prompt) not in known:
+            known[id(item.prompt)] = _size(item.prompt)
+        return known[id(item.prompt)] + len(item.answer)
+    return _size(item.messages) + _size(item.template) if isinstance(item, Conversation) else 0
+
+
+def _size(value: object) -> int:
+    """Characters in whatever JSON holds, and one for each thing in it."""
+    return sum(len(part) if isinstance(part, str) else 1 for part in _parts(value))
+
+
+def _parts(value: object) -> Iterator[object]:
+    """Everything in whatever JSON holds, however deep."""
+    left = [value]
+    while left:
+        part = left.pop()
+        yield part
+        if isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, list):
+            left += part
+
+
+def _slices(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """The items in order, some at a time: encoding stops at the first that is too long."""
+    part, size, known = [], 0, {}
+    for item in items:
+        part.append(item)
+        size += characters(item, known)
+        if size >= SLICE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def cut(ids: list[int], most: int | None, count: Callable[[str, str], None]) -> list[int]:
@@ -266,10 +374,3 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError("holds half of a surrogate pair, which is no text in UTF-8") from error
     return text
-
-
-def _common_start(texts: list[str]) -> str:
-    first, last = min(texts), max(texts)
-    return first[
-        : next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    ]

@@ -13,6 +13,7 @@ class Progress:
 
     pairs: of an epoch.  episode: pairs seen.  training_seconds: of the loop, evaluations aside.  flops: that the model needed.
     last_train, last_evaluation: metrics by the names under which they are logged.
+    evaluated_step: that of last_evaluation.
     skipped: steps that were no numbers and were not applied.  evaluation_due: the evaluation at this step is still to be made.
     best_step, best_value, best_evaluation: of the best evaluation so far.  worse: evaluations since then.
     """
@@ -31,6 +32,7 @@ class Progress:
     best_value: float | None = None
     best_evaluation: dict[str, float] = field(default_factory=dict)
     worse: int = 0
+    evaluated_step: int | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def advance(self, step: Step, means: dict[str, float], performance: dict[str, float]) -> None:
@@ -39,6 +41,10 @@ class Progress:
         self.training_seconds += performance["perf/step_seconds"]
         self.flops = performance["perf/total_flops"]
         self.last_train = {f"train/rm/{name}": value for name, value in means.items()} | performance
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """An evaluation was made at this step."""
+        self.evaluation_due, self.last_evaluation, self.evaluated_step = False, metrics, self.step
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -3,6 +3,8 @@
 every_decoder.py does for all causal types what is done here for a few.
 """
 
+import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -16,7 +18,7 @@ from every_decoder import TOLERANCE, apart, judge, one_by_one, pairs, read_by_cl
 
 from open_rm.errors import UserError
 from open_rm.flags import AdapterFlags, Args, ModelFlags, OpeningFlags
-from open_rm.model import any_decoder, families
+from open_rm.model import any_decoder, families, modeling_reward
 from open_rm.model.contract import Contract
 from open_rm.reward_modeling import main
 from open_rm.scoring.opening import open_scorer
@@ -133,15 +135,48 @@ def test_a_folder_whose_file_is_another_is_refused_and_runs_only_if_it_is_truste
     file = folder / "modeling_reward.py"
     file.write_text(file.read_text() + "\nraise RuntimeError('THE FILE RUNS')\n")
     flags = ModelFlags(model_name_or_path=str(folder))
-    with pytest.raises(
-        UserError, match="brings a classifier of its own .*; read that code, then pass --trust_remote_code"
-    ):
+    changed = (
+        "its modeling_reward.py is of another version of open_rm, or was changed; read it, then pass --trust_remote"
+    )
+    with pytest.raises(UserError, match=changed):
         families.read_config(flags, max_token_length=64)
     trusting = ModelFlags(model_name_or_path=str(folder), trust_remote_code=True)
     config = families.read_config(trusting, max_token_length=64)
     loader = any_decoder.loader(config, str(folder), trust_remote_code=True)
     with pytest.raises(RuntimeError, match="THE FILE RUNS"):
         loader.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_folder_of_an_earlier_version_is_loaded_without_trust(trained, tokenizer_of_all, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained[0]["granite"], tmp_path / "earlier")
+    file = folder / "modeling_reward.py"
+    file.write_text(file.read_text().replace("A score head over", "A head over"))
+    with pytest.raises(UserError, match="of another version of open_rm, or was changed"):
+        load_model(folder, tokenizer_of_all)
+    earlier = inspect.getsource(modeling_reward).replace("A score head over", "A head over")
+    known = (hashlib.sha256(earlier.encode()).hexdigest(), *any_decoder.COMMON)
+    monkeypatch.setattr(any_decoder, "COMMON", known)
+    assert any_decoder.is_made_here(load_model(folder, tokenizer_of_all).classifier)
+    file.write_text(file.read_text() + "\n# a line below the family's class\n")
+    with pytest.raises(UserError, match="of another version of open_rm, or was changed"):
+        load_model(folder, tokenizer_of_all)
+
+
+def test_the_text_that_folders_bring_is_among_those_that_later_versions_take():
+    """Red after a change of modeling_reward.py: then its new sha256 goes behind those that stand in COMMON."""
+    text = inspect.getsource(modeling_reward)
+    assert any_decoder.COMMON[-1] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_folder_that_names_another_file_is_refused_as_somebodys(trained, tokenizer_of_all, tmp_path):
+    folder = shutil.copytree(trained[0]["granite"], tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {any_decoder.AUTO: "theirs.Reward"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"brings a classifier of its own \(theirs.Reward\); read that code, then pass --trust"
+    ):
+        load_model(folder, tokenizer_of_all)
 
 
 def test_a_family_that_has_a_classifier_brings_no_code(toy, tokenizer_of_all, tmp_path):

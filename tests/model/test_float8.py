@@ -363,7 +363,7 @@ def test_hopper_and_later_in_bfloat16_can():
         ({"use_peft": True}, "with --use_peft the large matrices are frozen"),
         ({"freeze_backbone": True}, "with --freeze_backbone the large matrices are frozen"),
         ({"family": "modernbert"}, "not known for modernbert; it is for llama, mistral"),
-        ({"family": "mixtral"}, "not known for mixtral"),
+        ({"family": "gpt2"}, "not known for gpt2"),
     ],
 )
 def test_why_not_names_what_is_in_the_way(changed, reason):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 import shlex
@@ -119,12 +120,15 @@ def test_its_commands_name_the_model_by_flags_that_there_are(card, tmp_path, rep
     assert "where = {'pretrained_model_name_or_path': " in text and "'trust_remote_code': True" in text
 
 
-def test_code_that_the_folder_brings_is_named_and_needs_trust(card, tmp_path):
+def test_code_that_the_folder_brings_is_named_and_needs_trust_but_of_our_commands_only_where_training_did(
+    card, tmp_path
+):
     assert "trust" not in card(facts={"trust_remote_code": None})
     (tmp_path / "modeling_reward.py").write_text("")
-    text = card()
-    assert "Loading runs Python code (modeling_reward.py): read it first." in text
-    assert "'trust_remote_code': True" in text and text.count(" --trust_remote_code") == 2
+    for trusted in (False, True):
+        text = card(trust_remote_code=trusted)
+        assert "Loading runs Python code (modeling_reward.py): read it first." in text
+        assert "'trust_remote_code': True" in text and text.count(" --trust_remote_code") == 2 * trusted
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -158,6 +162,45 @@ def test_its_tables_show_what_was_given_whatever_stands_in_it(card):
     assert (shown["chat_template_name"], shown["reward_token"]) == ("a|b c", "<s>")
     assert shown["dataset_mixer_list"] == "['x|y', '1.0']"
     assert "clients" not in shown and "hf_entity" not in shown  # one is a table of its own, the other None
+
+
+CAPPED = {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
+EAGER = """`model_kwargs={"attn_implementation": "eager"}`; `rewardbench` needs `--attn_implementation eager`."""
+
+
+@pytest.mark.parametrize("config", [CAPPED, {"model_type": "gemma3", "text_config": CAPPED}, {"model_type": "llama"}])
+def test_clients_that_would_leave_out_a_soft_cap_are_told_below_the_table(card, tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = card(facts={"clients": CLIENTS})
+    capped = "llama" not in config.values()
+    below = text.split("## Who reads this folder the same")[1].split("## Results")[0]
+    assert (EAGER in below) == capped and ("transformers 4" in text) == capped
+
+
+OF_TRANSFORMERS_5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (OF_TRANSFORMERS_5, True),
+        ({"text_config": OF_TRANSFORMERS_5}, True),
+        (OF_TRANSFORMERS_5 | {"rope_theta": 300.0}, False),
+        ({"rope_theta": 300.0, "rope_scaling": None}, False),
+        (None, False),  # not on this machine
+    ],
+)
+def test_an_adapter_says_where_an_old_peft_would_read_its_base_wrong(card, tmp_path, config, told):
+    base = tmp_path / "base"
+    base.mkdir()
+    if config is not None:
+        (base / "config.json").write_text(json.dumps(config))
+    adapter = {"base_model_name_or_path": str(base), "revision": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    text = card(facts={"clients": CLIENTS}, adapter=True)
+    below = text.split("## Who reads this folder the same")[1].split("## Results")[0]
+    assert (f"rotary settings of `{base}`" in below and "this adapter needs transformers 5" in below) == told
+    assert "transformers 4" in text if told else "transformers 4" not in text
 
 
 def test_clients_that_were_not_tried_are_not_spoken_of(card):

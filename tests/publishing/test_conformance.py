@@ -6,6 +6,7 @@ written here to print what the models' own print. Vocabularies are the toy's wit
 
 import dataclasses
 import json
+import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from open_rm.data.encoding import encode, render_pair
 from open_rm.data.templates import template_names
 from open_rm.data.tokenizer import ending, fingerprint, load_tokenizer
+from open_rm.evaluation.held_out import Probe
 from open_rm.flags import OpeningFlags
 from open_rm.model.contract import Contract
-from open_rm.publishing import clients
+from open_rm.publishing import clients, proof
 from open_rm.publishing.clients import CLIENTS, CONVERSATIONS, Saved, check_clients
-from open_rm.publishing.proof import rehearse
+from open_rm.publishing.proof import ClientRewards, check_reload, rehearse
 from open_rm.publishing.saving import save_reward_model
 from open_rm.publishing.tokenizer_files import save_tokenizer
 from open_rm.scoring.opening import open_scorer
@@ -183,6 +185,7 @@ def test_plain_text_is_read_by_who_sends_it_whole(make, tmp_path, adds_bos, rewa
     assert set(wrong) == PLAIN_CANNOT | ({"OpenRLHF"} if adds_bos or reward_token else set())
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (config["bos_token"], config["eos_token"]) == ("<|bos|>", "<|eos|>")  # as they were
+    assert config["add_bos_token"] is adds_bos
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,24 @@ def test_a_class_that_has_a_bos_by_default_is_not_written(toy, tmp_path):
     assert client.bos_token is None
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_the_user_does_not_trust_is_not_named(toy, tmp_path, trusted):
+    """Named and absent, it would keep everybody who trusts code from the folder."""
+    base, out = shutil.copytree(toy / "model", tmp_path / "base"), tmp_path / "out"
+    file = base / "tokenizer_config.json"
+    named = {"AutoTokenizer": [None, "own.OwnTokenizerFast"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": named}))
+    (base / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizerFast(PreTrainedTokenizerFast): pass\n"
+    )
+    tokenizer = load_tokenizer(str(base), trust_remote_code=trusted)
+    assert (type(tokenizer).__name__ == "OwnTokenizerFast") is trusted
+    out.mkdir()
+    save_tokenizer(out, tokenizer, dataclasses.replace(contract_of(tokenizer, chat=True), trust_remote_code=trusted))
+    assert ("auto_map" in json.loads((out / "tokenizer_config.json").read_text())) is trusted
+    assert (type(AutoTokenizer.from_pretrained(out, trust_remote_code=True)).__name__ == "OwnTokenizerFast") is trusted
+
+
 def test_an_adapter_is_read_by_peft_and_our_server_alone(make, tmp_path):
     tokenizer = make(REAL["Llama 3"])
     contract = dataclasses.replace(contract_of(tokenizer, chat=True), adapter=True)
@@ -254,6 +275,34 @@ def test_an_end_that_the_vocabulary_spells_out_is_not_named(toy, tmp_path):
     tokenizer = load_tokenizer(str(toy / "model"), chat_template_name="chatml")
     assert set(not_read_by(tokenizer, tmp_path / "out")) == {"NeMo-RL"}
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize(
+    ("template", "parts"),
+    [
+        ("{% for m in messages %}{% for part in m.content %}{% endfor %}{% endfor %}", True),
+        ("{% for m in messages %}{% for part in m['content'][1:] | list %}{% endfor %}{% endfor %}", True),
+        (
+            "{% set rest = messages[1:] %}{% set last = rest %}{% for m in last | reverse %}"
+            "{% for part in m.content %}{% endfor %}{% endfor %}",
+            True,
+        ),
+        ("{% macro say(content) %}{% for part in content %}{% endfor %}{% endmacro %}", True),
+        ("{% for tool in tools %}{% for part in tool.content %}{% endfor %}{% endfor %}", False),
+        ("{% for m in messages %}{% for part in m.parts %}{% endfor %}{% endfor %}", False),
+        ("{% for m in messages %}{% set own = m %}{% for part in own.content %}{% endfor %}{% endfor %}", False),
+        ("{% for m in messages %}{% for part in content | list %}{% endfor %}{% endfor %}", False),
+        (
+            "{% set ns.number = messages | length %}{% for m in messages %}{% for part in m.content %}{% endfor %}{% endfor %}",
+            False,
+        ),
+    ],
+)
+def test_a_template_loops_over_contents_where_vllm_says_so(toy, template, parts):
+    """By vllm/renderers/hf.py: names are followed from `messages`, and where it cannot follow them contents stay text."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    tokenizer.chat_template = template
+    assert clients._loops_over_content(tokenizer) is parts
 
 
 # ---------------------------------------------------------------- our readings of clients against the clients
@@ -427,6 +476,19 @@ def test_the_rehearsal_says_who_reads_the_folder_for_the_log_the_card_and_run_js
     first, second = clients.lines(checks)
     assert first.startswith("clients that read the folder as it was trained: transformers, transformers pipeline, ")
     assert second == r"OpenRLHF reads it otherwise: one turn: its text ends before '\n', where the reward is read"
+
+
+def test_after_training_the_folder_is_tried_with_plain_transformers_alone(make, tmp_path, monkeypatch):
+    """Who else reads it was said before training, and nobody reads it again. Who is required is no matter of order."""
+    tokenizer = make(REAL["Qwen 3"])
+    saved(tokenizer, tmp_path / "out")
+    monkeypatch.setattr(clients, "CLIENTS", CLIENTS[::-1])  # those of the others who read it otherwise come first
+    monkeypatch.setattr(proof, "check_clients", lambda *_: pytest.fail("all clients were tried"))
+    monkeypatch.setattr(proof, "_in_this_process", lambda *_: ClientRewards([], [], "float32"))
+    line = check_reload(
+        str(tmp_path / "out"), Probe([], []), tokenizer, contract_of(tokenizer, chat=True), fresh_process=False
+    )
+    assert line.startswith("reload check: ")
 
 
 def test_the_documented_table_is_the_one_that_is_tested():

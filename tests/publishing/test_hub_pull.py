@@ -153,6 +153,58 @@ def test_a_model_that_is_there_is_not_downloaded_again_and_another_ones_folder_i
     assert "holds another model" in damaged
 
 
+def test_a_folder_with_more_of_a_model_than_the_hub_has_is_not_called_whole(hub, uploaded, tmp_path):
+    """Such a file of another commit would change how the folder is read."""
+    shutil.copytree(uploaded / "small", tmp_path / "a")  # with files that no pull brings
+    job = ("standin/small", tmp_path / "a", "a-run")
+    for name in ("chat_template.jinja", "adapter_config.json"):
+        (tmp_path / "a" / name).write_text("{}")
+    mixed, *_ = pulls(hub, job)
+    assert f"--folder {tmp_path}/a holds adapter_config.json, which standin/small does not have at a-run" in mixed
+    for name in ("chat_template.jinja", "adapter_config.json"):
+        (tmp_path / "a" / name).unlink()
+    assert "a holds already standin/small" in pulls(hub, job)[0]
+
+
+def test_a_folder_that_no_pull_has_made_is_never_cleared(hub, uploaded, tmp_path):
+    names = (".model.pulling", "model.pulled")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    job = ("standin/small", tmp_path / "model", "a-run")
+    [refused] = pulls(hub, job)
+    assert f"error: {tmp_path}/.model.pulling holds files that no pull has put there; move it away" in refused
+    assert [left_in(tmp_path / name) for name in names] == [["thesis.txt"]] * 2
+    (tmp_path / ".model.pulling" / "thesis.txt").unlink()
+    [pulled] = pulls(hub, job)
+    assert "model holds standin/small" in pulled and holds(tmp_path / "model", uploaded / "small")
+    assert left_in(tmp_path) == ["model", "model.pulled"] and left_in(tmp_path / "model.pulled") == ["thesis.txt"]
+
+
+# Killed where the folder beside becomes the model's: just before, or just behind.
+KILLED = """
+import os
+rename = os.rename
+def killed(source, target, **how):
+    if str(target) == {target!r}:
+        {behind} and rename(source, target)
+        os._exit(0)
+    rename(source, target, **how)
+os.rename = killed
+"""
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_pull_that_is_killed_at_its_rename_is_finished_by_the_next(hub, uploaded, tmp_path, behind):
+    job = ("standin/small", tmp_path / "model", "a-run")
+    with pytest.raises(IndexError):  # it says nothing more
+        pulls(hub, job, before=KILLED.format(target=str(tmp_path / "model"), behind=behind))
+    assert (tmp_path / "model").exists() == behind
+    said = "model holds already standin/small" if behind else "model holds standin/small"
+    assert said in pulls(hub, job)[0] and holds(tmp_path / "model", uploaded / "small")
+    assert [name for name in left_in(tmp_path) if not name.endswith(".lock")] == ["model"]
+
+
 # ---------------------------------------------------------------- faults that pass
 
 
@@ -160,7 +212,7 @@ def test_a_model_that_is_there_is_not_downloaded_again_and_another_ones_folder_i
 def pulling_the_large_one(hub, folder):
     """A pull that has all but the weights, and waits for the second half of these; killed afterwards."""
     hub.fault(LARGE, method="GET", cut=SIZE // 2, hang=600, times=-1)
-    start, beside = len(hub.requests()), folder.with_name(f"{folder.name}.pulled")
+    start, beside = len(hub.requests()), folder.with_name(f".{folder.name}.pulling")
     command = [*COMMAND, "standin/large", "--folder", str(folder)]
     process = subprocess.Popen(command, env=environment(hub), cwd=REPOSITORY, stderr=subprocess.PIPE)
 
@@ -186,7 +238,7 @@ def test_a_killed_pull_leaves_no_model_and_the_same_command_goes_on_with_what_ar
     hub.clear()
     hub.fault(LARGE, method="GET", status=403)
     assert "the Hub refuses access (403)" in pulls(hub, ("standin/large", tmp_path / "model", "main"))[0]
-    assert not list((tmp_path / "model.pulled").rglob("*.incomplete"))  # many kills would fill the disk with them
+    assert not list((tmp_path / ".model.pulling").rglob("*.incomplete"))  # many kills would fill the disk with them
     assert not (tmp_path / "model").exists()
     start = len(hub.requests())
     done = pull(hub, "standin/large", tmp_path / "model")
@@ -219,7 +271,7 @@ def test_files_that_are_not_what_the_hub_says_of_them_never_appear(hub, uploaded
     assert said.startswith(
         "error: standin/small cannot be pulled: model.safetensors: not what the Hub says of it. What has "
     )
-    assert left_in(tmp_path) == ["model.pulled"] and not (tmp_path / "model.pulled" / LARGE).exists()
+    assert left_in(tmp_path) == [".model.pulling"] and not (tmp_path / ".model.pulling" / LARGE).exists()
     hub.clear()
     [said] = pulls(hub, ("standin/other", tmp_path / "model", "main"))  # what waits there is of no use to another model
     assert "holds standin/other" in said and left_in(tmp_path / "model") == ["a.safetensors", "config.json"]
@@ -274,7 +326,9 @@ def test_no_network_is_one_sentence(hub, tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence(hub, uploaded, tmp_path):
     (tmp_path / "file").write_text("no folder")
     [said] = pulls(hub, ("standin/small", tmp_path / "file" / "model", "a-run"))
-    assert said == f"error: standin/small cannot be pulled: [Errno 20] Not a directory: '{tmp_path}/file/model.pulled'"
+    assert (
+        said == f"error: standin/small cannot be pulled: [Errno 20] Not a directory: '{tmp_path}/file/.model.pulling'"
+    )
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import shutil
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 from old_clients import REWARDBENCH, TRANSFORMERS_4_57, run
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from open_rm.batching.layouts import lay_out
@@ -145,6 +146,9 @@ KINDS = {name: Kind(name) for name in BASES if name not in ("llama", "bert")} | 
     "llama, LoRA": Kind("llama", adapter=True),
     "qwen2, chatml": Kind("qwen2", "toy", "chatml"),
     "gpt_neox, plain text": Kind("gpt_neox", "toy", None),
+    "gpt2, prefix space": Kind("gpt2", "prefix space"),
+    "llama, CohereTokenizer, plain text": Kind("llama", "CohereTokenizer", None),
+    "llama, LlamaTokenizer, plain text": Kind("llama", "LlamaTokenizer", None),
     "bert": Kind("bert", "words", "encoder"),
     "bert, plain text": Kind("bert", "words", None),
     "bert, own tokenizer class": Kind("bert", "words, BertTokenizer", "encoder"),
@@ -156,6 +160,9 @@ def tokenizer_of(kind: Kind, toy: Path, words: list[str], where: Path):
     """As training has it.
 
     toy: names a BOS that its encoder does not write.  bos: its encoder does, as Llama 3's.  reward token: has one.
+    prefix space: its encoder puts one before a text, though its configuration says nothing of it.
+    CohereTokenizer: toy's in a class that writes BOS by default in transformers 4.
+    LlamaTokenizer: letters; where add_prefix_space is set, transformers 4 makes this class from a file of SentencePiece's.
     words: [CLS] words [SEP] as BERT's, in the plain class or in BERT's own.
     """
     name, template = kind.tokenizer, kind.template
@@ -171,8 +178,21 @@ def tokenizer_of(kind: Kind, toy: Path, words: list[str], where: Path):
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
         tokenizer.save_pretrained(where)
         return load_tokenizer(str(where), chat_template_name=template)
+    if name == "CohereTokenizer":
+        shutil.copytree(toy / "model", where)
+        file = where / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": name}))
+        return load_tokenizer(str(where), chat_template_name=template)
+    if name == "LlamaTokenizer":
+        letters = dict.fromkeys(["<unk>", "<s>", "</s>", "<pad>", "▁", *string.printable])
+        letters = {letter: i for i, letter in enumerate(letters)}
+        tokenizer = transformers.LlamaTokenizer(vocab=letters, merges=[], add_prefix_space=True, add_bos_token=False)
+        tokenizer.save_pretrained(where)
+        return load_tokenizer(str(where), chat_template_name=template)
     token = "<|reward|>" if name == "reward token" else None
     tokenizer = load_tokenizer(str(toy / "model"), chat_template_name=template, reward_token=token)
+    if name == "prefix space":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     if name == "bos":
         bos = tokenizer.bos_token
         adds = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])

@@ -22,6 +22,7 @@ from open_rm.publishing.saving import save_reward_model
 from open_rm.reward_modeling import main
 
 PLAIN = {"chat": True, "adapter": False, "merged": False, "dtype": "float32", "load_in_4bit": False}
+PLAIN |= {"max_token_length": 512, "max_prompt_token_length": 256}
 PLAIN |= {"trust_remote_code": False, "statistics": None}
 RUNS = {
     "a whole model on conversations": ({}, {}),

@@ -1,5 +1,6 @@
 """What a user names is opened as what it is: ours, an adapter, somebody's classifier; or one sentence says why not."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from open_rm.data.encoding import encode, render_pair
 from open_rm.data.templates import read_template
 from open_rm.data.tokenizer import FIXED_DATE, ending, load_tokenizer
 from open_rm.errors import UserError
-from open_rm.flags import AdapterFlags, ModelFlags, OpeningFlags
+from open_rm.flags import AdapterFlags, DataFlags, ModelFlags, OpeningFlags
 from open_rm.model import adapters
 from open_rm.model.contract import Contract
 from open_rm.model.loading import load_reward_model
@@ -53,7 +54,7 @@ def trained(toy, folder, *, chat: bool = True, dtype: str = "float32", **adapter
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05, generator=generator)
-    contract = Contract.of(flags, tokenizer, chat=chat, dtype=getattr(torch, dtype), code=False)
+    contract = Contract.of(flags, DataFlags(), tokenizer, chat=chat, dtype=getattr(torch, dtype), code=False)
     save_reward_model(model, model.state_dict(), tokenizer, str(folder), contract)
     return model.eval(), tokenizer
 
@@ -106,6 +107,17 @@ def test_a_model_of_ours_completes_plain_text_as_in_training(toy, tmp_path):
     assert text == render_pair(tokenizer, "The lake", " looks golden.", " looks golden.").chosen
     assert text == scorer.complete("The lake", f" looks golden.{tokenizer.eos_token}")
     assert scorer.encode_texts([text, f"{text}{tokenizer.eos_token}"]) == encode(tokenizer, [text] * 2, chat=False)
+    for known, most, cut_to in (
+        ((None, None), 32, (32, 32)),  # of a contract of an older version
+        ((64, 16), None, (64, 16)),
+        ((64, 16), 8, (8, 8)),
+        ((64, 16), 32, (32, 16)),
+    ):
+        limits = dict(zip(("max_token_length", "max_prompt_token_length"), known, strict=True))
+        dataclasses.replace(Contract.read(tmp_path / "plain"), **limits).write(tmp_path / "plain")
+        scorer = opened(tmp_path / "plain", max_token_length=most)
+        assert scorer.cut_to == cut_to
+    assert "trained on at most 64 tokens a side, 16 of them its prompt" in scorer.lines
 
 
 # ---------------------------------------------------------------- adapters

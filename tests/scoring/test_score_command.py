@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import REPOSITORY, environment_of_a_process
+from conftest import REPOSITORY, environment_of_a_process, read_pairs
 from pyarrow import parquet
 from scorer_standin import StandIn, reward_of
 from transformers import AutoConfig, LlamaForSequenceClassification
@@ -137,6 +137,31 @@ def test_overlength_answers_are_marked_and_counted_and_never_silently_cut(standi
     assert "over-length; 3 rows written" in said
 
 
+def test_a_text_of_too_many_characters_is_not_counted_as_cut(standin, tmp_path, capsys):
+    standin["max_token_length"] = 60
+    rows = [{"prompt": "Q", "responses": ["a", "b " * 100]}, {"prompt": "Q", "response": "b " * 600_000}]
+    scored, unread = score(rows, tmp_path, overlength="truncate")
+    assert None not in scored["scores"] and (unread["score"], unread["overlength"]) == (None, True)
+    said = capsys.readouterr().out
+    assert "1 answers are over-length, marked and not scored" in said and "2 of 3 answers scored" in said
+
+
+def test_pairs_are_cut_to_the_two_limits_of_training(standin, tokenizer, tmp_path, write_rows):
+    asked, scored, user = {"max_token_length": 34, "max_prompt_token_length": 12}, [], "words " * 20
+    prompts = [user, "Q", user, "Q"]
+    answers = [("a", "b"), ("long " * 40, "b"), ("long " * 40, "b"), ("a", "b")]
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
+        for prompt, (chosen, rejected) in zip(prompts, answers, strict=True)
+    ]
+    standin |= {"cut_to": tuple(asked.values()), "before": lambda sequences: scored.extend(sequences)}
+    found = score(rows, tmp_path, overlength="truncate")
+    cache = {"dataset_local_cache_dir": str(tmp_path / "cache")}
+    data = read_pairs([write_rows(rows), "1.0"], tokenizer, overlength="truncate", **asked, **cache)
+    assert scored == [side.tolist() for pair in data.pairs(range(len(data))) for side in pair]
+    assert [row["overlength"] for row in found] == [[True, True]] * 3 + [[False, False]]
+
+
 FILES = {
     "jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())),
     "parquet": lambda path, rows: parquet.write_table(pa.Table.from_pylist(rows), path),
@@ -170,6 +195,9 @@ def test_what_json_cannot_hold_is_written_as_the_nearest_and_said(standin, tmp_p
     first, second = score(path, tmp_path)
     assert (first["when"], first["raw"], first["price"], first["x"]) == ("2024-07-26T01:02:00", "/wA=", "1.50", None)
     assert second["x"] == 1.5 and "not finite are written as null" in capsys.readouterr().out
+    column = pa.array([[("a", float("nan")), ("b", 1.0)]], pa.map_(pa.string(), pa.float64()))
+    parquet.write_table(pa.Table.from_pylist(SINGLES[:1]).append_column("map", column), path)
+    assert score(path, tmp_path, "map")[0]["map"] == [["a", None], ["b", 1.0]]
     half = '{"prompt": "Q", "response": "a", "note": "\\ud83d"}'
     (tmp_path / "half.jsonl").write_text(half + "\n")
     score(tmp_path / "half.jsonl", tmp_path, "half_scored")
@@ -191,6 +219,29 @@ def test_a_judge_scores_beside_the_model_and_their_agreement_is_said(standin, tm
     assert "m and j prefer the same answer in 0 of" in capsys.readouterr().out
     said = json.loads((tmp_path / "out.agreement.json").read_text())
     assert said["agreement"] == 0 and said["kendall_tau_b"] == -1 and said["prompts"] == len(LISTS)
+
+
+def test_the_agreement_appears_before_the_output_and_is_not_overwritten_silently(standin, tmp_path, monkeypatch):
+    replace, report = os.replace, tmp_path / "out.agreement.json"
+
+    def die_at_the_output(source, to):
+        if Path(to).name == "out.jsonl":
+            die()
+        replace(source, to)
+
+    def killed():
+        monkeypatch.setattr(output.os, "replace", die_at_the_output)
+        score(LISTS, tmp_path, judge="j")
+
+    assert in_a_child(killed) == signal.SIGKILL
+    whole = report.read_bytes()
+    report.write_text("torn")
+    score(LISTS, tmp_path, judge="j")
+    assert report.read_bytes() == whole
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(UserError, match="out.agreement.json is there already"):
+        score(LISTS, tmp_path, judge="j")
+    score(LISTS, tmp_path, judge="j", overwrite=True)
 
 
 def test_best_of_n_and_pairs_come_from_the_same_scores(standin, tmp_path):
@@ -285,9 +336,11 @@ def begin(folder: Path, standin: dict, rows=LISTS, calls: int = 4, **flags) -> N
 
 def test_another_model_or_flag_is_refused_in_a_sentence_and_overwrite_begins_anew(standin, tmp_path):
     begin(tmp_path, standin)
-    with pytest.raises(UserError, match="holds rows of a run with another model; give that command again"):
+    with pytest.raises(
+        UserError, match=r"holds rows of a run with another model \(weights of m then\); give that command again"
+    ):
         score(LISTS, tmp_path, model="n")
-    with pytest.raises(UserError, match="with another --block_rows;"):
+    with pytest.raises(UserError, match=r"with another --block_rows \(8 then\);"):
         score(LISTS, tmp_path, block_rows=4)
     with pytest.raises(UserError, match="another command"):
         score(LISTS, tmp_path, kind=BestOfNArgs)
@@ -307,6 +360,84 @@ def test_other_rows_before_are_refused_and_corrected_ones_behind_are_taken(stand
     changed = [*LISTS[:40], {"id": 40, "prompt": "other", "responses": ["x", "y"]}, *LISTS[41:]]
     found = score(changed, tmp_path)
     assert found == score(changed, tmp_path, "whole")
+
+
+def test_overwrite_begins_anew_with_another_input_and_the_refusal_names_it(standin, tmp_path, capsys):
+    begin(tmp_path, standin)
+    with pytest.raises(UserError, match=r"the first 24 rows .* or pass --overwrite to begin anew$"):
+        score(LISTS[1:], tmp_path)
+    found = score(LISTS[1:], tmp_path, overwrite=True)
+    assert "are not those that were read before: begun anew" in capsys.readouterr().out
+    assert found == score(LISTS[1:], tmp_path, "whole")
+
+
+def test_a_run_that_fails_at_its_first_block_does_not_refuse_its_correction(standin, tmp_path):
+    rows = [{"id": row["id"], "prompt": row["prompt"], "text": row["response"]} for row in SINGLES]
+    with pytest.raises(UserError):
+        score(rows, tmp_path)
+    found = score(rows, tmp_path, column_map=["response=text"])
+    assert len(found) == len(SINGLES)
+    (tmp_path / "out.jsonl").unlink()
+    state = {"facts": {"model": "other"}, "bytes": 0, "progress": None}  # as older versions left it
+    (tmp_path / "out.jsonl.progress").write_text(json.dumps(state))
+    assert score(rows, tmp_path, column_map=["response=text"]) == found
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_write_that_stops_in_a_row_goes_on_to_the_same_bytes(standin, tmp_path, monkeypatch, error):
+    score(LISTS, tmp_path, "whole")
+    opened = output.Output._locked
+
+    class Torn:
+        """A file whose fourth write ends in the middle."""
+
+        def __init__(self, file):
+            self.file, self.writes = file, 0
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data: bytes) -> None:
+            self.writes += 1
+            if self.writes == 4:
+                self.file.write(data[: len(data) // 2])
+                raise error("stopped")
+            self.file.write(data)
+
+    monkeypatch.setattr(output.Output, "_locked", lambda self: Torn(opened(self)))
+    with pytest.raises(error):
+        score(LISTS, tmp_path)
+    monkeypatch.setattr(output.Output, "_locked", opened)
+    score(LISTS, tmp_path)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_an_output_that_is_finished_while_another_process_opens_it_is_not_emptied(tmp_path, monkeypatch):
+    """A finishes between B's open and B's lock; B then holds the lock of the finished file."""
+    path, lock = tmp_path / "out.jsonl", output.fcntl.flock
+    first = output.Output(path, {}, overwrite=False)
+    first.write(b"{}\n", {"rows": 1}, now=True)
+
+    def late(file, how):
+        monkeypatch.setattr(output.fcntl, "flock", lock)
+        first.finish()
+        lock(file, how)
+
+    monkeypatch.setattr(output.fcntl, "flock", late)
+    with pytest.raises(UserError, match="out.jsonl is there already"):
+        output.Output(path, {}, overwrite=False)
+    assert path.read_bytes() == b"{}\n"
+
+
+@pytest.mark.parametrize("what", ["device", "number of threads", "--max_tokens_per_micro_batch"])
+def test_on_another_machine_a_run_does_not_go_on_to_other_bytes(standin, tmp_path, what):
+    standin["machine"] = {what: "A"}
+    begin(tmp_path, standin)
+    standin["machine"] = {what: "B"}
+    with pytest.raises(UserError, match=rf"with another {what} \(A then\); give that command again, on such a device"):
+        score(LISTS, tmp_path)
+    standin["machine"] = {what: "A"}
+    score(LISTS, tmp_path)
 
 
 def test_a_finished_output_is_not_overwritten_silently(standin, tmp_path):

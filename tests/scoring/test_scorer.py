@@ -3,10 +3,14 @@
 Tolerance: float32 sums in another order, at rewards of up to 3.
 """
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
 from open_rm.flags import OpeningFlags
-from open_rm.scoring import computing
+from open_rm.scoring import computing, processes
 from open_rm.scoring.opening import open_scorer
 
 TOLERANCE = 1e-5
@@ -191,11 +195,17 @@ def test_a_head_with_a_bias_is_computed_by_the_code_that_knows_it(biased, folder
     assert rewards == pytest.approx(plain(folders()) + 2.5, abs=TOLERANCE)
 
 
-def test_a_head_that_the_class_does_not_use_is_refused(biased):
+def test_a_head_that_the_class_does_not_use_is_refused(biased, tmp_path):
+    with pytest.raises(UserError, match=r"brings a classifier of its own \(biased.Biased.*pass --trust_remote_code"):
+        opened(biased)
+    shutil.copytree(biased, tmp_path / "without")
+    config = json.loads((tmp_path / "without" / "config.json").read_text())
+    del config["auto_map"]
+    (tmp_path / "without" / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UserError, match=r"LlamaForSequenceClassification does not use score.bias.* --trust_remote_code"
     ):
-        opened(biased)
+        opened(tmp_path / "without")
     with pytest.raises(UserError, match="--batching packed is not possible: its class is code"):
         opened(biased, trust_remote_code=True, batching="packed")
 
@@ -268,13 +278,66 @@ def test_two_processes_give_the_bits_of_one(two, folders):
 
 
 def test_a_worker_that_is_killed_is_one_sentence_and_the_others_end(two):
-    processes = list(two._computer._processes)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    processes[1].join()
+    expected, workers = two.rewards(SEQUENCES), list(two._computer._processes)
+    os.kill(workers[0].pid, signal.SIGTERM)  # as to all of a group; the main process ends its workers
+    assert np.array_equal(two.rewards(SEQUENCES), expected)
+    os.kill(workers[1].pid, signal.SIGKILL)
+    workers[1].join()
     with pytest.raises(
         UserError, match=r"worker process 2 of 2 was ended by SIGKILL; if memory ran out, pass a smaller"
     ):
         two.rewards(SEQUENCES)
-    assert not any(process.is_alive() for process in processes)
+    assert not any(process.is_alive() for process in workers)
+    two.close()
     with pytest.raises(UserError, match="the worker processes have ended; open the model again"):
         two.rewards(SEQUENCES)
+
+
+class Mistaken:
+    """A worker's computer: it refuses sequences of one token, and of nine it dies."""
+
+    def rewards(self, batches):
+        if len(batches[0].sequences[0]) == 1:
+            raise UserError("does not fit")
+        if len(batches[0].sequences[0]) == 9:
+            raise EOFError
+        return [np.float32([len(ids) for ids in batches[0].sequences])]
+
+
+@pytest.fixture
+def of_threads(monkeypatch):
+    """Workers whose processes are threads, which start in no time."""
+
+    def answering(pipe):
+        with contextlib.suppress(EOFError, ConnectionError), pipe:
+            while True:
+                pipe.send(processes._answer(Mistaken(), pipe.recv()))
+
+    def started(self):
+        for _ in range(2):
+            ours, theirs = multiprocessing.Pipe()
+            threading.Thread(target=answering, args=(theirs,), daemon=True).start()
+            self._pipes.append(ours)
+        ended = {"join": lambda timeout: None, "is_alive": lambda: False, "exitcode": -signal.SIGKILL}
+        self._processes = [types.SimpleNamespace(**ended)] * 2
+
+    monkeypatch.setattr(processes.Workers, "_started", started)
+    workers = processes.Workers(None, [], None)
+    yield workers
+    workers.close()
+
+
+def test_a_mistake_in_a_micro_batch_leaves_the_workers_at_work_and_nothing_for_the_next_call(of_threads):
+    batches = [computing.MicroBatch([np.arange(size)], [0]) for size in (3, 1, 2, 4, 5, 6)]
+    for _ in range(3):
+        with pytest.raises(UserError, match="^does not fit$"):
+            of_threads.rewards(batches)
+        assert of_threads.rewards(batches[2:]) == [[2], [4], [5], [6]]
+
+
+def test_after_a_worker_was_lost_the_next_call_starts_all_again(of_threads):
+    batches = [computing.MicroBatch([np.arange(size)], [0]) for size in (3, 9, 2, 4, 5, 6)]
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"worker process [12] of 2 was ended by SIGKILL"):
+            of_threads.rewards(batches)
+        assert of_threads.rewards(batches[2:]) == [[2], [4], [5], [6]]

@@ -7,7 +7,7 @@ from conftest import load_model
 
 from open_rm.data.encoding import encode, render_pair
 from open_rm.data.tokenizer import load_tokenizer
-from open_rm.flags import AdapterFlags
+from open_rm.flags import AdapterFlags, DataFlags
 from open_rm.model.contract import Contract
 from open_rm.publishing import saving
 
@@ -19,7 +19,7 @@ class Trained:
         self.tokenizer = load_tokenizer(str(toy / "model"), chat_template_name=template, **tokenizer)
         self.folder, self.chat = folder, chat
         model = load_model(toy / "model", self.tokenizer)
-        contract = Contract.of(AdapterFlags(), self.tokenizer, chat=chat, dtype=torch.float32, code=False)
+        contract = Contract.of(AdapterFlags(), DataFlags(), self.tokenizer, chat=chat, dtype=torch.float32, code=False)
         saving.save_reward_model(model, model.state_dict(), self.tokenizer, str(folder), contract)
         self.saved = load_tokenizer(str(folder))
 

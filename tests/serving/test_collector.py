@@ -1,6 +1,9 @@
 """What arrives together is scored together, and nobody gets another one's rewards."""
 
 import asyncio
+import gc
+import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -66,6 +69,51 @@ def test_who_left_is_not_scored():
             task.cancel()
         assert await staying == [5.0]
         assert scores.calls == [1]
+
+    run(test)
+
+
+def test_who_left_is_not_held_in_memory_while_others_are_scored():
+    class Ids(list):
+        """A list that can be asked whether it is still there."""
+
+    async def test(collector, scores):
+        going_on = threading.Event()
+        scores.broken = lambda sequences: going_on.wait(60) and np.ones(len(sequences))
+        first = asyncio.create_task(collector.rewards([[1]]))
+        while not scores.calls:
+            await asyncio.sleep(0)
+        ids = [Ids([5]) for _ in range(3)]
+        there = [weakref.ref(one) for one in ids]
+        leaving = [asyncio.create_task(collector.rewards([one])) for one in ids]
+        await asyncio.sleep(0)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        del ids, leaving, task
+        await asyncio.sleep(0)  # what woke this up holds their exceptions, and these their frames
+        gc.collect()
+        left = [one() for one in there]
+        going_on.set()
+        assert left == [None] * 3
+        await first
+
+    run(test, wait=0)
+
+
+def test_one_clients_text_fails_no_other_clients():
+    async def test(collector, scores):
+        def poisoned(sequences):
+            if [13] in sequences:
+                raise RuntimeError("a text of one client")
+            return np.array([sum(ids) for ids in sequences], np.float32)
+
+        scores.broken = poisoned
+        asked = [[[1], [2]], [[3], [13]], [[4]]]
+        answers = await asyncio.gather(*map(collector.rewards, asked), return_exceptions=True)
+        assert answers[0] == [1.0, 2.0] and answers[2] == [4.0]
+        assert isinstance(answers[1], Refusal) and answers[1].status == 500
+        assert scores.calls == [5, 2, 2, 1] and collector.healthy
 
     run(test)
 

@@ -7,6 +7,7 @@ from folders import Trained, turns
 
 from open_rm.flags import OpeningFlags
 from open_rm.scoring.opening import open_scorer
+from open_rm.serving import texts
 from open_rm.serving.limits import Refusal
 from open_rm.serving.texts import Answered, Conversation, Ids, Reader, Text
 
@@ -136,6 +137,83 @@ def test_a_reward_token_is_part_of_the_end(opened):
     assert model.read(Text(text.removesuffix("<|eos|><|reward|>"))) == (expected, {"no end": 1})
 
 
+def test_an_end_of_several_tokens_is_written_once_wherever_the_text_stops_in_it(opened, tmp_path):
+    with_line = tmp_path / "with_line.jinja"
+    with_line.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|eos|>\n' }}{% endfor %}"
+    )
+    model = opened(str(with_line), reward_token="<|reward|>")
+    text, expected = model.trained.rendered(turns(*TALK)), model.trained.conversation(*TALK)
+    bare = text.removesuffix("<|eos|>\n<|reward|>")
+    assert bare != text
+    for end in ("<|eos|>", "<|eos|>\n", "<|eos|>\n<|reward|>\n", "<|eos|>\n\n"):
+        assert model.read(Text(bare + end)) == (expected, {"part of the end": 1})
+
+
+def test_a_prompt_that_another_template_wrote_is_no_users_message(opened):
+    model = opened("llama3")
+    for prompt in ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "[INST] Hi [/INST]", "Hi<|eos|>"):
+        expected = model.scorer.encode_texts([prompt + "Yes." + model.reader.ending])[0]
+        assert model.read(Answered(prompt, "Yes.", whole=True)) == (expected, {"another template": 1})
+    assert model.read(Answered("Think in <think> tags.", "Yes.", whole=True))[1] == {"plain prompt": 1}
+
+
+def test_todays_date_is_the_one_of_training(opened, tmp_path):
+    dated = tmp_path / "dated.jinja"
+    dated.write_text(
+        "{{ bos_token + '<|system|>\nToday Date: ' + strftime_now('%d %b %Y') + '\n\n' }}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}{% endfor %}"
+    )
+    model = opened(str(dated))
+    text, expected = model.trained.rendered(turns(*TALK)), model.trained.conversation(*TALK)
+    assert "Today Date: 26 Jul 2024\n" in text and model.read(Text(text)) == (expected, {})
+    todays = text.replace("26 Jul 2024", "3 December 2026")
+    assert model.read(Text(todays)) == (expected, {"another date": 1})
+    bare = todays.removeprefix("<|bos|>")
+    assert model.read(Text(bare)) == (expected, {"another date": 1, "no BOS": 1})
+    prompt = todays.removesuffix(TALK[-1] + "<|eos|>")
+    assert model.read(Answered(prompt, TALK[-1], whole=True)) == (expected, {"another date": 1})
+
+
+def test_what_is_too_long_is_refused_before_the_rest_is_encoded(opened, monkeypatch):
+    model = opened("llama3")
+    encode, encoded = model.scorer.encode_texts, []
+    monkeypatch.setattr(model.scorer, "encode_texts", lambda texts: encoded.extend(texts) or encode(texts))
+    with pytest.raises(Refusal, match="text 0: has 100001 characters"):
+        model.reader.sequences([Answered("word " * 20000, "a", whole=True)] * 1000)
+    with pytest.raises(Refusal, match="text 0: has .* characters"):
+        model.reader.sequences([Conversation([*turns("word " * 20000), *turns("a", "b")[1:]])])
+    assert encoded == []
+    monkeypatch.setattr(texts, "SLICE", 10**5)
+    prompt = model.trained.rendered(turns("word " * 6000), add_generation_prompt=True)
+    with pytest.raises(Refusal, match="text 1 has .* tokens, and the model takes at most 2048"):
+        model.reader.sequences([Text("a"), *[Answered(prompt, "a", whole=True)] * 1000])
+    assert len(encoded) < 10
+    counted = [Text("a"), *[Text("word " * 300)] * 100, Text("")]  # in several slices
+    with pytest.raises(Refusal, match="text 101: is empty"):
+        model.reader.sequences(counted)
+
+
+def test_what_would_fail_the_others_texts_is_refused_alone(opened, monkeypatch):
+    model = opened("tulu", reward_token="<|reward|>")
+    text = model.trained.rendered(turns(*TALK))
+    pad = model.scorer.tokenizer.pad_token
+    for bad, sentence in (
+        (Text(text.replace("Fine", pad)), "contains the pad token"),
+        (Conversation(turns("a", pad)), "contains the pad token"),
+        (Text(text.replace("Fine", "<|reward|>")), "contains the reward token"),
+        (Conversation(turns("<|reward|>", "b")), "contains the reward token"),
+    ):
+        with pytest.raises(Refusal, match=f"text 1: .*{sentence}"):
+            model.reader.sequences([Text(text), bad])
+    monkeypatch.setattr(model.scorer, "rows", 5)
+    with pytest.raises(Refusal, match="text 0: has the token id .* below 5"):
+        model.read(Text(text))
+    monkeypatch.setattr(model.scorer, "encode_texts", lambda texts: [[] for _ in texts])
+    with pytest.raises(Refusal, match="text 0: has no tokens"):
+        model.read(Text(text))
+
+
 def test_plain_text_has_the_ids_of_training(opened):
     model = opened("plain")
     expected = model.trained.ids("Say: ", "yes")
@@ -181,6 +259,8 @@ def test_what_cannot_be_scored_is_refused_by_its_number(opened):
         (Answered("a", "\udfff"), "surrogate"),
         (Answered("", "a"), "empty prompt"),
         (Conversation([]), "empty"),
+        (Conversation(turns("\ud800", "b")), "surrogate"),
+        (Conversation(turns("a", "b"), {"documents": [{"text": "\ud800"}]}), "surrogate"),
         (Conversation(turns("a")), "ends with a message of user"),
         (Conversation([{"role": "user"}]), "not a message"),
         (Conversation([{"role": "wizard", "content": "a"}]), "wizard"),
