@@ -27,6 +27,9 @@ OWN_KEYWORDS = (
     "messages",
 )
 OWN_KEYWORDS += (
+    "bos_token",
+    "eos_token",
+    "tokenizer_kwargs",
     "conversation",
     "chat_template",
     "max_length",

@@ -68,6 +68,8 @@ def pull_model(repo_id: str, folder: str, *, revision: str = "main") -> str:
             the Hub stays away.
     """
     where = Path(folder).expanduser().resolve()
+    if where.exists() and not where.is_dir():
+        raise UserError(f"--folder {folder} is a file; name a folder to make")
     snapshot = _find(repo_id, revision)
     if _is_there(where, snapshot):
         (where / MARK).unlink(missing_ok=True)  # of a pull that was killed behind its rename

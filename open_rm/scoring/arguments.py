@@ -75,6 +75,10 @@ def check(args: StreamFlags) -> None:
     if isinstance(args, PairsArgs) and args.length_balanced and args.num_shards > 1:
         raise UserError("--length_balanced counts over all rows, and --num_shards divides them; pass one")
     output = Path(args.output).expanduser()
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file")
+    if not (place := next(folder for folder in output.absolute().parents if folder.exists())).is_dir():
+        raise UserError(f"--output {output}: {place} is a file and not a folder; name another")
     if output.resolve() in [path.resolve() for path in source_of(args).paths]:
         raise UserError(f"--output {output} is the input itself; name another file")
     made = [output]

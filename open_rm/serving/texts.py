@@ -7,6 +7,7 @@ chat template in a few known ways, and each is mended where the template says ho
     two BOS            a text with BOS that an encoder began once more
     no end             an answer that was cut off: ended as training ends an answer, since training scores nothing else
     part of the end    a policy stops at <|im_end|> where the template writes a line break after it; or the other way round
+    not printed        tools, tool calls or reasoning that the template leaves out
     another date       a template that prints today's date prints a fixed one here, as in training
     a plain prompt     beside an answer, for a model of conversations: the user's message
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from open_rm.data.encoding import special_tokens
 from open_rm.data.messages import check_messages
 from open_rm.data.preparation import CHARACTERS_PER_TOKEN, fault_of_ids
+from open_rm.data.printed import check_printed
 from open_rm.data.tokenizer import DATE
 from open_rm.errors import UserError, quote, quote_error
 from open_rm.scoring.scorer import Scorer
@@ -185,13 +187,26 @@ class Reader:
         for where in together.values():
             try:
                 template = items[where[0]].template
-                encoded = self.scorer.encode_conversations([items[n].messages for n in where], template)
+                conversations = [items[n].messages for n in where]
+                encoded = self.scorer.encode_conversations(conversations, template)
             except UserError as mistake:
                 raise Refusal(
                     400, f"text {before + where[0]}: {mistake}" if len(where) == 1 else str(mistake)
                 ) from mistake
             for number, ids in zip(where, encoded, strict=True):
                 result[number] = ids
+            for messages in conversations:
+                self._look_for_lost(messages, template)
+
+    def _look_for_lost(self, messages: list[dict], template: dict) -> None:
+        """Count what the template leaves out: tools, tool calls, reasoning. Training would refuse such a row."""
+        if not template.get("tools") and all(len(message) == 2 for message in messages):
+            return
+        text = self.scorer.tokenizer.apply_chat_template(messages, tokenize=False, **template)
+        try:
+            check_printed(self.scorer.tokenizer, [], messages, text, template)
+        except UserError as lost:
+            self.count("not printed", str(lost).partition(",")[0])
 
     def _prepared(self, item: Item) -> Item:
         """An item with nothing left to decide: complete text, messages that the template takes, checked ids."""
@@ -310,6 +325,7 @@ MENDED = {
     "two BOS": "came with BOS twice, which was taken away",
     "no end": "came without the token that is scored, as cut-off answers do; they were ended as in training",
     "part of the end": "ended a little differently from the template, and were given its ending",
+    "not printed": "hold what the chat template leaves out, so that no reward depends on it",
     "another date": "came with another date than this template prints, which was put in its place",
     "plain prompt": "came with a prompt that was not rendered, which was taken as the user's message",
     "another template": "do not begin as this model's chat template begins; their rewards mean little",

@@ -23,6 +23,7 @@ from open_rm.reward_modeling import main
 
 PLAIN = {"chat": True, "adapter": False, "merged": False, "dtype": "float32", "load_in_4bit": False}
 PLAIN |= {"max_token_length": 512, "max_prompt_token_length": 256}
+NEWER = ("statistics", "max_token_length", "max_prompt_token_length")
 PLAIN |= {"trust_remote_code": False, "statistics": None}
 RUNS = {
     "a whole model on conversations": ({}, {}),
@@ -88,7 +89,7 @@ def test_the_contract_in_the_folder_says_what_the_run_was_and_is_read_back(toy, 
 
 
 def test_a_contract_without_statistics_of_an_older_folder_is_read(tmp_path):
-    older = {name: value for name, value in PLAIN.items() if name != "statistics"} | {"ending": "<|eos|>"}
+    older = {name: value for name, value in PLAIN.items() if name not in NEWER} | {"ending": "<|eos|>"}
     (tmp_path / "contract.json").write_text(json.dumps(older))
     assert Contract.read(tmp_path) == Contract(chat=True, ending="<|eos|>")
 
