@@ -49,7 +49,9 @@ class Ranks:
                 value = work()
             except BaseException as raised:
                 error = self._marked(raised, of_all=_may_be_of_all(raised))
-                ending = self._marked(SystemExit(1), of_all=error.of_all)
+                # a stop, which is no failure, ends the others as it ends this one
+                others = type(raised)(raised.code) if isinstance(raised, SystemExit) else SystemExit(1)
+                ending = self._marked(others, of_all=error.of_all)
         both, group = [(value, ending)], process_group.waiting()
         device = None if group is None else torch.device("cpu")  # else torch would take the GPU
         with self._waiting_for("the other ranks" if self.is_main else "the main rank"):

@@ -22,6 +22,7 @@ from open_rm.manifest import sync_folder
 COMMIT_SECONDS = 2.0  # rows of so long may have to be made again after a power cut or kill -9
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # a file system without locks
 EXPLAINED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPERM, errno.EACCES, errno.EIO, errno.ESTALE)
+EXPLAINED += (errno.ENOENT, errno.ENAMETOOLONG)  # a folder that takes no files, such as one of /proc
 
 
 class Output:

@@ -165,6 +165,14 @@ def test_all_ranks_that_are_stopped_while_they_load_leave_nothing_behind(nursery
     assert not folder.exists() and "Traceback" not in started.output and "error" not in started.output
 
 
+def test_the_main_rank_that_is_stopped_while_it_works_for_all_takes_the_others_with_it(nursery, flags_for, tmp_path):
+    waits = "import open_rm.reward_modeling as r, time; r.fetch = lambda args: time.sleep(600)"
+    started = nursery.start(flags_for(tmp_path / "run", 2), tmp_path / "log", processes=2, env={"TEST_PATCH": waits})
+    started.wait_for(lambda: "steps of 16 pairs" in started.output, "the weights' turn")
+    started.send(signal.SIGTERM, 0)
+    assert started.statuses() == [STOPPED] * 2, started.output
+
+
 @pytest.mark.parametrize("asked", [0, 1])
 def test_one_rank_that_is_stopped_while_all_load_takes_the_others_with_it(nursery, flags_for, tmp_path, asked):
     waits = "import open_rm.reward_modeling as r, time; r.load_reward_model = lambda *a, **k: time.sleep(600)"
