@@ -26,13 +26,15 @@ TIMES = ("hours", "perf/", "eval/samples_per_second")
 
 
 def record(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """A record's rows without what the clock decides."""
-    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    """A record's whole rows without what the clock decides; a run may be writing the next one."""
+    *lines, _ = (folder / name).read_text().split("\n")
+    rows = [json.loads(line) for line in lines]
     return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
 
 
 def same_run(one: Path, other: Path) -> None:
     """Two folders hold one and the same run, bit for bit: weights, metrics, samples."""
+    assert all((folder / "metrics.jsonl").read_bytes().endswith(b"\n") for folder in (one, other))
     assert record(one) == record(other)
     assert record(one, "samples.jsonl") == record(other, "samples.jsonl")
     assert weights_hash(one) == weights_hash(other)
