@@ -10,10 +10,8 @@ from open_rm.data.forms import OWN_FORMS, Form
 HUB = "https://huggingface.co/datasets/"
 FIRST_IS_0 = {"0": "a", "1": "b"}
 FIRST_IS_1 = {"1": "a", "2": "b"}
-ARENA_LEAVES = (
-    "full_conversation conv_metadata category_tag judge turn question_id system_a_metadata system_b_metadata longer_won "
-    "hard_prompt easy_prompt if_prompt math_prompt"
-)
+ARENA_LEAVES = "full_conversation conv_metadata category_tag judge turn question_id system_a_metadata system_b_metadata longer_won hard_prompt easy_prompt if_prompt math_prompt"
+BENCHMARK = {"chat": True, "held_out": True}
 
 
 def _form(
@@ -47,8 +45,7 @@ PUBLIC_FORMS = (
         "distilabel_orca",
         "input chosen rejected",
         "system prompt=input chosen rejected",
-        leaves="generations labelling_prompt raw_labelling_response original_chosen original_rejected rating rationale "
-        "order status chosen_score",
+        leaves="generations labelling_prompt raw_labelling_response original_chosen original_rejected rating rationale order status chosen_score",
         chat=True,
         sets="argilla/distilabel-intel-orca-dpo-pairs train",
         tie=("status", "tie"),
@@ -186,8 +183,7 @@ PUBLIC_FORMS = (
         "prompt response_1 response_2 winner",
         "prompt response_a=response_1 response_b=response_2 winner",
         leaves=ARENA_LEAVES,
-        chat=True,
-        held_out=True,
+        **BENCHMARK,
         sets="lmarena-ai/PPE-Human-Preference-V1 test",
     ),
     _form(
@@ -285,8 +281,7 @@ PUBLIC_FORMS = (
         "question response_A response_B label",
         "prompt=question response_a=response_A response_b=response_B winner=label",
         labels={"a>b": "a", "b>a": "b", "a=b": "tie"},
-        chat=True,
-        held_out=True,
+        **BENCHMARK,
         sets="ScalerLab/JudgeBench gpt",
         source="https://github.com/ScalerLab/JudgeBench",
     ),
@@ -334,9 +329,8 @@ PUBLIC_FORMS = (
         "prompt response_1 response_2 scores parsed_outputs",
         "prompt responses=response_* scores",
         leaves="question Question conflict_pairs sampled_conflict_pairs mean_score options answer",
-        chat=True,
         gaps=True,
-        held_out=True,
+        **BENCHMARK,
         sets="lmarena-ai/PPE-MMLU-Pro-Best-of-K train",
         note="every right answer over every wrong one; the authors' accuracy takes sampled_conflict_pairs alone",
     ),
@@ -364,8 +358,7 @@ PUBLIC_FORMS = (
         "prompt chosen rejected subset id",
         "prompt chosen rejected",
         leaves="subset id chosen_model rejected_model models additional_metadata domain num_correct num_incorrect total_completions error error_key language task_id",
-        chat=True,
-        held_out=True,
+        **BENCHMARK,
         sets="allenai/reward-bench filtered, allenai/reward-bench-2 test, allenai/preference-test-sets mtbench_human",
         note="also RewardBench 2: every chosen answer over every rejected one",
     ),
@@ -374,11 +367,26 @@ PUBLIC_FORMS = (
         "prompt chosen rejected domain id",
         "prompt chosen rejected",
         leaves="domain id subset error error_key language task_id",
-        chat=True,
-        held_out=True,
+        **BENCHMARK,
         sets="THU-KEG/RM-Bench train",
         source="https://github.com/THU-KEG/RM-Bench",
         note="three answers a side by style give nine pairs; files of its repository are of the form reward_bench",
+    ),
+    _form(
+        "rmb",
+        "conversation_input chosen reject",
+        "prompt=conversation_input chosen=chosen.answer rejected=reject.answer",
+        leaves="pair_uid category_path",
+        **BENCHMARK,
+        source="https://github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark",
+    ),
+    _form(
+        "rmb_best_of_n",
+        "conversation_input bon_best loser_list",
+        "prompt=conversation_input chosen=bon_best.answer rejected=loser_list[].answer",
+        leaves="bon_uid category_path",
+        **BENCHMARK,
+        source="https://github.com/Zhou-Zoey/RMB-Reward-Model-Benchmark",
     ),
     # ---- TRL's own names
     _form(
