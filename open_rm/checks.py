@@ -14,6 +14,7 @@ from open_rm.flags import (
     AdapterFlags,
     Args,
     BatchFlags,
+    BenchmarkFlags,
     CheckpointFlags,
     DataFlags,
     Must,
@@ -39,6 +40,7 @@ def check_args(args: Args) -> None:
     check_data(args)
     if args.chat_template_name is not None:
         read_template(args.chat_template_name)
+    check_benchmarks(args, evaluates=bool(args.dataset_mixer_eval_list), trains=not args.cache_dataset_only)
     check_memory_layout(args)
 
 
@@ -165,6 +167,21 @@ def check_data(flags: DataFlags) -> None:
     for flag, split in (("dataset_mixer_list", "train"), ("dataset_mixer_eval_list", "eval")):
         for i, source in enumerate(parse_mixer(getattr(flags, flag), getattr(flags, f"{flag}_splits"), flag)):
             reading_of_source(flags, split, source.name, i)
+
+
+def check_benchmarks(flags: BenchmarkFlags, *, evaluates: bool, trains: bool) -> None:
+    """Their names, as far as these tell, and when they are judged."""
+    if flags.benchmark:
+        # it brings numpy and datasets, which take seconds and which most commands are answered without
+        from open_rm.evaluation.arguments import wanted_sets
+
+        wanted_sets(flags.benchmark)
+    if flags.benchmark and not trains:
+        raise UserError("--cache_dataset_only trains no model for --benchmark; remove one of them")
+    if flags.benchmark_rows and not flags.benchmark:
+        raise UserError("--benchmark_rows does nothing without --benchmark; add or remove it")
+    if flags.benchmark_rows and not evaluates:
+        raise UserError("--benchmark_rows needs evaluations; name held-out data with --dataset_mixer_eval_list")
 
 
 def check_memory_layout(args: Args) -> None:

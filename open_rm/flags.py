@@ -299,6 +299,19 @@ class CheckpointFlags:
 
 
 @dataclass(frozen=True)
+class BenchmarkFlags:
+    """Public benchmarks, judged by their authors' rules while training and at its end."""
+
+    benchmark: list[str] = field(default_factory=list)
+    """Judge the final model by reward_bench, reward_bench_2, rm_bench, judge_bench, rmb (from the Hub, or NAME=PATH for a folder
+    or file); output_dir/evaluation/report.html shows it beside the held-out pairs."""
+    benchmark_rows: Number = 0
+    """So many rows of each, the same ones every time, are judged at every evaluation too. 0: none."""
+    benchmark_max_token_length: Count = 2048
+    """Most tokens of prompt and answer in a benchmark; longer ones are cut and counted. At most the model's positions."""
+
+
+@dataclass(frozen=True)
 class TrackingFlags:
     """What is shown and recorded of a run."""
 
@@ -340,6 +353,7 @@ class OpeningFlags:
 @dataclass(frozen=True)
 class Args(
     TrackingFlags,
+    BenchmarkFlags,
     CheckpointFlags,
     RunFlags,
     BatchFlags,

@@ -9,11 +9,11 @@ From Python, `main(Args(...))` does the same. An *episode* is one pair seen; a *
     prepare     data, plan, model, engine: whatever can fail does so here, before the first step
     train       the loop: forward, loss, backward, step; checkpoints, from which the same command goes on
     evaluate    held-out pairs, each scored once; called by `train` before the first step, at times, and after the last
-    finish      save, prove that every client reads the same rewards, draw, describe, push
+    finish      judge, save, prove that every client reads the same rewards, draw, describe, push
 
-Every rank runs all of it. `ranks.from_main(f)`: the main rank alone runs f, and all get its value. `ranks.main_first(f)`:
-all run f, the main rank first; the others find what it left in the cache. What is given `args` is typed with its own group of
-flags (flags.py), of which `Args` is the sum, and reads no others. Shapes: B pairs of a micro-batch.
+Every rank runs all of it. `ranks.from_main(f)`: the main rank alone runs f, and all get its value. `ranks.main_first(f)`: all
+run f, the main rank first; the others find what it left in the cache. What is given `args` is typed with the group of flags
+(flags.py) that it reads; `Args` is the sum of all. Shapes: B pairs of a micro-batch.
 """
 
 from open_rm import command_line
@@ -36,14 +36,15 @@ from open_rm.batching.rules import BatchRules
 from open_rm.data.building import read_both
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.tokenizer import tokenizer_of
-from open_rm.evaluation import calibration, held_out
+from open_rm.evaluation import calibration, held_out, in_training, sets
+from open_rm.evaluation.engine_scorer import InTraining
 from open_rm.inspection import look
 from open_rm.model import any_decoder, families
 from open_rm.model.contract import Contract
 from open_rm.model.kernels import capability_of, check_float8, use_fastest
 from open_rm.model.loading import check_trusted_code, compute_dtype, fetch, load_reward_model
 from open_rm.model.reward_model import RewardModel, model_shape
-from open_rm.publishing import card, clients, proof, pushing, run_folder, saving
+from open_rm.publishing import card, clients, proof, run_folder, saving
 from open_rm.ranks import Ranks, joined_ranks
 from open_rm.reliability import comparing, resuming
 from open_rm.reliability.checkpoints import Checkpoint
@@ -78,6 +79,7 @@ class Prepared:
     held_out_pairs: PreferenceData | None  # None: nothing is evaluated
     contract: Contract  # how a client has to read the saved folder
     checks: list[dict]  # which clients read it as it was trained (clients.ClientCheck)
+    benchmarks: list[sets.NamedSet]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Run(Prepared):
     model: RewardModel
     engine: Engine  # the model being trained
     keeper: Keeper  # its checkpoints
+    judge: in_training.Judge  # of the model, by benchmarks and held-out pairs
 
     def facts(self) -> dict:
         """Flags and what followed from them: for run.json, the trackers and the model card."""
@@ -125,10 +128,8 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     # A folder that cannot be written, or a Hub that does not let us in, is found now and not after the last step.
     place = ranks.from_main(lambda: run_folder.claim(args, survival.take, trains=trains, goes_on=goes_on))
     survival.know(place.folder, named=args.output_dir is not None)
-    found = None
-    if trains:
-        held = (place.folder, place.begun, comparing.plain(args))
-        found = resuming.find(args, *held, finished=place.finished, ranks=ranks, say=log.say)
+    held = (place.folder, place.begun, comparing.plain(args))
+    found = resuming.find(args, *held, finished=place.finished, ranks=ranks, say=log.say) if trains else None
     if place.finished:
         log.say(f"the run in {place.folder} is finished, there is nothing to do; choose another --output_dir")
         return None
@@ -149,6 +150,7 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
 
     with alive.phase("reading data", alive.Kind.BUSY):
         config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
+        benchmarks = ranks.main_first(lambda: sets.open_sets(args.benchmark)) if trains else []
     log.say(*train_pairs.lines, *(held_out_pairs.lines if held_out_pairs else ["eval: no held-out data was named"]))
     contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
 
@@ -164,21 +166,21 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     if args.cache_dataset_only:
         log.say(f"cached in {args.dataset_local_cache_dir}; stopping (--cache_dataset_only)")
         return None
-    learned = (train_pairs, held_out_pairs, contract, checks)
+    learned = (train_pairs, held_out_pairs, contract, checks, benchmarks)
     return Prepared(args, ranks, survival, place, found, log, config, dtype, tokenizer, layout, *learned)
 
 
 def build(prepared: Prepared) -> Run:
     """Plan, model and engine; where a run goes on, what it may go on with."""
     args, ranks, log, found, dtype = (getattr(prepared, name) for name in ("args", "ranks", "log", "found", "dtype"))
-    train_pairs, layout, tokenizer = prepared.train_pairs, prepared.layout, prepared.tokenizer
+    train_pairs, held_out_pairs = prepared.train_pairs, prepared.held_out_pairs
+    layout, tokenizer = prepared.layout, prepared.tokenizer
     # ---- plan: all numbers that follow from flags and data
     own = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     pairs_per_step = resuming.pairs_per_step(found, own, ranks, log.say)
     plan = make_plan(args, train_pairs.table, pairs_per_step, seed=args.seed, grouped=args.group_by_prompt)
-    rules = feeding.rules_of(
-        args, layout.name, tokenizer.pad_token_id, max_token_length=args.max_token_length, on_gpu=ranks.on_gpu
-    )
+    how = {"max_token_length": args.max_token_length, "on_gpu": ranks.on_gpu}
+    rules = feeding.rules_of(args, layout.name, tokenizer.pad_token_id, **how)
     log.say(plan.describe())
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
@@ -199,17 +201,18 @@ def build(prepared: Prepared) -> Run:
         rules = feeding.with_attention_cost(rules, model_shape(model), on_gpu=ranks.on_gpu)  # long sequences cost more
 
     # ---- checkpoints: room for them, and that this run is the one that a found one was begun as
-    marks = resuming.marks_of(train_pairs, prepared.held_out_pairs, engine, dtype, margins=args.margin_loss)
+    marks = resuming.marks_of(train_pairs, held_out_pairs, engine, dtype, margins=args.margin_loss)
     resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
     facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
-    facts |= {"held_out_pairs": len(prepared.held_out_pairs or ())}
-    facts |= {"probe": held_out.probed(prepared.held_out_pairs or train_pairs)}
+    facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
-    known = {field.name: getattr(prepared, field.name) for field in dataclasses.fields(prepared)}
-    return Run(**known, plan=plan, rules=rules, model=model, engine=engine, keeper=keeper)
+    known = InTraining(model, tokenizer, prepared.contract, rules.for_evaluation(), ranks)
+    judge = in_training.Judge.of(args, known, prepared.benchmarks, held_out_pairs, prepared.place.folder, args.seed)
+    log.say(*ranks.from_main(judge.check))
+    return Run(**vars(prepared), plan=plan, rules=rules, model=model, engine=engine, keeper=keeper, judge=judge)
 
 
 def train(run: Run, tracker: Tracker, progress: Progress) -> None:
@@ -262,7 +265,7 @@ def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:
     rewards_of = run.survival.stop.interruptible(run.engine, ranks)
     with run.engine.evaluating(), alive.phase(f"evaluation at step {progress.step}", alive.Kind.STEPS):
         try:
-            result = held_out.evaluate(rewards_of, pairs, run.rules.for_evaluation(), ranks)
+            result = run.judge.evaluate(rewards_of, step=progress.step)
         except Interrupted:
             return  # it is due still, and made when the run goes on
     progress.evaluated(result.metrics)
@@ -274,7 +277,7 @@ def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:
 
 
 def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
-    """Save, prove that every client reads the same rewards, draw, describe, push."""
+    """Judge, save, prove that every client reads the same rewards, draw, describe, push."""
     args, place, log = run.args, run.place, run.log
     if args.load_best_model_at_end and progress.best_step is not None:
         run.keeper.load_best(run.engine, progress)
@@ -283,6 +286,7 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
     as_trained = held_out.probe(run.engine, pairs, rules, **how) if args.float8 else None
     with run.engine.evaluating():  # rewards of a few pairs, which the saved folder has to give too
         probe = held_out.probe(run.engine, pairs, rules, **how)
+        scored = run.judge.scored(run.engine, step=progress.evaluated_step)
     state = run.engine.gathered_state()  # whole weights, on the main rank's CPU
     statistics = calibration.statistics_of(progress.last_evaluation, pairs=len(run.held_out_pairs or ()))
     contract = dataclasses.replace(run.contract, statistics=statistics)
@@ -294,21 +298,17 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
             curves = draw_curves(tracker.record, title=place.name)
             tracker.figure(curves, progress)
             facts = run.facts() | {"total_flops": f"{progress.flops:.3e}"}
-            card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels)
-        minutes = f"{progress.hours * 60:.1f} min"
-        log.say(calibration.describe(statistics), f"saved in {place.folder} after {minutes}; curves: {curves}")
+            report = run.judge.report(scored)
+            card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels, report=report)
+        log.say(calibration.describe(statistics), *in_training.lines(report))
+        log.say(f"saved in {place.folder} after {progress.hours * 60:.1f} min; curves: {curves}")
 
     def prove_and_push() -> None:
         # Fused kernels and code of the folder change transformers in this process; the proof then needs one of its own.
-        made_here = any_decoder.is_made_here(run.model.classifier)
-        patched = run.ranks.on_gpu or args.trust_remote_code or made_here
+        patched = run.ranks.on_gpu or args.trust_remote_code or any_decoder.is_made_here(run.model.classifier)
         log.say(proof.check_reload(place.folder, probe, run.tokenizer, contract, fresh_process=patched))
         log.say(*proof.float8_difference(probe, as_trained))
-        run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=not args.push_to_hub)
-        if args.push_to_hub:
-            where = {"revision": place.revision, "private": args.hf_repo_private}
-            log.say(f"pushed to {pushing.push_folder(place.folder, place.repo_id, **where)}")
-            run_folder.write_facts(place.folder, run.facts() | {"notes": log.lines}, finished=True)
+        run_folder.conclude(args, place, lambda: run.facts() | {"notes": log.lines}, say=log.say)
 
     with alive.phase("saving the model", alive.Kind.BUSY):
         run.ranks.from_main(save)

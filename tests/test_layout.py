@@ -22,6 +22,7 @@ ORDER = [
     "alive",
     "process_group",
     "ranks",
+    "measures",
     "data",
     "batching",
     "model",
@@ -44,6 +45,7 @@ COMMANDS = {
     "toy.py",
     "inspection/__main__.py",
     "scoring/__main__.py",
+    "evaluation/__main__.py",
 }
 # The interface is transformers'.
 ATTENTION_FUNCTIONS = {"segment_attention", "dense_attention"}

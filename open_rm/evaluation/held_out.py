@@ -16,8 +16,9 @@ import torch
 from open_rm.batching import feeding
 from open_rm.batching.dealing import deal_step
 from open_rm.batching.rules import BatchRules
-from open_rm.data.pairs import PreferenceData
+from open_rm.data.pairs import PairTable, PreferenceData
 from open_rm.evaluation.calibration import reward_statistics
+from open_rm.measures import calibration, lengths
 from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.training.losses import ranking_loss
 from open_rm.training.metrics import pair_means, pair_sums
@@ -30,7 +31,8 @@ DEALT_AT_ONCE = 16_384  # pairs; more are dealt in pieces, so that planning a la
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: eval/rm/... overall and eval/rm/<source>/..., and overall alone how rewards are spread (calibration).
+    """metrics: eval/rm/... overall and eval/rm/<source>/..., and overall alone how rewards are spread (evaluation.calibration) and
+    how far the accuracy can be believed (`trust`).
     rewards: [pairs, 2] float64, chosen and rejected."""
 
     metrics: dict[str, float]
@@ -74,7 +76,8 @@ def evaluate(
     started = time.perf_counter()
     rewards = score_pairs(rewards_of, data, np.arange(len(data)), rules, ranks)
     seconds = time.perf_counter() - started
-    metrics = {f"eval/rm/{name}": value for name, value in (_means(rewards) | reward_statistics(rewards)).items()}
+    overall = _means(rewards) | reward_statistics(rewards) | trust(rewards, data.table)
+    metrics = {f"eval/rm/{name}": value for name, value in overall.items()}
     if len(data.labels) > 1:
         sources = torch.tensor(data.source_ids())
         for number, label in enumerate(data.labels):
@@ -83,6 +86,27 @@ def evaluate(
                 metrics.update({f"eval/rm/{label}/{name}": value for name, value in means.items()})
     metrics["eval/samples_per_second"] = len(data) / seconds
     return Evaluation(metrics, rewards)
+
+
+def trust(rewards: torch.Tensor, table: PairTable) -> dict[str, float]:
+    """How far the accuracy of the pairs can be believed.
+
+    Args:
+        rewards: [pairs, 2], chosen and rejected.
+
+    Returns:
+        ece: expected calibration error of sigmoid(margin); left out where a reward is not a number.
+        length_accuracy: what the better of the rules "the longer response" and "the shorter response" scores on the same pairs.
+        length_matched_accuracy: accuracy where the responses' tokens differ by at most a tenth; left out where none do.
+    """
+    margins = (rewards[:, 0] - rewards[:, 1]).numpy()
+    prompt = np.minimum(table.prompt_length, np.minimum(table.chosen_length, table.rejected_length))
+    responses = table.chosen_length - prompt, table.rejected_length - prompt
+    _, by_length = lengths.best_rule(*responses)
+    matched = lengths.are_matched(*responses)
+    found = {} if np.isnan(margins).any() else {"ece": calibration.ece(margins)}
+    found["length_accuracy"] = float(by_length.mean())
+    return found | ({"length_matched_accuracy": float((margins[matched] > 0).mean())} if matched.any() else {})
 
 
 def probe(

@@ -9,10 +9,12 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers.utils.hub import cached_file
 
+from open_rm.evaluation.rules.verdict import SUBSET
 from open_rm.model.adapters import ADAPTER_CONFIG
 from open_rm.model.contract import Contract
 from open_rm.publishing.run_folder import Place
 
+RELIABILITY = "reliability.png"
 ON_HUB = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # entity/name
 
 WHOLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -88,7 +90,13 @@ without a word: this adapter needs transformers 5, or `--merge_adapter` at train
 
 
 def write_card(
-    place: Place, contract: Contract, facts: dict[str, object], results: dict[str, float], *, data: list[str]
+    place: Place,
+    contract: Contract,
+    facts: dict[str, object],
+    results: dict[str, float],
+    *,
+    data: list[str],
+    report: dict | None = None,
 ) -> None:
     """Write README.md into the run's folder, which holds the model already.
 
@@ -98,6 +106,7 @@ def write_card(
             a list of dicts, of which each says of one client whether it computes the same rewards.
         results: final metrics, as a table.
         data: names of the training sources.
+        report: of evaluation/trust/report.py, whose diagram is reliability.png; None where nothing was judged.
     """
     base_model, name = str(facts["model_name_or_path"]), place.repo_id or place.folder
     code = sorted(path.name for path in Path(place.folder).glob("*.py"))
@@ -118,6 +127,7 @@ def write_card(
             opening=_opening(name, place.revision if place.repo_id else None, trusted=contract.trust_remote_code)
         ),
         *_clients(facts.get("clients") or [], _silent_faults(place)),
+        *_trust(report, reliability=(Path(place.folder) / RELIABILITY).is_file()),
         "## Results",
         _table(("metric", "value"), [(key, f"{value:.4g}") for key, value in results.items()]),
         "![training curves](curves.png)",
@@ -217,6 +227,36 @@ def _clients(clients: list[dict], faults: list[str]) -> list[str]:
         verdict = "yes" if one["reads_the_same"] else f"no: {one['why_not']}"
         rows.append((one["client"], verdict, one["how"]))
     return ["## Who reads this folder the same", _table(("client", "as it was trained", "how"), rows), *faults]
+
+
+def _trust(report: dict | None, *, reliability: bool) -> list[str]:
+    """The three answers, the warnings, a table of overall numbers and sections, the diagram."""
+    if report is None:
+        return []
+    answers = [
+        "\n".join([f"**{one['question']}**\n", *(f"- {_cell(line)}" for line in one["answer"].splitlines())])
+        for one in report["answers"]
+    ]
+    warnings = [f"> **Warning:** {_cell(warning)}" for warning in report["warnings"]]
+    rows = [
+        (found["title"], line["name"], f"{_interval(line)}", line["n"])
+        for found in report["sets"]
+        for line in found["lines"]
+        if line["level"] != SUBSET
+    ]
+    made = ", ".join(f"{label} {value}" for label, value in report["made"])
+    return [
+        "## How far it can be trusted",
+        *answers,
+        "\n>\n".join(warnings) or None,
+        _table(("judged on", "number", "value (95 % interval)", "rows"), rows),
+        f"How the scores were made: {_cell(made)}.",
+        f"![how often the preferred answer is right, by how sure the model is]({RELIABILITY})" if reliability else None,
+    ]
+
+
+def _interval(line: dict) -> str:
+    return f"{line['value']:.1%} ({line['low']:.1%} to {line['high']:.1%})"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple]) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, get_token
 from open_rm.errors import UserError
 from open_rm.publishing.hub_calls import HUB_ERRORS, persistently, reason, status
 
-# Only what belongs to a model; tracking folders and sample texts of the training data stay at home.
+# Only what belongs to a model; tracking folders and texts of the data (samples, the report's examples) stay at home.
 PUSHED = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -29,7 +29,7 @@ PUSHED = [
     "metrics.jsonl",
 ]
 MODELS = ("config.json", "adapter_config.json")  # a folder that holds one of these holds a model or an adapter
-NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", ".claim*"]
+NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", "evaluation/*", ".claim*"]
 
 
 def check_access(*, entity: str | None, repo_id: str | None, revision: str, private: bool) -> str:

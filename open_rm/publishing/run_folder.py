@@ -90,6 +90,18 @@ def write_facts(folder: str, facts: dict, *, finished: bool) -> None:
     os.replace(beside, path)  # a run that is killed here leaves the old one, not half of a new one
 
 
+def conclude(flags: RunFlags, place: Place, facts: Callable[[], dict], *, say: Callable[[str], None]) -> None:
+    """Push the model where that was asked for; run.json says that the run is finished when nothing is left to do.
+
+    facts: for run.json; asked again when the push has been told.
+    """
+    write_facts(place.folder, facts(), finished=not flags.push_to_hub)
+    if flags.push_to_hub:
+        where = {"revision": place.revision, "private": flags.hf_repo_private}
+        say(f"pushed to {pushing.push_folder(place.folder, place.repo_id, **where)}")
+        write_facts(place.folder, facts(), finished=True)
+
+
 @contextlib.contextmanager
 def disk_explained(folder: str, last_checkpoint: int | None) -> Iterator[None]:
     """The block writes the model; a disk that takes no more is a sentence, and nothing that was trained is lost."""

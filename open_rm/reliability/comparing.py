@@ -50,7 +50,7 @@ FREE = {
     ),
     *("num_sample_pairs", "with_tracking", "wandb_project_name", "wandb_entity", "checkpointing_steps"),
     *("checkpointing_minutes", "keep_last_n_checkpoints", "resume_from_checkpoint", "load_best_model_at_end"),
-    *("stall_timeout", "max_skipped_steps"),
+    *("stall_timeout", "max_skipped_steps", "benchmark", "benchmark_rows", "benchmark_max_token_length"),
 }
 # Where the best evaluation decides what is saved, or when to stop, these decide too.
 DECIDE_THE_BEST = {"num_evals", "eval_steps", "load_best_model_at_end"}

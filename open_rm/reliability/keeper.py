@@ -335,7 +335,7 @@ class Keeper:
                 )
                 return
             self._fill(engine, self._ranks.from_main(lambda: checkpoints.read(path)), moments=False)
-        progress.last_evaluation = progress.best_evaluation
+        progress.last_evaluation, progress.evaluated_step = progress.best_evaluation, progress.best_step
         self._say(f"the model of step {progress.best_step} is saved, whose evaluation was the best")
 
     def _fill(self, engine: Engine, found: Checkpoint, *, moments: bool) -> tuple[Shards | None, bool]:

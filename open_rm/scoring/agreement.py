@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Z = 1.959963984540054  # two-sided 95 % of a normal distribution
+from open_rm.measures.intervals import independent_pairs, wilson
 
 
 @dataclass
@@ -91,16 +91,14 @@ class Agreement:
     def independent_pairs(self) -> float:
         """As how many independent pairs the strict ones count.
 
-        Pairs of one prompt share answers, so they tell less than as many pairs of different prompts: p (1 - p) over the
-        variance of the share between prompts (Kish's effective sample size; Cochran, Sampling Techniques, 6.4). With one
-        pair a prompt it is their number. Where the share is 0 or 1 nothing varies, and each prompt counts once.
+        Pairs of one prompt share answers, so they tell less than as many pairs of different prompts.
         """
-        if not 0 < self.agreeing < self.strict:
-            return float(self.paired_prompts)
+        if not self.strict:
+            return 0.0
         p = self.agreeing / self.strict
         spread = self.agreeing_squares - 2 * p * self.products + p * p * self.squares
-        # Rounding may leave nothing where prompts are alike, and no sample counts for more pairs than it has.
-        return min(self.strict, p * (1 - p) * self.strict**2 / spread) if spread > 0 else float(self.strict)
+        # Rounding may leave a little less than nothing where prompts are alike.
+        return independent_pairs(p, self.strict, self.paired_prompts, self.squares, max(0.0, spread))
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -161,10 +159,3 @@ class Agreement:
 
     def _mean(self, total: float) -> float | None:
         return total / self.pairs if self.pairs else None
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share of n independent draws (Wilson 1927, without continuity correction)."""
-    middle, width = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    scale = 1 + Z * Z / n
-    return max(0.0, (middle - width) / scale), min(1.0, (middle + width) / scale)

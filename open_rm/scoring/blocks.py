@@ -53,11 +53,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows become token ids for one reward model. overlength: null or truncate."""
+    """How rows become token ids for one reward model.
+
+    overlength: null or truncate.  cut_to: most tokens of a sequence and of a prompt where they are cut; None: what the scorer
+    says, which is what training cut to.
+    """
 
     scorer: Scorer
     reading: Reading
     overlength: str
+    cut_to: tuple[int, int] | None = None
 
     def rows(self, raw: list[Raw]) -> tuple[dict[int, EncodedRow], dict[int, str]]:
         """(rows that can be scored, what is wrong with the others), by their numbers"""
@@ -145,7 +150,7 @@ class Encoder:
     def _limits(self) -> tuple[int, int]:
         """Most tokens of an answer with its prompt, and of a prompt, which training cuts on its own."""
         if self.overlength == "truncate":
-            return self.scorer.cut_to
+            return self.cut_to or self.scorer.cut_to
         return self.scorer.max_token_length, self.scorer.max_token_length
 
     def _fault(self, row: EncodedRow, *, own_pad: bool) -> str | None:

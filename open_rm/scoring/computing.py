@@ -15,10 +15,11 @@ MOST_POSITIONS = 32_768  # on a GPU; more gain nothing
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """sequences: token ids.  prompt_of: equal where a prompt is shared."""
+    """sequences: token ids.  prompt_of: equal where a prompt is shared.  layout: None, the model's own, or padded."""
 
     sequences: list[np.ndarray]
     prompt_of: list[int]
+    layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Computer:
 
     def _rewards(self, batch: MicroBatch) -> torch.Tensor:
         try:
-            return self.model.rewards(batch.sequences, batch.prompt_of)
+            return self.model.rewards(batch.sequences, batch.prompt_of, batch.layout)
         except torch.OutOfMemoryError as error:
             half = len(batch.sequences) // 2
             if not half:
@@ -66,7 +67,8 @@ class Computer:
                 ) from error
         torch.cuda.empty_cache()
         halves = (slice(None, half), slice(half, None))
-        return torch.cat([self._rewards(MicroBatch(batch.sequences[h], batch.prompt_of[h])) for h in halves])
+        parts = [MicroBatch(batch.sequences[h], batch.prompt_of[h], batch.layout) for h in halves]
+        return torch.cat([self._rewards(part) for part in parts])
 
     def _what_fits(self) -> int:
         """Positions of a forward on a GPU, halved until one fits: rows of up to 1024 tokens, nothing shared."""

@@ -6,6 +6,7 @@ on right-padded rows, and says itself where the reward is read.
 Shapes: N sequences of a micro-batch, S rows, T positions.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,25 +78,32 @@ class OpenModel:
         if classifier.device != device:
             self.model.to(device)
         self.rows = classifier.get_input_embeddings().weight.shape[0]
-        tables = [module for name, module in classifier.named_modules() if name.endswith("position_embeddings")]
-        known = [getattr(classifier.config.get_text_config(), "max_position_embeddings", None)]
-        # RoBERTa and its like number positions from behind the pad's
-        known += [
-            table.num_embeddings - table.padding_idx - 1 for table in tables if getattr(table, "padding_idx", None)
-        ]
-        self.positions = min((n for n in known if n), default=None)
+        self.positions = positions_of(classifier)
 
     @torch.inference_mode()
-    def rewards(self, sequences: Sequence[np.ndarray], prompt_of: Sequence[int]) -> torch.Tensor:
-        """[N] float32 on the device. prompt_of: [N] equal where a prompt is shared."""
+    def rewards(
+        self, sequences: Sequence[np.ndarray], prompt_of: Sequence[int], layout: str | None = None
+    ) -> torch.Tensor:
+        """[N] float32 on the device. prompt_of: [N] equal where a prompt is shared.  layout: padded, instead of the model's."""
         pad = self.recipe.pad_token_id or 0
         if self.recipe.layout != OWN:
-            batch = lay_out_sequences(self.recipe.layout, sequences, pad_token_id=pad, prompt_of=prompt_of)
-            return self.model(**batch.inputs(self.device)).float()
+            layout = layout or self.recipe.layout
+            batch = lay_out_sequences(layout, sequences, pad_token_id=pad, prompt_of=prompt_of)
+            with self.model.padded_rows() if layout == "padded" else contextlib.nullcontext():
+                return self.model(**batch.inputs(self.device)).float()
         batch = lay_out_sequences("padded", sequences, pad_token_id=pad, prompt_of=prompt_of)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         logits = self.model(**{name: value.to(self.device) for name, value in inputs.items()}).logits
         return logits.float().reshape(len(sequences))
+
+
+def positions_of(classifier: PreTrainedModel) -> int | None:
+    """Most tokens that a model can place; None: any number."""
+    tables = [module for name, module in classifier.named_modules() if name.endswith("position_embeddings")]
+    known = [getattr(classifier.config.get_text_config(), "max_position_embeddings", None)]
+    # RoBERTa and its like number positions from behind the pad's
+    known += [table.num_embeddings - table.padding_idx - 1 for table in tables if getattr(table, "padding_idx", None)]
+    return min((n for n in known if n), default=None)
 
 
 def _whole(recipe: Recipe) -> PreTrainedModel:

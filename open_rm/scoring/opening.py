@@ -58,6 +58,18 @@ def open_scorer(flags: OpeningFlags) -> Scorer:
     return Scorer(flags.model, computer, recipe, found.tokenizer, rules, lines=lines, fingerprint=mark)
 
 
+def look(flags: OpeningFlags) -> bool:
+    """Whether it is known how the model reads conversations: one of ours, or with a chat template. Reads no weights.
+
+    Raises:
+        UserError: the small files show that `open_scorer` would refuse it.
+    """
+    folder = folders.find(flags.model, flags.model_revision)
+    with _in_words_of_these_flags(flags.model, folder):
+        found = _look(flags, folder)
+    return found.contract is not None or found.tokenizer.chat_template is not None
+
+
 @contextlib.contextmanager
 def _in_words_of_these_flags(name: str, folder: Path) -> Iterator[None]:
     """Sentences of other rooms speak of training's flags, and of the folder that a Hub name was fetched into."""

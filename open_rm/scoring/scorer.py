@@ -56,6 +56,7 @@ class Scorer:
     rows: token ids are below it.
     fingerprint: changes with whatever decides a reward: weights, code, tokenizer, dtype.
     machine: name, as a refusal says it -> value, of what decides a reward's last digits besides.
+    folder: that was opened.  layout: how sequences lie in memory.  dtype: that is computed in.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Scorer:
         facts = computer.facts
         self.machine = {"device": facts.device, "number of threads": facts.threads}
         self.machine |= {"--max_tokens_per_micro_batch": facts.max_tokens}
+        self.folder, self.layout, self.dtype = recipe.folder, recipe.layout, recipe.dtype
         self._computer, self._recipe, self._rules = computer, recipe, rules
         self._one_call = threading.Lock()
 
@@ -114,12 +116,21 @@ class Scorer:
             return prompt + answer
         return encoding.render_pair(self.tokenizer, prompt, answer, answer).chosen
 
-    def rewards(self, sequences: Sequence[Sequence[int]], prompt_of: Sequence[int] | None = None) -> np.ndarray:
+    def rewards(
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_of: Sequence[int] | None = None,
+        *,
+        max_tokens: int | None = None,
+        padded: bool = False,
+    ) -> np.ndarray:
         """[N] float32, in order.
 
         Args:
             sequences: token ids, each at most max_token_length.
             prompt_of: [N] equal where sequences begin with the same prompt; None: what they have in common is looked for.
+            max_tokens: most positions of a micro-batch, to see that rewards do not depend on it; None: as the model was opened.
+            padded: in padded rows, to see the same, whatever the layout that the model was opened for.
 
         Raises:
             UserError: a sequence that is empty, too long, or has ids that the model has not; a worker that ended.
@@ -130,8 +141,10 @@ class Scorer:
         _, first = np.unique(place, return_index=True)
         unique = [checked[i] for i in first]
         prompts = None if prompt_of is None else [prompt_of[i] for i in first]
+        layout = "padded" if padded or self._recipe.layout == OWN else self._recipe.layout
+        most = 1 if self._recipe.one_by_one else max_tokens or self._computer.facts.max_tokens
         with self._one_call:
-            return self._rewards(unique, prompts)[place]
+            return self._rewards(unique, prompts, layout, most)[place]
 
     def _checked(self, number: int, sequence: Sequence[int]) -> np.ndarray:
         """[T] int64: the sequence up to where its reward is read."""
@@ -154,11 +167,11 @@ class Scorer:
             ids = ids[: kept[-1] + 1 if len(kept) else 1]
         return ids.astype(np.int64)
 
-    def _rewards(self, sequences: list[np.ndarray], prompts: Sequence[int] | None) -> np.ndarray:
-        layout = "padded" if self._recipe.layout == OWN else self._recipe.layout
-        most = 1 if self._recipe.one_by_one else self._computer.facts.max_tokens
+    def _rewards(
+        self, sequences: list[np.ndarray], prompts: Sequence[int] | None, layout: str, most: int
+    ) -> np.ndarray:
         parts = plan(sequences, prompts, layout=layout, max_tokens=most, apart_at=self._rules.apart_at)
-        batches = [MicroBatch([sequences[i] for i in part.members], part.prompt_of) for part in parts]
+        batches = [MicroBatch([sequences[i] for i in part.members], part.prompt_of, layout) for part in parts]
         rewards = np.zeros(len(sequences), np.float32)
         for part, of_part in zip(parts, self._computer.rewards(batches), strict=True):
             rewards[part.members] = of_part

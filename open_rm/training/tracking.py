@@ -191,13 +191,16 @@ class Tracker:
         )
 
     def evaluation(self, progress: Progress) -> None:
-        """Held-out pairs were scored: record it, and show a line overall and a line per source."""
+        """Held-out pairs were scored: record it, and show a line overall, a line per source and a line per benchmark."""
         self._record(progress, progress.last_evaluation)
         groups: dict[str, dict[str, float]] = {}
+        benchmarks: dict[str, dict[str, float]] = {}
         for name, value in progress.last_evaluation.items():
-            if name.startswith("eval/rm/"):
-                group, _, metric = name.removeprefix("eval/rm/").rpartition("/")
-                groups.setdefault(group or "all", {})[metric] = value
+            group, _, metric = name.removeprefix("eval/").rpartition("/")
+            if group == "rm" or group.startswith("rm/"):
+                groups.setdefault(group[3:] or "all", {})[metric] = value
+            elif group:
+                benchmarks.setdefault(group, {})[metric] = value
         for group, metrics in groups.items():
             m = _shown(metrics)
             self.log.show(
@@ -205,6 +208,9 @@ class Tracker:
                 f"margin {m['reward_margin']:+.3f}  chosen {m['chosen_rewards']:+.3f}  "
                 f"rejected {m['rejected_rewards']:+.3f}"
             )
+        for name, lines in benchmarks.items():
+            shown = "  ".join(f"{line} {value:.3f}" for line, value in lines.items())
+            self.log.show(f"evaluation at step {progress.step}, {name}: {shown}")
 
     def _record(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Metrics at an optimizer step, in every sink."""

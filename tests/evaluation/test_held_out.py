@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import datasets
@@ -72,12 +73,44 @@ def test_how_rewards_are_spread_is_said_overall_alone(data):
     columns = data.dataset.to_dict() | {"source": [i % 2 for i in range(23)]}
     data = dataclasses.replace(data, dataset=datasets.Dataset.from_dict(columns), labels=["first", "second"])
     names = set(held_out.evaluate(last_token, data, rules("packed"), alone()).metrics)
-    spread = {"reward_mean", "reward_std"}  # every pair is ranked wrong, so that no temperature fits
+    # every pair is ranked wrong, so that no temperature fits
+    spread = {"reward_mean", "reward_std", "ece", "length_accuracy", "length_matched_accuracy"}
     groups = {f"eval/rm/{group}{name}" for group in ("", "first/", "second/") for name in PAIR_METRICS}
     assert names == groups | {f"eval/rm/{name}" for name in spread} | {"eval/samples_per_second"}
     found = held_out.evaluate(lambda **inputs: -last_token(**inputs), data, rules("packed"), alone()).metrics
     assert found["eval/rm/reward_mean"] == pytest.approx(-122.5)
     assert found["eval/rm/reward_std"] == pytest.approx(np.std(np.arange(100, 146), ddof=1))
+
+
+def test_how_far_the_accuracy_can_be_believed_is_what_counting_pair_by_pair_finds(data):
+    rewards = torch.randn(23, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
+    table = data.table
+    lengths = [
+        [n - prompt for n in pair]
+        for *pair, prompt in zip(table.chosen_length, table.rejected_length, table.prompt_length, strict=True)
+    ]
+    right = [chosen > rejected for chosen, rejected in rewards.tolist()]
+    longer = sum(chosen > rejected for chosen, rejected in lengths) + sum(a == b for a, b in lengths) / 2
+    like = [i for i, pair in enumerate(lengths) if max(pair) - min(pair) <= 0.1 * max(pair)]
+    bins = {}
+    for i, margin in enumerate((rewards[:, 0] - rewards[:, 1]).tolist()):
+        confidence = 1 / (1 + math.exp(-abs(margin)))
+        bins.setdefault(int((confidence - 0.5) * 20), []).append(right[i] - confidence)
+    assert held_out.trust(rewards, table) == pytest.approx(
+        {
+            "ece": sum(abs(sum(one)) for one in bins.values()) / 23,
+            "length_accuracy": max(longer, 23 - longer) / 23,
+            "length_matched_accuracy": sum(right[i] for i in like) / len(like),
+        }
+    )
+    assert len(bins) > 3 and 0 < len(like) < 23 and 2 * sum(right[i] for i in like) != len(like)
+
+
+def test_where_no_lengths_match_or_a_reward_is_no_number_nothing_is_said_of_it():
+    """Sequences of 95 and 100 tokens are alike, but not their responses of 5 and 10 behind the prompt."""
+    data = as_data([(np.arange(100), np.arange(95)), (np.arange(4), np.arange(14))], [90, 1])
+    rewards = torch.tensor([[1.0, 0.0], [math.nan, 0.0]], dtype=torch.float64)
+    assert held_out.trust(rewards, data.table) == {"length_accuracy": 0.5}
 
 
 def test_probes_are_spread_over_the_set_and_hold_whole_sequences(data):

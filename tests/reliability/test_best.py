@@ -136,7 +136,7 @@ def test_the_export_of_the_last_checkpoint_is_the_model_that_the_run_saved(nurse
     done = export(folder, tmp_path / "exported")
     assert done.returncode == 0 and "reload check" in done.stdout and "saved step 38" in done.stdout, done.stderr
     assert weights_hash(tmp_path / "exported") == weights_hash(folder)
-    same = {path.name for path in folder.iterdir() if path.is_file()} - {"run.json", "samples.jsonl"}
+    same = {path.name for path in folder.iterdir() if path.is_file()} - {"run.json", "samples.jsonl", "reliability.png"}
     assert same == {path.name for path in (tmp_path / "exported").iterdir()}
     for name in ("contract.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()

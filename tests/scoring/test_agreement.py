@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from open_rm.scoring.agreement import Agreement, wilson
+from open_rm.measures.intervals import wilson
+from open_rm.scoring.agreement import Agreement
 
 
 def taken(*prompts: tuple[list, list]) -> Agreement:
@@ -74,6 +75,12 @@ def test_one_pair_a_prompt_gives_wilsons_interval_of_the_pairs():
     sums = taken(*(([0.0, 1.0], [0.0, 1.0] if agrees else [1.0, 0.0]) for agrees in rng.random(200) < 0.7))
     assert sums.independent_pairs == pytest.approx(200)
     assert sums.interval == pytest.approx(wilson(sums.share, 200))
+
+
+def test_prompts_that_all_agree_count_once_each():
+    sums = taken(*[([1.0, 2.0, 3.0, 4.0], [0.0, 5.0, 6.0, 7.0])] * 3)
+    assert (sums.strict, sums.agreeing, sums.independent_pairs) == (18, 18, 3.0)
+    assert sums.interval == wilson(1.0, 3) and Agreement().independent_pairs == 0.0
 
 
 def test_the_interval_covers_the_truth_where_pairs_of_a_prompt_are_alike():

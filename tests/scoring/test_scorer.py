@@ -119,6 +119,8 @@ def test_neighbours_order_and_micro_batches_change_nothing(name, folders):
     rewards = opened(folders(name)).rewards(SEQUENCES)
     scorer = opened(folders(name), max_tokens_per_micro_batch=70)
     assert scorer.rewards(SEQUENCES) == pytest.approx(rewards, abs=TOLERANCE)
+    for how in ({"max_tokens": 1}, {"max_tokens": 150}, {"padded": True}, {}):
+        assert scorer.rewards(SEQUENCES, **how) == pytest.approx(rewards, abs=TOLERANCE)
     order = np.random.default_rng(1).permutation(len(SEQUENCES))
     assert scorer.rewards([SEQUENCES[i] for i in order]) == pytest.approx(rewards[order], abs=TOLERANCE)
     alone = [scorer.rewards([ids])[0] for ids in SEQUENCES]
@@ -242,11 +244,11 @@ def test_what_does_not_fit_into_memory_is_computed_in_halves(folders, monkeypatc
     scorer = opened(folders())
     expected, compute, sizes = scorer.rewards(SEQUENCES), scorer._computer.model.rewards, []
 
-    def small_memory(sequences, prompt_of):
+    def small_memory(sequences, prompt_of, layout=None):
         sizes.append(len(sequences))
         if len(sequences) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return compute(sequences, prompt_of)
+        return compute(sequences, prompt_of, layout)
 
     monkeypatch.setattr(scorer._computer.model, "rewards", small_memory)
     most = 3

@@ -28,6 +28,7 @@ from open_rm.training import plots, tracking
 from open_rm.training.progress import Progress
 
 PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
+OVERALL_ALONE = ("reward_mean", "reward_std", "ece", "length_accuracy", "length_matched_accuracy")
 POSITION = {"step", "episode", "epoch", "hours"}
 TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "loss_ranking", "lr", "grad_norm")} | {
     f"perf/{name}"
@@ -198,7 +199,7 @@ def test_evaluations_are_logged_before_during_and_after_training(tracked):
     rows = rows_with(tracked[0], "eval/rm/loss")
     assert [row["step"] for row in rows] == EVALUATED
     names = {f"eval/rm/{prefix}{name}" for prefix in ("", "data_test/", "other_test/") for name in PAIR_METRICS}
-    names |= {"eval/rm/reward_mean", "eval/rm/reward_std", "eval/samples_per_second"}
+    names |= {f"eval/rm/{name}" for name in OVERALL_ALONE} | {"eval/samples_per_second"}
     # where no temperature fits there is none
     assert all(set(row) - {"eval/rm/temperature"} == POSITION | names for row in rows)
     assert any("eval/rm/temperature" in row for row in rows)
@@ -214,9 +215,7 @@ def test_the_overall_evaluation_is_the_mean_over_pairs_of_all_sources(tracked):
 
 def test_a_single_held_out_source_is_not_reported_twice(unreachable):
     names = {name for row in read_metrics(unreachable[0]) for name in row if name.startswith("eval/rm/")}
-    assert names - {"eval/rm/temperature"} == {
-        f"eval/rm/{name}" for name in (*PAIR_METRICS, "reward_mean", "reward_std")
-    }
+    assert names - {"eval/rm/temperature"} == {f"eval/rm/{name}" for name in (*PAIR_METRICS, *OVERALL_ALONE)}
 
 
 def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path):
