@@ -180,6 +180,8 @@ def check_benchmarks(flags: BenchmarkFlags, *, evaluates: bool, trains: bool) ->
         raise UserError("--cache_dataset_only trains no model for --benchmark; remove one of them")
     if flags.benchmark_rows and not flags.benchmark:
         raise UserError("--benchmark_rows does nothing without --benchmark; add or remove it")
+    if flags.benchmark_max_token_length != BenchmarkFlags.benchmark_max_token_length and not flags.benchmark:
+        raise UserError("--benchmark_max_token_length does nothing without --benchmark; add or remove it")
     if flags.benchmark_rows and not evaluates:
         raise UserError("--benchmark_rows needs evaluations; name held-out data with --dataset_mixer_eval_list")
 

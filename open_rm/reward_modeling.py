@@ -9,7 +9,7 @@ From Python, `main(Args(...))` does the same. An *episode* is one pair seen; a *
     prepare     data, plan, model, engine: whatever can fail does so here, before the first step
     train       the loop: forward, loss, backward, step; checkpoints, from which the same command goes on
     evaluate    held-out pairs, each scored once; called by `train` before the first step, at times, and after the last
-    finish      judge, save, prove that every client reads the same rewards, draw, describe, push
+    finish      save, draw, judge, describe, prove that every client reads the same rewards, push
 
 Every rank runs all of it. `ranks.from_main(f)`: the main rank alone runs f, and all get its value. `ranks.main_first(f)`: all
 run f, the main rank first; the others find what it left in the cache. What is given `args` is typed with the group of flags
@@ -36,8 +36,7 @@ from open_rm.batching.rules import BatchRules
 from open_rm.data.building import read_both
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.tokenizer import tokenizer_of
-from open_rm.evaluation import calibration, held_out, in_training, sets
-from open_rm.evaluation.engine_scorer import InTraining
+from open_rm.evaluation import calibration, engine_scorer, held_out, in_training, sets
 from open_rm.inspection import look
 from open_rm.model import any_decoder, families
 from open_rm.model.contract import Contract
@@ -149,8 +148,8 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
         return config, tokenizer, layout, *read_both(args, tokenizer, seed=args.seed, show_progress=ranks.is_main)
 
     with alive.phase("reading data", alive.Kind.BUSY):
-        config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
         benchmarks = ranks.main_first(lambda: sets.open_sets(args.benchmark)) if trains else []
+        config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
     log.say(*train_pairs.lines, *(held_out_pairs.lines if held_out_pairs else ["eval: no held-out data was named"]))
     contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
 
@@ -193,8 +192,7 @@ def build(prepared: Prepared) -> Run:
         model, lines = load_reward_model(args, tokenizer, adapter=args, **how)
         lines += use_fastest(model, ranks.device, layout.name, float8=args.float8)  # in place
         log.say(*lines, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
-        numbers = {"total_steps": plan.total_steps, "warmup_steps": plan.warmup_steps}
-        engine = Engine(model, args, deepspeed_config, ranks, **numbers)
+        engine = Engine(model, args, deepspeed_config, ranks, plan.total_steps, plan.warmup_steps)
         how = {"config": deepspeed_config, "optim": args.optim, "table": train_pairs.table}  # what decides what fits
         rules, lines = fitting.fit(args, model, engine, rules, **how)
         log.say(rules.describe(layout.why_not_shared), *lines)
@@ -209,7 +207,7 @@ def build(prepared: Prepared) -> Run:
     facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
-    known = InTraining(model, tokenizer, prepared.contract, rules.for_evaluation(), ranks)
+    known = engine_scorer.InTraining(model, tokenizer, prepared.contract, rules.for_evaluation(), ranks)
     judge = in_training.Judge.of(args, known, prepared.benchmarks, held_out_pairs, prepared.place.folder, args.seed)
     log.say(*ranks.from_main(judge.check))
     return Run(**vars(prepared), plan=plan, rules=rules, model=model, engine=engine, keeper=keeper, judge=judge)
@@ -277,7 +275,7 @@ def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:
 
 
 def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
-    """Judge, save, prove that every client reads the same rewards, draw, describe, push."""
+    """Save, draw, judge, describe, prove that every client reads the same rewards, push."""
     args, place, log = run.args, run.place, run.log
     if args.load_best_model_at_end and progress.best_step is not None:
         run.keeper.load_best(run.engine, progress)
@@ -286,7 +284,6 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
     as_trained = held_out.probe(run.engine, pairs, rules, **how) if args.float8 else None
     with run.engine.evaluating():  # rewards of a few pairs, which the saved folder has to give too
         probe = held_out.probe(run.engine, pairs, rules, **how)
-        scored = run.judge.scored(run.engine, step=progress.evaluated_step)
     state = run.engine.gathered_state()  # whole weights, on the main rank's CPU
     statistics = calibration.statistics_of(progress.last_evaluation, pairs=len(run.held_out_pairs or ()))
     contract = dataclasses.replace(run.contract, statistics=statistics)
@@ -295,13 +292,13 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
         run.survival.check_held()
         with run_folder.disk_explained(place.folder, run.keeper.committed_step):
             saving.save_reward_model(run.model, state, run.tokenizer, place.folder, contract)
-            curves = draw_curves(tracker.record, title=place.name)
-            tracker.figure(curves, progress)
-            facts = run.facts() | {"total_flops": f"{progress.flops:.3e}"}
-            report = run.judge.report(scored)
-            card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels, report=report)
+            tracker.figure(draw_curves(tracker.record, title=place.name), progress)
+        log.say(f"saved in {place.folder} after {progress.hours * 60:.1f} min; curves: {place.folder}/curves.png")
+
+    def describe() -> None:
+        report, facts = run.judge.report(scored, say=log.say), run.facts() | {"total_flops": f"{progress.flops:.3e}"}
+        card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels, report=report)
         log.say(calibration.describe(statistics), *in_training.lines(report))
-        log.say(f"saved in {place.folder} after {progress.hours * 60:.1f} min; curves: {curves}")
 
     def prove_and_push() -> None:
         # Fused kernels and code of the folder change transformers in this process; the proof then needs one of its own.
@@ -312,6 +309,9 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
 
     with alive.phase("saving the model", alive.Kind.BUSY):
         run.ranks.from_main(save)
+        with run.engine.evaluating():
+            scored = run.judge.scored(run.engine, step=progress.evaluated_step, say=log.say)
+        run.ranks.from_main(describe)
         state = run.engine.release()  # the proof's client needs the device
         run.ranks.from_main(prove_and_push)
 

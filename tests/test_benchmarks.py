@@ -15,7 +15,17 @@ import pytest
 import torch
 from conftest import REPOSITORY, environment_of_a_process, in_a_process
 
-from benchmarks import agreement, attention_cost, card, contestants, gpu_profile, gpu_report, step_trace, toy_runs
+from benchmarks import (
+    agreement,
+    attention_cost,
+    card,
+    contestants,
+    gpu_profile,
+    gpu_report,
+    judging,
+    step_trace,
+    toy_runs,
+)
 from benchmarks import workloads as loads
 from benchmarks.throughput import BenchmarkArgs
 from open_rm.errors import UserError
@@ -286,6 +296,11 @@ def test_toy_runs_judge_by_losses_and_by_the_reload_check():
     assert "in float32 on the CPU" in toy_runs.judged(right | {"losses": [0.7, math.nan]}, right)["why"]
     assert "1 losses" in toy_runs.judged(right | {"losses": [0.7]}, right)["why"]
     assert toy_runs.judged(right | {"why": "ended with status 1"}, right)["why"] == "ended with status 1"
+
+
+def test_judging_is_measured_in_a_process_of_its_own():
+    [(pairs, seconds, memory)] = judging.main(judging.JudgingArgs(pairs=(200,), characters=60))
+    assert pairs == 200 and seconds > 0 and 50 < memory < 2_000
 
 
 # ---------------------------------------------------------------- scripts/gpu_check.sh

@@ -14,4 +14,6 @@ engine_scorer  its engine in the place of an opened model, on all ranks
 scored       scores as arrays, and the pairs in them
 score_file   scores.jsonl, and scores that were made elsewhere, to ScoredSets
 score_forms  how rows of scores are written, here and elsewhere
+judgeable  whether scores can be judged at all
+score_folders  which file of scores a named folder means
 """

@@ -10,6 +10,7 @@ docs/evaluation.md says what the numbers mean; `--help` has all flags.
 
 from open_rm import command_line
 from open_rm.checks import check_values
+from open_rm.errors import UserError
 from open_rm.evaluation import arguments
 from open_rm.evaluation.arguments import EvaluationArgs
 
@@ -23,15 +24,15 @@ def check_args(args: EvaluationArgs) -> None:
 if __name__ == "__main__":  # a wrong command line is answered before the imports below
     ARGUMENTS = command_line.read(EvaluationArgs, check_args, prog="python -m open_rm.evaluation")
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from open_rm.evaluation import console
-from open_rm.evaluation.arguments import REPORT, command_of, scores_path
-from open_rm.evaluation.page import document, leaderboard
-from open_rm.evaluation.score_file import read_meta, read_scores
+from open_rm.evaluation.arguments import command_of
+from open_rm.evaluation.page import contestants, document, leaderboard
+from open_rm.evaluation.score_file import aligned, likely_the_datas, order_assumed, read_meta, read_scores
+from open_rm.evaluation.score_folders import says_which, scores_path
 from open_rm.evaluation.scored import ScoredSet
 from open_rm.evaluation.trust.report import make_report
 
@@ -40,9 +41,10 @@ DECIDING = ("truncation length", "dtype")  # what two models' scores should have
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's scores, and how they were made (scores.meta.json; empty where nobody says)."""
+    """A model's scores, their file, and how they were made (scores.meta.json; empty where nobody says)."""
 
     model: str
+    path: Path
     sets: list[ScoredSet]
     meta: dict
 
@@ -56,36 +58,46 @@ def main(args: EvaluationArgs) -> dict | None:
         return None
     own, other = _scores(args)
     started = time.perf_counter()
-    report = make_report(
-        own.sets,
-        model=own.model,
-        meta=own.meta,
-        command=command_of(args),
-        seed=args.seed,
-        invariance=own.meta.get("facts", {}).get("invariance"),
-        other=(other.model, other.sets) if other else None,
-        examples=args.examples,
-    )
+    report = _report(args, own, other)
+    for scores in (own, other) if other else (own,):
+        report["warnings"] += likely_the_datas(scores.path, scores.sets)
     if other:
         _say_how_the_other_was_made(report, own, other)
     took = time.perf_counter() - started
     with console.writing(folder):
-        (folder / REPORT).write_text(
-            json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        document.write_html(report, folder / "report.html")
+        document.write_report(report, folder)
     for line in console.summary(report):
         print(line)
     rows = sum(len(scored) for scored in own.sets)
-    print(f"judged {rows:,} rows in {took:.1f} s; the report: {folder / 'report.html'} ({REPORT} has every number)")
+    print(
+        f"judged {rows:,} rows in {took:.1f} s; the report: {folder / document.PAGE} ({document.REPORT} has every number)"
+    )
     return report
+
+
+def _report(args: EvaluationArgs, own: Scores, other: Scores | None) -> dict:
+    try:
+        return make_report(
+            own.sets,
+            model=own.model,
+            meta=own.meta,
+            command=command_of(args),
+            seed=args.seed,
+            invariance=own.meta.get("facts", {}).get("invariance"),
+            other=(other.model, other.sets) if other else None,
+            examples=args.examples,
+        )
+    except UserError:
+        for scores in (own, other) if other else (own,):  # which file it is that its rules cannot judge
+            contestants.judged(scores.path, scores.sets)
+        raise
 
 
 def _scores(args: EvaluationArgs) -> tuple[Scores, Scores | None]:
     """The model's scores and the other's, what is cheap to find wrong first: read, or computed."""
     other = None
-    if args.against is not None and scores_path(args.against).is_file():
-        other = _read(args.against)
+    if args.against is not None and scores_path(args.against, of_runs=args.scores is not None).is_file():
+        other = _read(args.against, _benchmark_of_other(args))
     if args.scores is not None:
         return _read(args.scores, *args.benchmark), other
     # these import torch and transformers, which judging alone does without
@@ -106,10 +118,22 @@ def _scores(args: EvaluationArgs) -> tuple[Scores, Scores | None]:
     return own, other
 
 
+def _benchmark_of_other(args: EvaluationArgs) -> str | None:
+    """Whose rules judge the other's rows where they do not say so themselves: with --scores the ones of --benchmark, as of its
+    file; with --model the one benchmark that is judged. A folder of this command says it, and may hold other sets too."""
+    if args.scores is None and (args.dataset or Path(args.against).expanduser().is_dir()):
+        return None
+    return args.benchmark[0].partition("=")[0] if len(args.benchmark) == 1 else None
+
+
 def _say_how_the_other_was_made(report: dict, own: Scores, other: Scores) -> None:
-    """What decides scores besides the models stands beside the comparison, and is warned of where it differs."""
+    """What decides scores besides the models stands beside the comparison, and is warned of where it differs; so is an order
+    of rows that nothing shows to be the same."""
     made = {label: value for label, value in other.meta.items() if label != "facts"}
     report["against"]["made"] = [[label, value] for label, value in made.items()]
+    for scored, same in zip(own.sets, aligned(own.sets, other.sets), strict=True):
+        if said := order_assumed(scored, same):
+            report["warnings"].append(f"{said}.")
     for label in DECIDING:
         if label in own.meta and label in made and own.meta[label] != made[label]:
             report["warnings"].append(
@@ -119,11 +143,19 @@ def _say_how_the_other_was_made(report: dict, own: Scores, other: Scores) -> Non
 
 def _read(name: str, benchmark: str | None = None) -> Scores:
     path = scores_path(name)
+    _say_which(name)
     meta = read_meta(path)
-    return Scores(str(meta.get("model") or Path(name).stem), read_scores(path, benchmark=benchmark), meta)
+    return Scores(str(meta.get("model") or Path(name).stem), path, read_scores(path, benchmark=benchmark), meta)
+
+
+def _say_which(name: str) -> None:
+    if said := says_which(name):
+        print(console.visible(said))
 
 
 def _compare(named: list[str], folder: Path) -> None:
+    for name in named:
+        _say_which(name)
     table = leaderboard.compare(named)
     with console.writing(folder):
         leaderboard.write(table, folder)

@@ -11,11 +11,11 @@ from open_rm.data.mixer import Source, parse_mixer
 from open_rm.data.reading import make_reading
 from open_rm.errors import UserError
 from open_rm.evaluation.rules.known import BENCHMARKS, Benchmark
-from open_rm.evaluation.score_file import SCORES
+from open_rm.evaluation.score_folders import is_report_alone, scores_path, why_none
+from open_rm.evaluation.scored import SCORES
 from open_rm.flags import Number, OpeningFlags, ReadingFlags, Seed
 
 OUTPUT = "output/evaluation"  # where nothing is named
-REPORT = "report.json"
 # Flags that have an effect beside --compare, and beside --scores.
 OF_COMPARE = ("output_dir",)
 OF_SCORES = ("benchmark", "output_dir", "against", "seed", "examples")
@@ -91,7 +91,7 @@ def check(args: EvaluationArgs) -> None:
     if not (place := next(path for path in (output, *output.absolute().parents) if path.exists())).is_dir():
         raise UserError(f"--output_dir {output}: {place} is a file and not a folder; name a folder")
     if args.compare:
-        _check_alone(args, "compare", OF_COMPARE, "judges nothing anew")
+        _check_alone(args, "compare", OF_COMPARE, "opens no model and judges whole scores files, as they are")
         if absent := [name for name in args.compare if not Path(name).expanduser().exists()]:
             raise UserError(f"--compare {absent[0]}: there is no such folder or file")
         return
@@ -114,8 +114,8 @@ def _check_scores(args: EvaluationArgs) -> None:
     _check_alone(args, "scores", OF_SCORES, "opens no model and reads no other rows")
     if not (path := Path(args.scores).expanduser()).exists():
         raise UserError(f"--scores {args.scores}: there is no such file")
-    if path.is_dir() and not (path / SCORES).is_file():
-        raise UserError(f"--scores {args.scores}: the folder holds no {SCORES}; name a file with scores")
+    if path.is_dir() and not scores_path(path).is_file():
+        raise UserError(f"--scores {args.scores}: {why_none(path)}")
     kept = Path(args.output_dir).expanduser() / SCORES
     if kept.exists() and kept.resolve() != scores_path(args.scores).resolve():
         raise UserError(
@@ -138,11 +138,14 @@ def _check_against(args: EvaluationArgs) -> None:
         own.append(str(scores_path(args.scores)))
     other = Path(args.against).expanduser()
     if args.against in own or (
-        other.exists() and other.resolve() in [Path(name).expanduser().resolve() for name in own]
+        other.exists()
+        and {other.resolve(), scores_path(other).resolve()} & {Path(name).expanduser().resolve() for name in own}
     ):
         raise UserError(f"--against {args.against} is the model itself; name another one")
-    if scores_path(args.against).is_file():
+    if scores_path(args.against, of_runs=args.scores is not None).is_file():
         return
+    if other.is_dir() and is_report_alone(other):
+        raise UserError(f"--against {args.against}: {why_none(other)}")
     if other.suffix in (".json", ".jsonl"):
         raise UserError(f"--against {args.against}: there is no such file")
     if args.scores is not None:
@@ -150,12 +153,6 @@ def _check_against(args: EvaluationArgs) -> None:
             f"--against {args.against}: neither a scores file nor a folder with {SCORES}, and beside --scores no model is "
             "opened; score it first (--model), then name its folder here"
         )
-
-
-def scores_path(name: str) -> Path:
-    """The scores file that a user named, or that of a folder."""
-    path = Path(name).expanduser()
-    return path / SCORES if path.is_dir() else path
 
 
 def _check_alone(args: EvaluationArgs, flag: str, also: tuple[str, ...], why: str) -> None:

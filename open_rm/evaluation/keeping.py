@@ -21,15 +21,16 @@ import torch
 import transformers
 
 from open_rm.data import tokenizer as tokenizers
+from open_rm.data.preparation import CHARACTERS_PER_TOKEN, LONGEST_TEXT
 from open_rm.errors import UserError
 from open_rm.evaluation.arguments import EvaluationArgs, command_of
-from open_rm.evaluation.console import writing
+from open_rm.evaluation.console import LEFT_OUT, writing
 from open_rm.evaluation.score_file import META, SCORES
 from open_rm.evaluation.scoring import BLOCK_ROWS, ScoreRows, check_invariance, encoder_for
 from open_rm.evaluation.sets import NamedSet
 from open_rm.manifest import sync_folder
 from open_rm.model.contract import CONTRACT
-from open_rm.scoring.opening import UNBOUNDED, look, open_scorer
+from open_rm.scoring.opening import UNBOUNDED, Identity, identify, look, open_scorer
 from open_rm.scoring.output import Output
 from open_rm.scoring.scorer import Scorer
 from open_rm.scoring.showing import Progress
@@ -45,13 +46,42 @@ def keep_scores(args: EvaluationArgs, sets: list[NamedSet]) -> Path:
         UserError: no such model; a row that cannot be scored; the folder holds scores of something else.
     """
     folder = Path(args.output_dir).expanduser()
+    scores = folder / SCORES
+    if scores.exists() and _are_there(folder, decided_by(args, identify(args), sets)):
+        return scores
     with open_scorer(args) as scorer:
         for line in scorer.lines:
             print(line)
         how = _How(args, scorer, sets, folder)
         if not how.is_there():
             how.make()
-    return folder / SCORES
+    return scores
+
+
+def decided_by(args: EvaluationArgs, model: Scorer | Identity, sets: list[NamedSet]) -> dict[str, object]:
+    """What decides the scores, but for a machine's last digits: name, as a refusal says it -> value."""
+    facts = {"model": model.fingerprint, "--max_token_length": model.max_token_length, "--overlength": args.overlength}
+    facts["--batching"] = model.layout
+    return facts | {f"set {named.name}": _of_set(named, chat=model.chat) for named in sets}
+
+
+def _of_set(named: NamedSet, *, chat: bool) -> str:
+    reading = named.reading_for(chat=chat).identity()
+    return f"{named.opened.fingerprint} {json.dumps(reading, sort_keys=True, default=str)}"
+
+
+def _differing(folder: Path, now: dict[str, object]) -> list[str]:
+    """Names of the facts that the scores in a folder do not have in common with these."""
+    then = read_facts(folder / META)
+    return [name for name in now | then if then.get(name) != now.get(name)]
+
+
+def _are_there(folder: Path, now: dict[str, object]) -> bool:
+    """Whether a folder's scores are of these facts, which is said."""
+    if _differing(folder, now):
+        return False
+    print(f"{folder / SCORES} is there already, by the same model on the same rows: judged again, not computed again")
+    return True
 
 
 def check_model(args: EvaluationArgs, sets: list[NamedSet], flag: str = "--model") -> None:
@@ -63,7 +93,10 @@ def check_model(args: EvaluationArgs, sets: list[NamedSet], flag: str = "--model
     try:
         knows = look(args)
     except UserError as mistake:
-        raise UserError(str(mistake).replace("--model ", f"{flag} ")) from mistake
+        said = str(mistake).replace("--model ", f"{flag} ")
+        if flag not in said and said.startswith("--max_token_length"):
+            said = f"{flag} {args.model}: {said}; both models are scored with the same limit"
+        raise UserError(said) from mistake
     asked = next((named for named in sets if named.benchmark is not None), None)
     if asked is not None and not knows:
         raise UserError(
@@ -91,30 +124,18 @@ class _How:
 
     @property
     def decided_by(self) -> dict[str, object]:
-        """What decides the scores, but for a machine's last digits: name, as a refusal says it -> value."""
-        most, overlength = self.scorer.max_token_length, self.args.overlength
-        facts = {"model": self.scorer.fingerprint, "--max_token_length": most, "--overlength": overlength}
-        facts["--batching"] = self.scorer.layout
-        return facts | {f"set {named.name}": self._of_set(named) for named in self.sets}
-
-    def _of_set(self, named: NamedSet) -> str:
-        reading = named.reading_for(chat=self.scorer.chat).identity()
-        return f"{named.opened.fingerprint} {json.dumps(reading, sort_keys=True, default=str)}"
+        """See the function."""
+        return decided_by(self.args, self.scorer, self.sets)
 
     def is_there(self) -> bool:
-        """Whether scores.jsonl of these facts is there. Raises UserError for one of others that may not be overwritten."""
+        """Whether scores.jsonl of these facts is there. Raises UserError for one of others that may not be overwritten; where it
+        may, it stays until the new one is whole."""
         scores = self.folder / SCORES
         if not scores.exists():
             return False
-        then = read_facts(self.folder / META)
-        now = self.decided_by
-        other = [name for name in now | then if then.get(name) != now.get(name)]
-        if not other:
-            print(f"{scores} is there already, by the same model on the same rows: judged again, not computed again")
+        if _are_there(self.folder, self.decided_by):
             return True
-        self._refuse(scores, other)
-        for name in (SCORES, META):  # first the scores, which say that what stands beside them is theirs
-            (self.folder / name).unlink(missing_ok=True)
+        self._refuse(scores, _differing(self.folder, self.decided_by))
         return False
 
     def _refuse(self, path: Path, other: list[str]) -> None:
@@ -136,23 +157,33 @@ class _How:
             "facts": {"decided by": self.decided_by, "invariance": invariance}
         }
         with writing(self.folder):
-            _replace(self.folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-            new = self.folder / f"{SCORES}.new"
-            with new.open("wb") as joined:
+            self._appear(parts, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+
+    def _appear(self, parts: list["_Part"], meta: str) -> None:
+        """Both files, once they are whole, in the place of those that may be there."""
+        new = {name: self.folder / f"{name}.new" for name in (META, SCORES)}
+        try:
+            new[META].write_text(meta, encoding="utf-8")
+            with new[SCORES].open("wb") as joined:
                 for part in parts:
                     with part.path.open("rb") as file:
                         shutil.copyfileobj(file, joined)
                 joined.flush()
                 os.fsync(joined.fileno())
-            os.replace(new, self.folder / SCORES)
+            (self.folder / SCORES).unlink(missing_ok=True)  # first: what stands beside scores is taken to be theirs
+            for name, path in new.items():
+                os.replace(path, self.folder / name)
             sync_folder(self.folder)
-        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        finally:
+            for path in new.values():
+                path.unlink(missing_ok=True)
 
     def _part(self, named: NamedSet) -> "_Part":
         """One set's rows, whole."""
         path = self.folder / "parts" / f"{named.name}.jsonl"
         facts = {name: value for name, value in self.decided_by.items() if not name.startswith("set ")}
-        facts |= {"set": self._of_set(named)} | self.scorer.machine
+        facts |= {"set": _of_set(named, chat=self.scorer.chat)} | self.scorer.machine
         about = path.with_suffix(".json")
         if path.exists() and (kept := _read(about)):
             other = [name for name in facts | kept["facts"] if kept["facts"].get(name) != facts.get(name)]
@@ -177,9 +208,7 @@ class _How:
     def _meta(self, tallies: list[Tally]) -> dict[str, object]:
         """How the scores were made: label -> value, for people."""
         scorer, args = self.scorer, self.args
-        over, answers = sum(t.overlength for t in tallies), sum(t.answers for t in tallies)
-        skipped = sum(t.skipped for t in tallies)
-        became = "cut (the prompt's start, then an answer's end)" if args.overlength == "truncate" else "not scored"
+        skipped = sum(t.skipped for t in tallies) + sum(len(named.left_out) for named in self.sets)
         template = args.chat_template_name or "the tokenizer's own"
         template = f"{template} (sha256 {tokenizers.fingerprint(scorer.tokenizer)[:12]}, tokenizer and template)"
         most, unbounded = scorer.max_token_length, scorer.max_token_length >= UNBOUNDED
@@ -189,7 +218,7 @@ class _How:
             "fingerprint": scorer.fingerprint[:16],
             "opened as": self._opened_as(),
             "truncation length": "none" if unbounded else f"{most} tokens of prompt and answer",
-            "over-length answers": f"{over:,} of {answers:,}: {became}" if over else f"none of {answers:,}",
+            "over-length answers": self._overlength(tallies),
         }
         if authors := self._authors_limits():
             meta["truncation length of the authors"] = authors
@@ -205,7 +234,22 @@ class _How:
             "seed": args.seed,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        return meta | ({"bad rows left out": skipped} if skipped else {})
+        return meta | ({LEFT_OUT: skipped} if skipped else {})
+
+    def _overlength(self, tallies: list[Tally]) -> str:
+        """How many answers were over-length, and what became of them."""
+        over, answers = sum(t.overlength for t in tallies), sum(t.answers for t in tallies)
+        if not over:
+            return f"none of {answers:,}"
+        said = f"{over:,} of {answers:,}"
+        if self.args.overlength != "truncate":
+            return f"{said}: not scored"
+        cut = "cut (the prompt's start, then an answer's end)"
+        left = sum(t.unscored - t.empty for t in tallies)
+        if not left:
+            return f"{said}: {cut}"
+        most = max(LONGEST_TEXT, CHARACTERS_PER_TOKEN * self.scorer.max_token_length)
+        return f"{said}: {over - left:,} {cut}; {left:,} without a score (above {most:,} characters with the prompt)"
 
     def _opened_as(self) -> str:
         first, *more = self.scorer.lines
@@ -263,13 +307,6 @@ def _read(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file, whole or as it was."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 @contextlib.contextmanager

@@ -23,16 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from open_rm.errors import UserError, quote, quote_error
-from open_rm.evaluation import score_forms
+from open_rm.evaluation import judgeable, score_forms
 from open_rm.evaluation.rules.known import BENCHMARKS
+from open_rm.evaluation.rules.rm_bench import domain_of
 from open_rm.evaluation.score_forms import ScoreRow
-from open_rm.evaluation.scored import ScoredSet
+from open_rm.evaluation.scored import META, SCORES, ScoredSet, pairs_of
 
-SCORES = "scores.jsonl"
-META = "scores.meta.json"  # beside it: how the scores were made, label -> value
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # gzip, zstd
-
 
 MORE = ("characters", "tokens", "overlength", "prompt", "answers")
 
@@ -82,11 +80,40 @@ def read_scores(path: str | Path, *, benchmark: str | None = None) -> list[Score
         if read is None:
             read = score_forms.reader_of(row, path.stem, benchmark, place)
         found = read(row, place)
-        own = sets.setdefault(found.set, _Gathered(found.set, found.benchmark))
+        own = sets.setdefault(found.set, _Gathered(found.set, found.benchmark, read.own))
         own.take(found, where, place)
     if read is None:
         raise UserError(f"{path}: holds no scores; was it written to its end?")
-    return [own.made(functools.partial(_texts, text_at, read)) for own in sets.values()]
+    made = [own.made(functools.partial(_texts, text_at, read)) for own in sets.values()]
+    for scored in made:
+        if why := judgeable.why_not(scored):
+            raise UserError(f"{path}: {scored.name}: {why}")
+    return made
+
+
+def is_named_by_its_file(path: Path, sets: list[ScoredSet]) -> bool:
+    """Whether the set of a file that was read has no name of its own."""
+    return len(sets) == 1 and sets[0].benchmark is None and sets[0].name == path.stem and not _first_of(path)[1].own
+
+
+def likely_the_datas(path: Path, sets: list[ScoredSet]) -> list[str]:
+    """The warning on scores of a file that was read and in which the data's own are often written, where they are never wrong."""
+    row, read = _first_of(path)
+    [names] = score_forms.sets_of_scores(row) if not read.own else [None]
+    if names != score_forms.OF_DATA or any(isinstance(row[name], list) for name in names):
+        return []
+    margins = np.concatenate([pairs_of(scored).margin for scored in sets])
+    if not len(margins) or margins.min() < 0 or not margins.any():
+        return []
+    return [
+        f"{path}: the scores come from columns {' and '.join(names)}, which in most preference data are its own, those that chose "
+        "the answers, and no pair is ranked wrong: these are hardly a model's scores."
+    ]
+
+
+def _first_of(path: Path) -> tuple[dict, score_forms.Reader]:
+    _, place, row = next(_rows_of(path)[0])
+    return row, score_forms.reader_of(row, path.stem, None, place)
 
 
 def read_meta(path: str | Path) -> dict:
@@ -107,7 +134,8 @@ def aligned(own: list[ScoredSet], other: list[ScoredSet]) -> list[ScoredSet]:
     """The other model's sets with the rows of `own` in its order; rows are matched by their ids, and may stand in any.
 
     Raises:
-        UserError: the other has no such set, or rows that only one of them has, or rows of other answers.
+        UserError: the other has no such set, or rows that only one of them has, or rows of other answers: of another number, of
+            which others are right, or, where both know the characters, of other lengths.
     """
     by_name = {scored.name: scored for scored in other}
     if len(own) == len(other) == 1:  # scores made elsewhere are named by their files
@@ -144,11 +172,43 @@ def _in_order_of(own: ScoredSet, other: ScoredSet) -> ScoredSet:
         raise UserError(
             f"{own.name}: row {name} has other answers, or other ones are right, at the two models; score the same rows"
         )
+    _check_lengths(own, other.characters[answers])
     values = {name: getattr(other, name)[answers] for name in ("scores", "gold", "characters", "tokens", "overlength")}
     subsets = [other.subsets[row] for row in rows]
     texts = other.texts
     return ScoredSet(
         own.name, own.benchmark, own.ids, subsets, own.first, **values, texts=lambda row: texts(int(rows[row]))
+    )
+
+
+def _check_lengths(own: ScoredSet, others: np.ndarray) -> None:
+    """Refuse answers that are not as long at the other model. others: [A] characters there, -1 where not known."""
+    differ = (own.characters != others) & (own.characters >= 0) & (others >= 0)
+    if differ.any():
+        answer = int(np.flatnonzero(differ)[0])
+        row = own.ids[int(own.row_of[answer])]
+        without = " (the files give no ids, so rows were matched by their place)" if is_numbered(own) else ""
+        raise UserError(
+            f"{own.name}: row {row} has other answers at the two models, one of {own.characters[answer]:,} and of "
+            f"{others[answer]:,} characters{without}; score the same rows with both, or give each row an id"
+        )
+
+
+def is_numbered(scored: ScoredSet) -> bool:
+    """Whether its rows have no ids of their own, but are known by their places in the file."""
+    return all(id == score_forms.numbered(count) for count, id in enumerate(scored.ids, 1))
+
+
+def order_assumed(own: ScoredSet, other: ScoredSet) -> str | None:
+    """What has to be said of two models whose rows were matched by nothing but their places in the files, else None.
+
+    other: of `aligned`. Where both know how long all answers are, the same lengths tell that the rows are the same.
+    """
+    if not is_numbered(own) or ((own.characters >= 0) & (other.characters >= 0)).all():
+        return None
+    return (
+        f"{own.name}: the files give no ids, so row n of one is taken to be row n of the other; if they are in different orders, "
+        "the comparison means nothing"
     )
 
 
@@ -158,6 +218,7 @@ class _Gathered:
 
     name: str
     benchmark: str | None
+    own: bool  # lines of scores.jsonl
     rows: dict[str, int] = field(default_factory=dict)  # id -> which row of the set it is
     subsets: list[str] = field(default_factory=list)
     where: array = field(default_factory=lambda: array("q"))
@@ -178,9 +239,9 @@ class _Gathered:
             )
         if row.id in self.rows:
             raise UserError(
-                f"{place}: row {quote(row.id)} of {self.name} stands twice, first as row {self.rows[row.id]} of the set; keep one of them"
+                f"{place}: row {quote(row.id)} of {self.name} stands twice, first as row {self.rows[row.id]} of the set; {self._way_on(row)}"
             )
-        self._check_size(len(row.scores), place)
+        self._check_rules(row, place)
         self.rows[row.id] = len(self.rows) + 1
         self.subsets.append(self.names.setdefault(row.subset, row.subset))
         self.where.append(where)
@@ -191,16 +252,41 @@ class _Gathered:
         self.overlength.extend(row.overlength)
         self.first.append(len(self.scores))
 
-    def _check_size(self, size: int, place: str) -> None:
+    def _way_on(self, row: ScoreRow) -> str:
+        """From a row whose id is there already."""
+        first = self.subsets[self.rows[row.id] - 1]
+        if self.benchmark is None and first != row.subset:
+            named = (
+                ""
+                if self.own
+                else f"name the benchmark whose rows these are (--benchmark {', '.join(BENCHMARKS)}), or "
+            )
+            return (
+                f"they are of the subsets {quote(first)} and {quote(row.subset)}: if ids are unique within a subset alone, {named}"
+                "write the subset into each id"
+            )
+        if self.benchmark is None and not row.subset and not self.own:
+            return (
+                "keep one of them; if ids are unique within a subset alone, as RewardBench's, add the column subset and name the "
+                "benchmark with --benchmark"
+            )
+        return "keep one of them"
+
+    def _check_rules(self, row: ScoreRow, place: str) -> None:
         if self.benchmark is None:
             return
-        known = BENCHMARKS[self.benchmark]
+        known, size = BENCHMARKS[self.benchmark], len(row.scores)
         least, most = known.sizes
         if size < least or (most is not None and size > most):
             wanted = f"at least {least}" if most is None else str(least)
             raise UserError(
                 f"{place}: {size} scores, and a row of {known.title} has {wanted}; correct or remove the row"
             )
+        if self.benchmark == "rm_bench":
+            try:
+                domain_of(row.subset)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from error
 
     def made(self, texts: Callable[[int], tuple[object, list] | None]) -> ScoredSet:
         """All of them."""

@@ -21,6 +21,7 @@ from open_rm.errors import UserError, quote
 from open_rm.evaluation.rules.known import BENCHMARKS
 
 NOTHING = math.nan
+GREATEST = 1e100  # of scores: sums and squares of such ones, and of their differences, are still finite
 # Names of a chosen and a rejected score, and whose benchmark writes them where the rows have these columns too.
 PAIRS = (
     ("scores_chosen", "scores_rejected"),
@@ -32,6 +33,10 @@ PAIRS = (
     ("reward_chosen", "reward_rejected"),
     ("chosen", "rejected"),  # numbers, as RewardBench's --save_all writes them
 )
+OF_DATA = (
+    "score_chosen",
+    "score_rejected",
+)  # so UltraFeedback and what was made like it call the scores that chose the answers
 SCORED_HERE = ("score", "scores", "judge_score", "judge_scores", "overlength")  # columns that open_rm.scoring adds
 LABELS = {"A>B": [1.0, 0.0], "B>A": [0.0, 1.0]}
 
@@ -72,6 +77,8 @@ def reader_of(row: dict, name: str, benchmark: str | None, place: str) -> Reader
     """
     if {"set", "scores"} <= row.keys():
         return Reader(lambda row, place: _own(row, place, benchmark), True)
+    if all(isinstance(row.get(name), list) for name in ("scores", "gold")):
+        raise UserError(f"{place}: no set, the name of what the row is of; lines of scores.jsonl begin with it")
     for form, is_of, read, whose in FORMS:
         if is_of(row):
             own = benchmark or (whose(row) if callable(whose) else whose)
@@ -86,6 +93,11 @@ def reader_of(row: dict, name: str, benchmark: str | None, place: str) -> Reader
     )
 
 
+def numbered(count: int) -> str:
+    """The id of a row that says none: the count-th of its file, from 1."""
+    return f"row {count}"
+
+
 class _Elsewhere:
     """Reads rows of one form that others wrote."""
 
@@ -97,6 +109,11 @@ class _Elsewhere:
         self.count += 1
         if not self.is_of(row):
             raise UserError(f"{place}: not of the form of the rows before it ({self.form}); write one form a file")
+        if len(found := sets_of_scores(row)) > 1:
+            both = ", and ".join(" and ".join(names) for names in found)
+            raise UserError(
+                f"{place}: more than one set of scores ({both}); keep the model's, and remove or rename the others"
+            )
         answers = _answers_in(row)
         scores, gold = self.read(row, place, answers)
         scores = _numbers(scores, "scores", place)
@@ -116,9 +133,9 @@ class _Elsewhere:
     def _id(self, row: dict, place: str) -> str:
         if self.benchmark is not None:
             found = BENCHMARKS[self.benchmark].id_of(row, place)
-            return f"row {self.count}" if found == place else found  # no id, as in RM-Bench's lists
+            return numbered(self.count) if found == place else found  # no id, as in RM-Bench's lists
         found = next((row[name] for name in ("id", "pair_id") if row.get(name) is not None), None)
-        return f"row {self.count}" if found is None else str(found)
+        return numbered(self.count) if found is None else str(found)
 
     def _subset(self, row: dict, place: str) -> str:
         if self.benchmark is not None:
@@ -173,11 +190,12 @@ def _numbers(values: object, what: str, place: str) -> list[float]:
     for value in values:
         if value is None:
             made.append(NOTHING)
-        elif (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 1e300):
+        elif type(value) in (float, int) and abs(value) <= GREATEST:
             made.append(value)
         else:
             raise UserError(
-                f"{place}: {quote(value)} among its {what} is no finite number; write null where there is none"
+                f"{place}: {quote(value)} among its {what} is no finite number from {-GREATEST:g} to {GREATEST:g}; write null where "
+                "there is none"
             )
     return made
 
@@ -270,6 +288,17 @@ def _pair_names(row: dict) -> tuple[str, str] | None:
     return next(
         (both for both in PAIRS if all(name in row for name in both) and all(_is_score(row[n]) for n in both)), None
     )
+
+
+def sets_of_scores(row: dict) -> list[tuple[str, ...]]:
+    """The columns of each set of scores in a row that others wrote; open_rm.scoring's are the model's, whatever is beside them."""
+    if {"scores", "overlength"} <= row.keys():
+        return [("scores",)]
+    found = [both for both in PAIRS if all(name in row and _is_score(row[name]) for name in both)]
+    if found[1:] and found[-1] == PAIRS[-1] and row["chosen"] in (None, []):  # texts that were left out
+        found.pop()
+    found += [("score_A", "score_B")] if {"score_A", "score_B"} <= row.keys() else []
+    return found + ([("scores",)] if isinstance(row.get("scores"), list) else [])
 
 
 def _read_pairs(row: dict, place: str, answers: Answers | None) -> tuple[list, list]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SCORES = "scores.jsonl"  # the file of scores (score_file.py)
+META = "scores.meta.json"  # beside it: how the scores were made, label -> value
 Texts = Callable[[int], tuple[object, list] | None]
 
 
@@ -15,7 +17,7 @@ Texts = Callable[[int], tuple[object, list] | None]
 class ScoredSet:
     """One benchmark, or one set of preference data, as one model scored it.
 
-    name: by which the user knows it, unique in a run.  benchmark: whose rules judge it (rules.RULES); None: preference data.
+    name: by which the user knows it, unique in a run.  benchmark: whose rules judge it (rules.known.BENCHMARKS); None: preference data.
     ids, subsets: [N] text; what tells rows apart, and what they are counted by.
     first: [N + 1] where a row's answers begin in the arrays of [A]; they stand in the benchmark's order, of pairs chosen first.
     scores: [A] float64; nan: none (too long, empty).
@@ -44,10 +46,6 @@ class ScoredSet:
     def row_of(self) -> np.ndarray:
         """[A] the row of each answer."""
         return np.repeat(np.arange(len(self)), np.diff(self.first))
-
-    def rows_of(self, subset: str) -> np.ndarray:
-        """Numbers of a subset's rows."""
-        return np.flatnonzero(np.asarray(self.subsets, dtype=object) == subset)
 
 
 @dataclass(frozen=True)

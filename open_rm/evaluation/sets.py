@@ -4,13 +4,16 @@ A benchmark's rows are all looked at before a model is loaded (they are few): ea
 preference data the first rows are.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from open_rm.data.answers import Answers, read_answers
 from open_rm.data.grouping import Joined, is_answer_a_row, joined
@@ -18,16 +21,21 @@ from open_rm.data.mixer import Source, extension_of, parse_mixer, stem_of
 from open_rm.data.readers import Opened, open_source
 from open_rm.data.reading import Reading, make_reading
 from open_rm.errors import UserError
+from open_rm.evaluation import console
 from open_rm.evaluation.arguments import Wanted, is_local, wanted_sets
+from open_rm.evaluation.rules import rm_bench
 from open_rm.evaluation.rules.known import Benchmark
+from open_rm.evaluation.scored import ScoredSet
 from open_rm.flags import ReadingFlags
 
 MOST_NAMED = 8  # subsets in the log
+MOST_UNREADABLE = 0.01  # of a benchmark's rows
 LOOKED_AT = 200  # rows of preference data that are read before a model is loaded
 SUBSET_COLUMNS = ("subset", "source", "category", "domain")  # of preference data; the first that a row has
 FORM_OF = dict.fromkeys(
     ("reward_bench", "reward_bench_2", "rm_bench"), "pairs"
 )  # of docs/data.md; else told by columns
+IDS_WITHIN = {"rm_bench": rm_bench.domain_of}  # subset to what ids are unique within; of other benchmarks the subset
 ABOUT_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "README", "package")  # files that hold no rows
 
 
@@ -38,6 +46,7 @@ class NamedSet:
     name: unique in the run.  benchmark: whose rules judge it; None: preference data.
     reading: how its rows are read, but for whether texts become messages, which the model decides (`reading_for`).
     subsets: name -> rows, of a benchmark.
+    left_out: (place, what is wrong) of a benchmark's few rows that cannot be read; `opened` is without them.
     """
 
     name: str
@@ -45,6 +54,7 @@ class NamedSet:
     opened: Opened
     reading: Reading
     subsets: dict[str, int]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def reading_for(self, *, chat: bool) -> Reading:
         """For a model that scores conversations, or plain text."""
@@ -58,8 +68,8 @@ class NamedSet:
         if self.benchmark is not None:
             return self.benchmark.id_of(row, place)
         content = row.first if isinstance(row, Joined) else row
-        mark = hashlib.sha256(json.dumps(content, default=repr, sort_keys=True).encode(errors="replace")).hexdigest()
-        return f"{Path(place).name} {mark[:8]}"
+        file = Path(place).absolute()  # of several files of one name, the folder tells
+        return f"{file.parent.name}/{file.name} {_digest(content)[:8]}"
 
     def subset_of(self, row: object, place: str) -> str:
         """What a row is counted by; of preference data empty where it has none."""
@@ -73,10 +83,13 @@ class NamedSet:
         """One line for the log."""
         rows = f"{self.name}: {self.opened.size:,} rows"
         if self.benchmark is None:
-            return f"{rows} of preference data"
+            return console.visible(f"{rows} of preference data")
         named = [f"{name} {count:,}" for name, count in self.subsets.items()]
         more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-        return f"{rows}: {', '.join(named[:MOST_NAMED])}{more}"
+        if self.left_out:
+            place, what = self.left_out[0]
+            more += f"; left out, since they cannot be read: {len(self.left_out):,} (first {place}: {what})"
+        return console.visible(f"{rows}: {', '.join(named[:MOST_NAMED])}{more}")
 
 
 def open_sets(
@@ -127,8 +140,7 @@ def _open_benchmark(wanted: Wanted) -> NamedSet:
     # by its own columns: what stands beside them (subset, domain, error) might look like another form's
     form = [FORM_OF[benchmark.name]] if benchmark.name in FORM_OF else []
     reading = make_reading(ReadingFlags(dataset_format=form), "eval")
-    named = NamedSet(wanted.name, benchmark, opened, reading, {})
-    return NamedSet(wanted.name, benchmark, opened, reading, _counted(named, flag))
+    return _checked(NamedSet(wanted.name, benchmark, opened, reading, {}), flag)
 
 
 def _together(parts: list[Opened]) -> Opened:
@@ -166,31 +178,84 @@ def _shards(split: str, file: Path) -> tuple[str, ...]:
     return (stem_of(file),) if stem_of(file).startswith(f"{split}-0") else ()
 
 
-def _counted(named: NamedSet, flag: str) -> dict[str, int]:
-    """Rows of each subset, every row checked: its id is its own, its columns are the benchmark's."""
+def _checked(named: NamedSet, flag: str) -> NamedSet:
+    """The set with its subsets counted and every row checked: its id is its own, its columns are the benchmark's.
+
+    Answers of one row in a hundred may be unreadable (RMB has pairs with an empty one); such a row is left out, which is said.
+    """
     seen: dict[str, str] = {}
-    subsets: Counter[str] = Counter()
+    ids: list[str] = []
+    subsets: list[str] = []
+    gold: list[list[float]] = []
+    unreadable: dict[int, tuple[str, str]] = {}
     reading = named.reading_for(chat=True)
-    for place, row in named.opened.rows():
+    for number, (place, row) in enumerate(named.opened.rows()):
         try:
             if isinstance(row, UserError):
                 raise row
             if not isinstance(row, dict):
                 raise UserError(f"a row is an object with columns, not {type(row).__name__}")
             identity, subset = named.id_of(row, place), named.subset_of(row, place)
-            _check_answers(read_answers(row, reading), named.benchmark.sizes)
         except UserError as error:
-            what = str(error).removeprefix(f"{place}: ")
-            raise UserError(f"{flag}: {place} is no row of {named.benchmark.title}: {what}") from error
-        if identity in seen:
-            raise UserError(
-                f"{flag}: {place} has the id {identity} of {seen[identity]}; name a place that holds each row once"
-            )
-        seen[identity] = place
-        subsets[subset] += 1
-    if not seen:
+            raise UserError(_no_row(named, flag, place, error)) from error
+        try:
+            answers = read_answers(row, reading)
+            _check_answers(answers, named.benchmark.sizes)
+        except UserError as error:
+            unreadable[number] = place, str(error).removeprefix(f"{place}: ")
+            continue
+        for mark, what in _marks(named, row, identity, subset):
+            if (first := seen.setdefault(mark, place)) != place:
+                raise UserError(f"{flag}: {place} has the {what} of {first}; name a place that holds each row once")
+        ids.append(identity)
+        subsets.append(subset)
+        gold.append(answers.given)
+    if len(unreadable) > len(ids) * MOST_UNREADABLE:
+        raise UserError(_no_row(named, flag, *next(iter(unreadable.values()))))
+    if not ids:
         raise UserError(f"{flag}: holds no rows")
-    return dict(subsets)
+    _try_rules(named, flag, ids, subsets, gold)
+    opened = named.opened
+    if unreadable:
+        opened = Opened(opened.fingerprint, len(ids), lambda: _without(unreadable, named.opened))
+    counted, left_out = dict(Counter(subsets)), tuple(unreadable.values())
+    return dataclasses.replace(named, opened=opened, subsets=counted, left_out=left_out)
+
+
+def _marks(named: NamedSet, row: dict, identity: str, subset: str) -> Iterator[tuple[str, str]]:
+    """(mark, what it is in a message) of a row: what no other row may have. Its id alone does not tell rows without one, which
+    are known by their places, nor the copy of a file that is read as a subset of its own."""
+    yield f"id {identity}", f"id {identity}"
+    if within := IDS_WITHIN.get(named.benchmark.name):
+        number = identity.removeprefix(f"{subset}/")
+        yield f"within {within(subset)}/{number}", f"id {within(subset)}/{number}"
+    yield _digest(row), "content"
+
+
+def _digest(row: object) -> str:
+    """sha256, in hex, of a row's content."""
+    return hashlib.sha256(json.dumps(row, default=repr, sort_keys=True).encode(errors="replace")).hexdigest()
+
+
+def _no_row(named: NamedSet, flag: str, place: str, what: object) -> str:
+    return f"{flag}: {place} is no row of {named.benchmark.title}: {str(what).removeprefix(f'{place}: ')}"
+
+
+def _try_rules(named: NamedSet, flag: str, ids: list[str], subsets: list[str], gold: list[list[float]]) -> None:
+    """Judge the rows with their gold in the place of scores: what the rules refuse is found before anything is scored."""
+    flat = np.array([value for of_row in gold for value in of_row], np.float64)
+    first, no = np.cumsum([0, *map(len, gold)]), np.full(len(flat), -1)
+    short = np.zeros(len(flat), bool)
+    try:
+        named.benchmark.judge(
+            ScoredSet(named.name, named.benchmark.name, ids, subsets, first, flat, flat, no, no, short)
+        )
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+def _without(numbers: Container[int], opened: Opened) -> Iterator[tuple[str, object]]:
+    return (row for number, row in enumerate(opened.rows()) if number not in numbers)
 
 
 def _check_answers(answers: Answers, sizes: tuple[int, int | None]) -> None:

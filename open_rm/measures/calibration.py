@@ -65,6 +65,31 @@ def ece(margins: np.ndarray, bins: int = BINS) -> float | None:
     return float(np.abs(excess).sum() / len(margins))
 
 
+def ece_of_chance(
+    margins: np.ndarray, row: np.ndarray, bins: int = BINS, seed: int = 0, draws: int = 2_000
+) -> float | None:
+    """What `ece` a model with these probabilities has in 95 % of cases at most if they are right: of few pairs it is far from 0.
+
+    How many pairs of a bin are right is drawn from the normal distribution of that number; pairs of one row that fall into a bin
+    are taken to be right or wrong together, so that the quantile is rather too high. None without pairs.
+
+    Args:
+        margins: [P] float64.
+        row: [P] which row a pair is from.
+    """
+    margins = _checked(margins)
+    if not len(margins):
+        return None
+    confidence, _, number = _binned(margins, bins)
+    _, cluster = np.unique(np.asarray(row, dtype=np.int64) * bins + number, return_inverse=True)
+    together = np.bincount(cluster, np.sqrt(confidence * (1 - confidence)))
+    bin_of = np.zeros(len(together), dtype=np.int64)
+    bin_of[cluster] = number
+    deviations = np.sqrt(np.bincount(bin_of, np.square(together), minlength=bins))
+    drawn = np.abs(np.random.default_rng(seed).normal(size=(draws, bins)) * deviations).sum(1)
+    return float(np.quantile(drawn, 0.95) / len(margins))
+
+
 def brier(margins: np.ndarray) -> float | None:
     """Brier score of sigmoid(margin): the mean of (1 - sigmoid(margin))^2; .25 if nothing is known. None without pairs."""
     margins = _checked(margins)
@@ -107,11 +132,25 @@ def fit_temperature(margins: np.ndarray) -> float | None:
         slope, curvature = slopes(beta)
         low, high = (low, beta) if slope > 0 else (beta, high)
         newton = beta - slope / curvature if curvature > 0 else math.inf
-        before, beta = beta, newton if low < newton < high else math.sqrt(low * high)
-        if abs(beta - before) <= 1e-12 * beta:
+        if abs(newton - beta) <= 1e-12 * beta:  # there, and maybe on the bracket's edge
             break
+        beta = newton if low < newton < high else math.sqrt(low * high)
     found = largest * (mean / beta)
     return found if 0 < found < math.inf else None
+
+
+def temperature_p(margins: np.ndarray, row: np.ndarray, temperature: float) -> float:
+    """p that the true temperature is 1: the likelihood ratio test of the one that fits best (Wilks 1938), with one degree of freedom.
+
+    Pairs of a row count as one observation together: P^2 / sum of the rows' pairs^2 are independent.
+
+    Args:
+        margins: [P] float64.
+        row: [P] which row a pair is from.
+    """
+    pairs = np.unique(np.asarray(row), return_counts=True)[1]
+    independent = len(margins) ** 2 / float(np.square(pairs, dtype=np.float64).sum())
+    return math.erfc(math.sqrt(independent * max(0.0, loss(margins) - loss(margins, temperature))))
 
 
 def why_no_temperature(margins: np.ndarray) -> str | None:
@@ -130,7 +169,11 @@ def why_no_temperature(margins: np.ndarray) -> str | None:
     # Beyond LARGEST on either side: there the mean margin is nearly the mean absolute one, here nearly 0 or below.
     size = np.abs(margins).max()
     nearly = float((margins / size).mean()) > float((np.abs(margins) / size).mean()) / 2
-    return "nearly every pair is ranked right" if nearly else "better answers have no higher rewards than worse ones"
+    return (
+        "nearly every pair is ranked right"
+        if nearly
+        else "better answers have no higher rewards than worse ones on average"
+    )
 
 
 def _binned(margins: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ import numpy as np
 
 Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 MORE_ROWS = 2
+PERMUTATIONS = 10_000
+FEW_ENOUGH = 200  # rows whose mean is drawn and not taken for normally distributed
 NUMBERS_AT_ONCE = 2**22  # of resampled rows: 32 MiB
 
 
@@ -80,7 +82,7 @@ def of_pairs(right: np.ndarray, row: np.ndarray) -> Estimate:
     if len(right) != len(row):
         raise ValueError(f"{len(right)} pairs of {len(row)} rows")
     share = min(1.0, float(right.mean()))
-    _, number = np.unique(np.asarray(row), return_inverse=True)
+    number = _numbered(row)
     pairs = np.bincount(number)
     spread = float(np.square(np.bincount(number, weights=right) - share * pairs).sum())
     squares = float(np.square(pairs, dtype=np.float64).sum())
@@ -120,31 +122,58 @@ def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
     return Estimate(value, value - math.hypot(*below), value + math.hypot(*above), sum(part.n for _, part in parts))
 
 
+def of_differences(values: np.ndarray, row: np.ndarray) -> Estimate:
+    """The mean of differences of two shares, where those of one row are one observation (Cochran 1977, 6.4).
+
+    Args:
+        values: [P] between -1 and 1.
+        row: [P] which row each is from.
+
+    Returns:
+        A normal interval; how much rows vary is estimated with one more row, of the largest variance there can be.
+    """
+    values = _numbers(values)
+    value = float(values.mean())
+    number = _numbered(row)
+    off, pairs = np.bincount(number, values - value), np.bincount(number)
+    spread = (np.square(off).sum() + np.square(pairs).mean()) * len(pairs) / (len(pairs) + 1)
+    width = Z * math.sqrt(float(spread)) / len(values)
+    return Estimate(value, max(value - width, -1.0), min(value + width, 1.0), len(values))
+
+
 def by_bootstrap(
-    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int, draws: int = 10_000
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    seed: int,
+    draws: int = 10_000,
+    more: np.ndarray | None = None,
 ) -> Estimate:
     """Any statistic of independent rows, with the percentile interval of resampled rows (Efron 1979).
-
-    Rows that are all alike have an interval of no width, which says more than a few rows know.
 
     Args:
         values: [n] or [n, k], k numbers a row.
         statistic: [..., n] to [...], or [..., n, k] to [...].
+        more: rows that are drawn from besides, the best and the worst there can be. Without them rows that are all alike have an
+            interval of no width, which says more than a few rows know.
     """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         raise ValueError("no rows")
     value = float(statistic(values))
     rng = np.random.default_rng(seed)
-    found = [statistic(values[chosen]) for chosen in resampled(rng, len(values), draws, values[0].size)]
-    return interval_of_draws(value, np.concatenate(found), len(values))
+    pool = values if more is None else np.concatenate([values, more])
+    blocks = resampled(rng, len(values), draws, values[0].size, len(pool))
+    return interval_of_draws(value, np.concatenate([statistic(pool[chosen]) for chosen in blocks]), len(values))
 
 
-def resampled(rng: np.random.Generator, n: int, draws: int, size: int = 1):
-    """Blocks [d, n] of numbers of rows drawn with replacement, `draws` in all. size: numbers that a row holds."""
+def resampled(rng: np.random.Generator, n: int, draws: int, size: int = 1, pool: int | None = None):
+    """Blocks [d, n] of numbers of rows drawn with replacement, `draws` in all.
+
+    size: numbers that a row holds.  pool: of how many rows the n are drawn; None: of n.
+    """
     block = max(1, NUMBERS_AT_ONCE // (n * size))
     for start in range(0, draws, block):
-        yield rng.integers(0, n, (min(block, draws - start), n), dtype=np.int32)
+        yield rng.integers(0, pool or n, (min(block, draws - start), n), dtype=np.int32)
 
 
 def interval_of_draws(value: float, draws: np.ndarray, n: int) -> Estimate:
@@ -196,20 +225,54 @@ def fisher(k1: int, n1: int, k2: int, n2: int) -> float:
     return min(1.0, float(weights[rarer].sum() / weights.sum()))
 
 
-def welch(values: np.ndarray, others: np.ndarray) -> float:
-    """Two-sided p that two groups of rows have the same mean (Welch 1947, with the normal distribution for Student's).
+def permutation(values: np.ndarray, sizes: np.ndarray, means: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[S] two-sided p of subsets' means, if which rows a subset has were chance (permutation test, Fisher 1935).
 
-    1 where either has fewer than two rows, since nothing is known of how it varies. Where no row differs from its group's others,
-    but the groups do, p is that of the permutation test: 2 of all ways to divide the rows are so far apart.
+    p is the share of draws of as many rows, without replacement, whose mean is as far from that of all; it is at least
+    1 / (PERMUTATIONS + 1). Means of more than FEW_ENOUGH rows (or of all but so many) are about normal, with the variance that such
+    draws have. The variance is that of all rows, so that a small subset whose rows happen to be alike is not taken for a sure one.
+
+    Args:
+        values: [N] of all rows, those of the subsets among them.
+        sizes, means: [S] of each subset, of 1 to N - 1 rows.
     """
-    values, others = _numbers(values), _numbers(others)
-    if min(len(values), len(others)) < 2:
-        return 1.0
-    apart = abs(float(values.mean() - others.mean()))
-    if np.ptp(values) == np.ptp(others) == 0:
-        return 2 / math.comb(len(values) + len(others), len(values)) if values[0] != others[0] else 1.0
-    variance = sum(float(group.var(ddof=1)) / len(group) for group in (values, others))
-    return math.erfc(apart / math.sqrt(2 * variance))
+    values, sizes = _numbers(values), np.asarray(sizes)
+    n, centre = len(values), float(values.mean())
+    if len(sizes) and not 1 <= sizes.min() <= sizes.max() < n:
+        raise ValueError(f"subsets of {sizes.min()} to {sizes.max()} of {n} rows")
+    # The rest of the rows is as far off, in sum: so it is the smaller side that is drawn.
+    drawn = np.minimum(sizes, n - sizes)
+    off = np.abs(np.asarray(means, dtype=np.float64) - centre) * sizes / drawn
+    rng, found = np.random.default_rng(seed), np.empty(len(sizes))
+    for size in np.unique(drawn):
+        of_size = drawn == size
+        if size > FEW_ENOUGH:
+            deviation = math.sqrt(float(values.var()) * (n - size) / (size * (n - 1)))
+            found[of_size] = [math.erfc(one / (deviation * math.sqrt(2))) if deviation else 1.0 for one in off[of_size]]
+            continue
+        by_chance = np.sort(np.abs(_means_of_draws(rng, values, int(size)) - centre))
+        as_far = len(by_chance) - np.searchsorted(by_chance, off[of_size] - 1e-9)
+        found[of_size] = (1 + as_far) / (len(by_chance) + 1)
+    return found
+
+
+def _means_of_draws(rng: np.random.Generator, values: np.ndarray, size: int) -> np.ndarray:
+    """[PERMUTATIONS] means of `size` rows without replacement: neighbours in shuffled rows."""
+    each = len(values) // size
+    shuffles = -(-PERMUTATIONS // each)
+    found, block = [], max(1, NUMBERS_AT_ONCE // len(values))
+    for start in range(0, shuffles, block):
+        shuffled = rng.permuted(np.tile(values, (min(block, shuffles - start), 1)), axis=1)
+        found.append(shuffled[:, : each * size].reshape(-1, size).mean(1))
+    return np.concatenate(found)[:PERMUTATIONS]
+
+
+def _numbered(row: np.ndarray) -> np.ndarray:
+    """[P] rows by numbers from 0 on, without gaps."""
+    row = np.asarray(row)
+    if (row[1:] >= row[:-1]).all():  # as pairs come: no need to sort
+        return np.concatenate([[0], np.cumsum(row[1:] != row[:-1])])
+    return np.unique(row, return_inverse=True)[1]
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ WITHIN = 0.1  # of the longer answer: lengths that differ by no more are matched
 LONGER, SHORTER = "the longer answer is better", "the shorter answer is better"
 
 
-def of_pairs(
+def explained(
     margins: np.ndarray, lengths_better: np.ndarray, lengths_worse: np.ndarray, row: np.ndarray
 ) -> dict | None:
     """What the report says of a set's lengths; None where no pair has both.
@@ -24,7 +24,8 @@ def of_pairs(
         row: [P] which row a pair is from.
 
     Returns:
-        longer, shorter, equal: accuracy where the better answer is so, None without such pairs;
+        longer, shorter, equal: accuracy where the better answer is so, None without such pairs; difference: longer minus shorter,
+        None without one of them;
         reward_length_correlation (`correlation`); baseline: what the better rule of length scores, and rule, its name; matched:
         accuracy where lengths differ by at most `within` of the longer one, None without such pairs.
     """
@@ -41,9 +42,12 @@ def of_pairs(
 
     matched = accuracy(are_matched(better, worse))
     rule, scored = best_rule(better, worse)
+    longer, shorter = accuracy(better > worse), accuracy(better < worse)
+    sides = [(sign, intervals.Estimate(**side)) for sign, side in ((1, longer), (-1, shorter)) if side]
     return {
-        "longer": accuracy(better > worse),
-        "shorter": accuracy(better < worse),
+        "longer": longer,
+        "shorter": shorter,
+        "difference": intervals.combined(sides).as_dict() if len(sides) == 2 else None,
         "equal": accuracy(better == worse),
         "reward_length_correlation": correlation(margins, better - worse),
         "baseline": {"rule": rule} | intervals.of_pairs(scored, row).as_dict(),
@@ -84,6 +88,10 @@ def correlation(margins: np.ndarray, differences: np.ndarray) -> float | None:
 def _signed_ranks(values: np.ndarray) -> np.ndarray:
     """[P] ranks of the values among the values and their negatives, ties sharing theirs, less the mean rank. (By symmetry the
     negatives' are minus these.)"""
-    both = np.sort(np.concatenate([values, -values]))
-    below, upto = (np.searchsorted(both, values, side=side) for side in ("left", "right"))
-    return (below + upto - len(both)) / 2
+    order = np.argsort(values)
+    rising = values[order]  # looked up one after the other: of millions, many times faster than in any order
+    both = np.sort(np.concatenate([rising, -rising[::-1]]), kind="stable")
+    below, upto = (np.searchsorted(both, rising, side=side) for side in ("left", "right"))
+    ranks = np.empty(len(values))
+    ranks[order] = (below + upto - len(both)) / 2
+    return ranks

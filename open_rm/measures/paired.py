@@ -6,8 +6,11 @@ hard pairs) are resampled together, since they are not independent.
 
 Means are linear: what a resample makes of them follows from how often each distinct row was drawn. So these counts are drawn, from
 one multinomial distribution, instead of rows; 50,000 rows take as long as 50. Of more than MOST_DISTINCT distinct rows, and so of at
-least as many, means are drawn from the normal distribution that they have: skewness 1 would move a limit by .01 standard deviations,
+least as many, means are drawn from the normal distribution that they have: skewness 1 would move a limit by .02 standard deviations,
 where drawing moves it by .03. The same goes for any function of means (`OfMeans`); other statistics are computed of resampled rows.
+
+A few rows that differ do not know how they would vary. So two more rows are drawn from, one won and one lost, in the part whose rows
+weigh most: then 4 rows won and none lost are no proof, as by the exact sign test, and of many rows that differ it is not seen.
 
 Shapes: n rows of a part, k numbers a row, D draws.
 """
@@ -18,10 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from open_rm.measures.intervals import Estimate, interval_of_draws, resampled
+from open_rm.measures.intervals import Estimate, interval_of_draws, resampled, sign_test
 
 DRAWS = 10_000
-MOST_DISTINCT = 2_000  # rows of which counts are drawn; means of more are normally distributed
+MOST_DISTINCT = 500  # rows of which counts are drawn; means of more are normally distributed
 ROUNDING = 1e-12  # of a difference
 
 
@@ -39,32 +42,37 @@ class OfMeans:
         return self.function(values.mean(-2))
 
 
-def difference(parts: Sequence, other_parts: Sequence, seed: int, draws: int = DRAWS) -> Estimate:
-    """A line of one model minus that of the other.
+def compare(parts: Sequence, other_parts: Sequence, seed: int, draws: int = DRAWS) -> tuple[Estimate, float]:
+    """A line of one model minus that of the other, and the two-sided p that there is no difference.
 
     Args:
         parts, other_parts: the line's parts of both models, in the same order and on the same rows. A part has .weight,
             .rows [n], .values [n] or [n, k] and .statistic ([..., n, k] to [...], None: the mean); rules.verdict.Part.
 
     Returns:
-        n: distinct rows. Where the models do not differ on any row the interval has no width.
+        The estimate, with n distinct rows; where the models do not differ on any row the interval has no width. p is twice the share
+        of resamples on the rarer side of 0, or at it: below .05 where the interval is without 0, and at least 2 / (draws + 1). Of a
+        mean of rows that are right or wrong it is also at least that of the exact sign test of those won and lost (McNemar).
 
     Raises:
         ValueError: parts that do not match, have no rows, or share only some of their rows.
     """
     groups = _groups(parts, other_parts)
     value = sum(part.weight * (_of(part, part.values) - _of(other, other.values)) for part, other in _flat(groups))
-    return interval_of_draws(float(value), _drawn(groups, seed, draws), sum(len(group[0][0].rows) for group in groups))
+    found = _drawn(groups, seed, draws)
+    rarer = min(int((found <= 0).sum()), int((found >= 0).sum()))
+    estimate = interval_of_draws(float(value), found, sum(len(group[0][0].rows) for group in groups))
+    return estimate, max(_p_exact(groups), min(1.0, 2 * (1 + rarer) / (draws + 1)))
+
+
+def difference(parts: Sequence, other_parts: Sequence, seed: int, draws: int = DRAWS) -> Estimate:
+    """The estimate of `compare`."""
+    return compare(parts, other_parts, seed, draws)[0]
 
 
 def p_value(parts: Sequence, other_parts: Sequence, seed: int, draws: int = DRAWS) -> float:
-    """Two-sided p that there is no difference: twice the share of resamples on the rarer side of 0, or at it.
-
-    It is below .05 where `difference` of the same arguments has an interval without 0, and at least 2 / (draws + 1).
-    """
-    found = _drawn(_groups(parts, other_parts), seed, draws)
-    rarer = min(int((found <= 0).sum()), int((found >= 0).sum()))
-    return min(1.0, 2 * (1 + rarer) / (draws + 1))
+    """The p of `compare`."""
+    return compare(parts, other_parts, seed, draws)[1]
 
 
 def _groups(parts: Sequence, other_parts: Sequence) -> list[list[tuple]]:
@@ -95,20 +103,40 @@ def _of(part, values: np.ndarray) -> np.ndarray:
     return values.mean(-1) if part.statistic is None else part.statistic(values)
 
 
+def _p_exact(groups: list[list[tuple]]) -> float:
+    """p of the sign test where a line is the mean of rows that are right or wrong; 0: it is another number."""
+    if len(groups) > 1 or len(groups[0]) > 1 or groups[0][0][0].statistic is not None:
+        return 0.0
+    own, others = (np.asarray(side.values) for side in groups[0][0])
+    if not (np.isin(own, (0, 1)).all() and np.isin(others, (0, 1)).all()):
+        return 0.0
+    return sign_test(int((own > others).sum()), int((own < others).sum()))
+
+
 def _drawn(groups: list[list[tuple]], seed: int, draws: int) -> np.ndarray:
     """[D] differences of resampled rows; what rounding makes of 0 is 0."""
     rng = np.random.default_rng(seed)
-    found = np.zeros(draws)
-    for group in groups:
-        if all(part.statistic is None for part, _ in group):
-            differences = sum(part.weight * np.subtract(part.values, other.values) for part, other in group)
-            found += _drawn_means(rng, differences[:, None], draws)[:, 0]
-        elif all(isinstance(part.statistic, OfMeans | None) for part, _ in group):
-            found += _drawn_of_means(rng, group, draws)
-        else:
-            found += _drawn_statistics(rng, group, draws)
+    drawn = [_drawn_of_group(rng, group, draws) for group in groups]
+    # A row of each group, and what it counts for at most.
+    weighs = [sum(abs(part.weight) for part, _ in group) / len(group[0][0].rows) for group in groups]
+    differing = [i for i, of_group in enumerate(drawn) if np.abs(of_group).max() >= ROUNDING]
+    if differing:
+        most = max(differing, key=lambda i: weighs[i])
+        n = len(groups[most][0][0].rows)
+        won, lost, rest = rng.multinomial(n, [1 / (n + 2), 1 / (n + 2), n / (n + 2)], draws).T
+        drawn[most] = drawn[most] * (rest / n) + weighs[most] * (won - lost)
+    found = np.sum(drawn, axis=0)
     found[np.abs(found) < ROUNDING] = 0
     return found
+
+
+def _drawn_of_group(rng: np.random.Generator, group: list[tuple], draws: int) -> np.ndarray:
+    if all(part.statistic is None for part, _ in group):
+        differences = sum(part.weight * np.subtract(part.values, other.values) for part, other in group)
+        return _drawn_means(rng, differences[:, None], draws)[:, 0]
+    if all(isinstance(part.statistic, OfMeans | None) for part, _ in group):
+        return _drawn_of_means(rng, group, draws)
+    return _drawn_statistics(rng, group, draws)
 
 
 def _drawn_means(rng: np.random.Generator, values: np.ndarray, draws: int) -> np.ndarray:

@@ -244,7 +244,8 @@ def _trust(report: dict | None, *, reliability: bool) -> list[str]:
         for line in found["lines"]
         if line["level"] != SUBSET
     ]
-    made = ", ".join(f"{label} {value}" for label, value in report["made"])
+    # not where it lies on a disk
+    made = ", ".join(f"{label} {value}" for label, value in report["made"] if label not in ("model", "command"))
     return [
         "## How far it can be trusted",
         *answers,

@@ -20,6 +20,7 @@ SAMPLES, STRETCH = 256, 2**16
 DECIDING = (".json", ".py", ".txt", ".model", ".jinja", ".tiktoken", ".safetensors", ".bin")
 # What a run and its publishing leave beside the model.
 OTHERS = ("run.json", "trainer_state.json", "generation_config.json", "all_results.json")
+OTHERS += ("report.json", "scores.meta.json")  # what judging leaves where it is told to
 
 
 def find(name: str, revision: str | None) -> Path:

@@ -43,8 +43,7 @@ def open_scorer(flags: OpeningFlags) -> Scorer:
         found = _look(flags, folder)
         devices = _devices(flags.num_processes)
         recipe, why_not_shared = _recipe(flags, found, devices[0])
-        facts = (tokenizers.fingerprint(found.tokenizer), recipe.dtype, f"code {recipe.code}")
-        mark = folders.fingerprint(folder, *facts)
+        mark = _fingerprint(found, recipe)
         most = flags.max_tokens_per_micro_batch
         computer = Workers(recipe, devices, most) if len(devices) > 1 else Computer(recipe, devices[0], most)
         try:
@@ -56,6 +55,31 @@ def open_scorer(flags: OpeningFlags) -> Scorer:
     if len(devices) > 1:
         lines.append(f"{len(devices)} processes compute, on {', '.join(map(str, dict.fromkeys(devices)))}")
     return Scorer(flags.model, computer, recipe, found.tokenizer, rules, lines=lines, fingerprint=mark)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What is known of a model without its weights, as the Scorer of it has it."""
+
+    fingerprint: str
+    layout: str
+    chat: bool
+    max_token_length: int
+
+
+def identify(flags: OpeningFlags) -> Identity:
+    """The model as `open_scorer` would open it. Its class may place fewer tokens than its config says (RoBERTa's), and
+    max_token_length is then too large.
+
+    Raises:
+        UserError: the small files show that `open_scorer` would refuse it.
+    """
+    folder = folders.find(flags.model, flags.model_revision)
+    with _in_words_of_these_flags(flags.model, folder):
+        found = _look(flags, folder)
+        recipe, _ = _recipe(flags, found, _devices(flags.num_processes)[0])
+        most = _most(flags, found, _positions(found.config))
+        return Identity(_fingerprint(found, recipe), recipe.layout, _is_chat(found), most)
 
 
 def look(flags: OpeningFlags) -> bool:
@@ -104,22 +128,51 @@ def _look(flags: OpeningFlags, folder: Path) -> _Found:
     config, loader = read_config(name, revision=revision, code=code)
     if contract is None:
         _check_has_one_label(folder, config)
-    elif flags.chat_template_name is not None:
-        raise UserError(
-            f"--chat_template_name {flags.chat_template_name}: {folder} has the one it was trained with; leave it out"
-        )
     plain = getattr(loader, "__name__", "") == "AutoModelForSequenceClassification"
     if contract is not None and contract.trust_remote_code and not code and plain:
         raise UserError(
             f"--model {folder}: needs Python code that it brings along; read that code, then pass --trust_remote_code"
         )
     own_code = code and plain and AUTO in (getattr(config, "auto_map", None) or {})
-    tokenizer = tokenizers.load_tokenizer(
-        str(folder), chat_template_name=flags.chat_template_name, trust_remote_code=code
-    )
+    template = flags.chat_template_name if contract is None else None
+    tokenizer = tokenizers.load_tokenizer(str(folder), chat_template_name=template, trust_remote_code=code)
+    if contract is not None:
+        _check_template(flags, folder, contract, tokenizer)
     if own_code:
         loading.check_trusted_code(ModelFlags(model_name_or_path=name, model_revision=revision, trust_remote_code=True))
+    _check_length(flags, _positions(config))
     return _Found(folder, contract, adapter, config, own_code, tokenizer)
+
+
+def _fingerprint(found: _Found, recipe: Recipe) -> str:
+    facts = (tokenizers.fingerprint(found.tokenizer), recipe.dtype, f"code {recipe.code}")
+    return folders.fingerprint(found.folder, *facts)
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model can place, as its config says."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_length(flags: OpeningFlags, positions: int | None) -> None:
+    wanted = flags.max_token_length
+    if positions and wanted and wanted > positions:
+        raise UserError(
+            f"--max_token_length {wanted} is beyond the {positions} positions of {flags.model}; pass {positions} or less"
+        )
+
+
+def _check_template(flags: OpeningFlags, folder: Path, contract: Contract, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model of ours has the template of its training, and no other one gives its rewards."""
+    if contract.chat and tokenizer.chat_template is None:
+        raise UserError(
+            f"--model {folder}: has lost its chat_template.jinja, which wrote the conversations that it was trained on, and no "
+            "other will do; save, export or pull the model again, or copy the file from where it came from"
+        )
+    if flags.chat_template_name is not None:
+        raise UserError(
+            f"--chat_template_name {flags.chat_template_name}: {folder} has the one it was trained with; leave it out"
+        )
 
 
 def _contract(folder: Path) -> Contract | None:
@@ -219,30 +272,40 @@ def _dtype(flags: OpeningFlags, found: _Found, device: torch.device) -> torch.dt
 
 def _rules(flags: OpeningFlags, found: _Found, recipe: Recipe, facts: Facts) -> SequenceRules:
     """How sequences have to look, now that the model is there."""
-    contract, tokenizer, text = found.contract, found.tokenizer, found.config.get_text_config()
-    positions, wanted = facts.positions, flags.max_token_length
-    if positions and wanted and wanted > positions:
-        raise UserError(
-            f"--max_token_length {wanted} is beyond the {positions} positions of {flags.model}; pass {positions} or less"
-        )
-    most = positions or UNBOUNDED
-    if contract is None:  # tokenizers of others may know better than the config (RoBERTa); a huge number means nothing
-        most = min(most, tokenizer.model_max_length)
+    contract, text = found.contract, found.config.get_text_config()
+    _check_length(flags, facts.positions)
+    most = _most(flags, found, facts.positions)
     trained = (contract.max_token_length, contract.max_prompt_token_length) if contract else (None, None)
-    cut_to = wanted or min(most, trained[0] or most)
+    cut_to = flags.max_token_length or min(most, trained[0] or most)
     rope = getattr(text, "rope_parameters", None) or {}
     reads_where_its_pooling_says = recipe.layout == OWN or found.config.model_type in families.ENCODERS
     return SequenceRules(
-        chat=tokenizer.chat_template is not None if contract is None else contract.chat,
+        chat=_is_chat(found),
         ending="" if contract is None else contract.ending,
         ours=contract is not None,
-        max_token_length=wanted or most,
+        max_token_length=most,
         rows=facts.rows,
         cut_to=(cut_to, min(cut_to, trained[1] or cut_to)),
         # there the frequencies change, for all rows of a forward
         apart_at=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else 0,
         skipped=None if reads_where_its_pooling_says else recipe.pad_token_id,
     )
+
+
+def _most(flags: OpeningFlags, found: _Found, positions: int | None) -> int:
+    """Most tokens of a sequence."""
+    if flags.max_token_length:
+        return flags.max_token_length
+    most = positions or UNBOUNDED
+    if found.contract is None:
+        # tokenizers of others may know better than the config (RoBERTa); a huge number means nothing
+        most = min(most, found.tokenizer.model_max_length)
+    return most
+
+
+def _is_chat(found: _Found) -> bool:
+    """Whether it scores conversations, which its template renders."""
+    return found.tokenizer.chat_template is not None if found.contract is None else found.contract.chat
 
 
 def _said(name: str, found: _Found, recipe: Recipe, rules: SequenceRules, why_not_shared: str | None) -> list[str]:

@@ -34,7 +34,6 @@ class Engine:
         flags: OptimizerFlags,
         config: dict,
         ranks: Ranks,
-        *,
         total_steps: int = 1,
         warmup_steps: int = 0,
     ):

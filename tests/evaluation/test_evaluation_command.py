@@ -3,7 +3,9 @@ one sentence where it cannot be."""
 
 import json
 import os
+import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, environment_of_a_process, shared_data
+from sample_report import sample_report
 from scorer_standin import StandIn, reward_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
@@ -24,6 +27,7 @@ from open_rm.errors import UserError
 from open_rm.evaluation import __main__ as command
 from open_rm.evaluation import keeping, scoring
 from open_rm.evaluation.arguments import EvaluationArgs, command_of
+from open_rm.evaluation.page import document
 from open_rm.evaluation.sets import open_sets
 from open_rm.model.contract import Contract
 from open_rm.scoring import computing, open_model
@@ -84,6 +88,7 @@ def standin(tokenizer, monkeypatch):
     how = {"chat": True, "machine": {"--max_tokens_per_micro_batch": 1536}}
     monkeypatch.setattr(keeping, "open_scorer", lambda flags: Opened(tokenizer, name=flags.model, **how))
     monkeypatch.setattr(keeping, "look", lambda flags: True)
+    monkeypatch.setattr(keeping, "identify", lambda flags: Opened(tokenizer, name=flags.model, **how))
     return how
 
 
@@ -397,6 +402,40 @@ def test_folders_compared_are_a_table_on_the_console_and_in_three_files(standin,
     ]
 
 
+SCORED_ROWS = [
+    {"subset": "llmbar-natural", "id": n, "chosen_score": float(n % 3), "rejected_score": 0.5} for n in range(30)
+]
+
+
+def test_the_benchmark_that_judges_scores_judges_those_of_the_other_model(tmp_path):
+    """Neither file says whose rows it holds, and their ids are unique within a subset alone."""
+    rows = [*SCORED_ROWS, *(row | {"subset": "llmbar-adver-manual"} for row in SCORED_ROWS[:5])]
+    paths = [write(tmp_path / name / "scores.jsonl", rows) for name in ("own", "other")]
+    for own, other in (paths, [path.parent for path in paths]):
+        flags = {"model": None, "scores": str(own), "benchmark": ["reward_bench"], "against": str(other)}
+        report = evaluate(tmp_path / "out", **flags)
+        assert report["against"]["sets"][0]["same"] == 35
+        assert not [said for said in report["warnings"] if "no ids" in said]
+
+
+def test_a_model_is_compared_with_scores_made_elsewhere_of_the_same_benchmark(standin, tmp_path):
+    rows = llmbar_rows(20)
+    scored = [row | {"chosen_score": 1.0, "rejected_score": 0.0} for row in rows]
+    other = write(tmp_path / "other.jsonl", scored[::-1])
+    benchmark = [f"reward_bench={write(tmp_path / 'rows.jsonl', rows)}"]
+    report = evaluate(tmp_path / "out", benchmark=benchmark, against=str(other))
+    [found] = report["against"]["sets"]
+    assert found["won"] + found["lost"] + found["same"] == 20 and found["won"] == 0
+
+
+def test_scores_without_ids_are_compared_with_a_warning(tmp_path):
+    rows = [{name: row[name] for name in ("chosen_score", "rejected_score")} for row in SCORED_ROWS]
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name in ("own", "other")]
+    report = evaluate(tmp_path / "out", model=None, scores=str(paths[0]), against=str(paths[1]))
+    [said] = [said for said in report["warnings"] if "no ids" in said]
+    assert said.startswith("own: the files give no ids, so row n of one is taken to be row n of the other;")
+
+
 # ---- invariance
 
 
@@ -554,11 +593,27 @@ MISTAKES = {
         {"model": None, "scores": "rows", "dtype": "bfloat16"},
         "--scores and --dtype: --scores opens no",
     ),
-    "compare and more": ({"compare": ["rows"]}, "--compare and --model"),
+    "compare and more": ({"compare": ["rows"]}, "--compare and --model: --compare opens no model"),
     "compare nothing": ({"model": None, "compare": ["nowhere"]}, "--compare nowhere: there is no such folder or file"),
     "no column": ({"dataset": ["rows"], "column_map": ["a"]}, "--column_map a: write our column"),
     "seed": ({"benchmark": ["rm_bench=rows"], "seed": -1}, "--seed -1: must be from 0"),
 }
+
+
+def test_a_wrong_flag_is_answered_without_the_libraries_of_data():
+    """pandas and datasets alone take a second to import."""
+    program = (
+        "import sys, runpy, atexit; atexit.register(lambda: print(sorted({'pandas', 'datasets', 'torch'} & set(sys.modules)))); "
+        "runpy.run_module('open_rm.evaluation', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--modle", "m"],
+        env=environment_of_a_process() | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "unknown flag --modle; did you mean model?" in done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -651,3 +706,201 @@ def test_a_damaged_scores_file_is_one_sentence_and_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="scores.jsonl:1: .*NaN"):
         evaluate(tmp_path / "out", model=None, scores=str(path))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hundredth_of_a_benchmark_may_be_unreadable_and_is_named(tmp_path):
+    """RMB holds pairs whose rejected answer is empty."""
+    rows = llmbar_rows(201)
+    rows[7]["rejected"] = "  "
+    [named] = open_sets([f"reward_bench={write(tmp_path / 'rows.jsonl', rows)}"])
+    assert named.opened.size == 200 == len(list(named.opened.rows())) == sum(named.subsets.values())
+    assert "left out, since they cannot be read: 1 (first " in named.says() and "rows.jsonl:8: " in named.says()
+    assert rows[7]["id"] not in {row["id"] for _, row in named.opened.rows()}
+    for row in rows[8:10]:
+        row["rejected"] = ""
+    with pytest.raises(UserError, match="rows.jsonl:8 is no row of RewardBench: "):
+        open_sets([f"reward_bench={write(tmp_path / 'rows.jsonl', rows)}"])
+
+
+# ---- rows twice, names that act, disks that are full
+
+
+def six_answers(count: int, **more) -> list[dict]:
+    """Rows as RM-Bench's repository has them."""
+    sides = {"chosen": ["a", "b c", "d e f"], "rejected": ["g", "h i", "j k l"]}
+    return [{"id": i, "prompt": words(i)} | sides | more for i in range(count)]
+
+
+def copy_of_a_file(folder: Path) -> str:
+    write(folder / "data" / "code copy.json", six_answers(3))
+    return f"rm_bench={write(folder / 'data' / 'code.json', six_answers(3)).parent}"
+
+
+def ids_of_a_domain(folder: Path) -> str:
+    write(folder / "data" / "code_v2.json", six_answers(3, prompt="other"))
+    return f"rm_bench={write(folder / 'data' / 'code.json', six_answers(3)).parent}"
+
+
+def without_ids(folder: Path) -> str:
+    rows = [{name: row[name] for name in row if name != "id"} for row in llmbar_rows(4)]
+    return f"reward_bench={write(folder / 'rows.jsonl', [*rows, rows[1]])}"
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (copy_of_a_file, "has the id code/0 of .*code copy.json"),
+        (ids_of_a_domain, "has the id code/0 of .*code.json"),
+        (without_ids, "rows.jsonl:5 has the content of .*rows.jsonl:2"),
+    ],
+)
+def test_a_row_that_stands_twice_is_refused_whatever_its_file_is_called_and_without_ids(tmp_path, made, said):
+    with pytest.raises(UserError, match=f"{said}.*; name a place that holds each row once"):
+        open_sets([made(tmp_path)])
+
+
+def test_what_became_of_answers_that_are_too_long_is_told_apart(standin, tmp_path):
+    """A text of more than a million characters is not encoded, so it cannot be cut."""
+    standin["max_token_length"] = 60
+    rows = llmbar_rows(4)
+    rows[1]["rejected"], rows[2]["rejected"] = "long " * 200_001, "long " * 100
+    report = evaluate(tmp_path / "out", benchmark=[f"reward_bench={write(tmp_path / 'rows.jsonl', rows)}"])
+    made = rows_of(tmp_path / "out")
+    assert made[1]["scores"][1] is None and None not in made[2]["scores"]
+    assert dict(report["made"])["over-length answers"] == (
+        "3 of 8: 2 cut (the prompt's start, then an answer's end); 1 without a score (above 1,000,000 characters with the prompt)"
+    )
+
+
+def without_its_template(folder: Path, toy: Path) -> dict:
+    save_tiny(toy, folder / "lost", template=False)
+    Contract(chat=True, ending=load_tokenizer(str(folder / "lost")).eos_token).write(folder / "lost")
+    return {"model": str(folder / "lost")}
+
+
+def without_its_template_and_another_named(folder: Path, toy: Path) -> dict:
+    return without_its_template(folder, toy) | {"chat_template_name": "tulu"}
+
+
+def other_has_fewer_positions(folder: Path, toy: Path) -> dict:
+    for name, positions in (("long", 2048), ("short", 128)):
+        save_tiny(toy, folder / name, max_position_embeddings=positions)
+    return {"model": str(folder / "long"), "against": str(folder / "short"), "max_token_length": 200}
+
+
+OF_A_MODEL = {
+    without_its_template: "lost: has lost its chat_template.jinja, .*; save, export or pull the model again",
+    without_its_template_and_another_named: "lost: has lost its chat_template.jinja, .*; save, export or pull",
+    other_has_fewer_positions: "^--against .*short: --max_token_length 200 is beyond the 128 positions of .*; pass 128 or less; "
+    "both models are scored with the same limit$",
+}
+
+
+@pytest.mark.parametrize("mistake", OF_A_MODEL, ids=lambda mistake: mistake.__name__)
+def test_what_small_files_show_of_either_model_is_told_before_any_is_scored(tmp_path, toy, monkeypatch, mistake):
+    def refuse(flags):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(keeping, "open_scorer", refuse)
+    flags = mistake(tmp_path, toy)
+    with pytest.raises(UserError, match=OF_A_MODEL[mistake]):
+        evaluate(tmp_path / "out", benchmark=[f"reward_bench={write(tmp_path / 'r.jsonl', llmbar_rows(3))}"], **flags)
+
+
+@pytest.mark.parametrize("full", ["report.json", "report.html"])
+def test_a_full_disk_leaves_the_report_that_was_there_and_nothing_half_written(tmp_path, full):
+    small = sample_report() | {"sets": [], "against": None, "answers": [{"question": "?", "answer": "yes " * 500}]}
+    document.write_report(small, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert 1000 < len(before["report.json"]) < len(before["report.html"]) - 1000  # in this order they are written
+    own, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    report = small | {"model": "another"}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[full]) - 500, most))
+        with pytest.raises(OSError, match="File too large"):
+            document.write_report(report, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (own, most))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    document.write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["model"] == "another" and len([*tmp_path.iterdir()]) == 2
+
+
+def test_scores_to_be_overwritten_stay_until_the_new_ones_are_whole(standin, tmp_path, monkeypatch):
+    sets, out = open_sets([f"reward_bench={write(tmp_path / 'rows.jsonl', llmbar_rows(10))}"]), tmp_path / "out"
+    keeping.keep_scores(EvaluationArgs(model="m", output_dir=str(out)), sets)
+    before = {name: (out / name).read_bytes() for name in ("scores.jsonl", "scores.meta.json")}
+
+    def stop(*_):
+        assert {name: (out / name).read_bytes() for name in before} == before
+        raise OSError(28, "No space left on device")
+
+    anew = EvaluationArgs(model="n", output_dir=str(out), overwrite=True)
+    standin["before"] = stop  # while it scores
+    with pytest.raises(OSError, match="No space"):
+        keeping.keep_scores(anew, sets)
+    del standin["before"]
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="cannot be written .*No space"):
+        patched.setattr(shutil, "copyfileobj", stop)  # while what was scored is joined
+        keeping.keep_scores(anew, sets)
+    assert {name: (out / name).read_bytes() for name in before} == before and not [*out.glob("*.new")]
+    keeping.keep_scores(anew, sets)
+    assert (out / "scores.jsonl").read_bytes() == before["scores.jsonl"]  # the stand-in's do not depend on its name
+    assert json.loads((out / "scores.meta.json").read_text())["model"] == "n"
+
+
+def test_names_of_others_do_nothing_to_the_terminal(tmp_path, capsys):
+    hurt = "\x1b]0;x\x07\x00\u202e\n\x9b2J"
+    shown = "[U+001B]]0;x[U+0007][U+0000][U+202E] [U+009B]2J"
+    rows = [
+        {
+            "set": f"set{hurt}",
+            "benchmark": None,
+            "id": str(i),
+            "subset": f"{'ab'[i % 2]}{hurt}",
+            "scores": [1, i],
+            "gold": [1, 0],
+        }
+        for i in range(6)
+    ]
+    evaluate(tmp_path / "out", model=None, scores=str(write(tmp_path / "scores.jsonl", rows)))
+    said = capsys.readouterr().out
+    [named] = open_sets([f"rm_bench={write(tmp_path / 'rows.json', six_answers(2, domain='chat' + hurt))}"])
+    assert f"set{shown}: Accuracy" in said and f"  a{shown}: " in said and f": chat{shown} 2" in named.says()
+    assert not [one for one in said + named.says() if not one.isprintable() and one != "\n"]
+
+
+def test_scores_that_are_there_are_judged_again_without_reading_weights(tiny, tmp_path, monkeypatch, capsys):
+    sets = open_sets([f"reward_bench={write(tmp_path / 'rows.jsonl', llmbar_rows(3))}"])
+    args = EvaluationArgs(model=str(tiny), output_dir=str(tmp_path / "out"))
+    keeping.keep_scores(args, sets)
+
+    def refuse(flags):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(keeping, "open_scorer", refuse)
+    keeping.keep_scores(args, sets)
+    assert "judged again, not computed again" in capsys.readouterr().out
+
+
+def test_a_limit_that_only_the_weights_show_does_not_hide_that_scores_are_there(
+    standin, tokenizer, tmp_path, monkeypatch, capsys
+):
+    """Of RoBERTa's positions its class takes two away."""
+    sets = open_sets([f"reward_bench={write(tmp_path / 'rows.jsonl', llmbar_rows(3))}"])
+    args = EvaluationArgs(model="m", output_dir=str(tmp_path / "out"))
+    keeping.keep_scores(args, sets)
+    known = standin | {"max_token_length": 100_002}
+    monkeypatch.setattr(keeping, "identify", lambda flags: Opened(tokenizer, name=flags.model, **known))
+    keeping.keep_scores(args, sets)
+    assert capsys.readouterr().out.count("judged again, not computed again") == 1
+
+
+def test_rows_that_are_left_out_are_warned_of_once(standin, tmp_path, capsys):
+    rows = llmbar_rows(201)
+    rows[7]["rejected"] = "  "
+    evaluate(tmp_path / "out", benchmark=[f"reward_bench={write(tmp_path / 'rows.jsonl', rows)}"])
+    warned = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ") and "left out" in line
+    ]
+    assert len(warned) == 1 and " 1" in warned[0]

@@ -1,11 +1,15 @@
 """The model that is trained is judged as the saved folder would be: the same scores, whatever the layout and the ranks."""
 
 import json
+from collections import Counter
 
 import pytest
 from conftest import launch, read_metrics, read_pairs, run_recipe, toy_flags
+from huggingface_hub.utils import filter_repo_objects
 
 from open_rm.evaluation import held_out, in_training
+from open_rm.evaluation.sets import open_sets
+from open_rm.publishing import pushing
 
 SUBSETS = ("llmbar-natural", "llmbar-adver-manual", "xstest-should-respond")
 TOLERANCE = 1e-5  # float32 sums in another order; the proof at the end of a run asks for 1e-4
@@ -109,12 +113,63 @@ def test_a_row_that_cannot_be_scored_ends_the_run_before_its_first_step(toy, ben
     assert f"{broken}:1" in done.stderr and "step 1/" not in done.stdout
 
 
+def test_a_judgement_or_a_report_that_fails_costs_no_model(toy, tokenizer, tmp_path, monkeypatch):
+    """Both come after the model is saved; the log says what became of them, and the run goes on to its proof."""
+    said = []
+    judge = in_training.Judge(None, [], None, str(tmp_path), seed=1)
+    monkeypatch.setattr(judge, "_reported", lambda found: 1 / 0)
+    assert judge.report(in_training.Scored(None, [], None, {}), say=said.append) is None
+    assert judge.report(None, say=said.append) is None
+    assert len(said) == 1 and "ZeroDivisionError" in said[0]
+
+
+NOT_A_NUMBER = """
+import sys
+from open_rm.evaluation import held_out, in_training
+from open_rm.reward_modeling import Args, main
+
+def refuse(*_, **__):
+    raise in_training.UserError("a reward is no finite number")
+
+in_training.score_set = refuse
+toy, folder, rows = sys.argv[1:]
+main(Args(model_name_or_path=f"{toy}/model", dataset_mixer_list=[f"{toy}/data", "1.0"], total_episodes=8, num_sample_pairs=0,
+          dataset_local_cache_dir=f"{folder}/cache", output_dir=f"{folder}/run", benchmark=[f"reward_bench={rows}"]))
+"""
+
+
+def test_a_run_whose_model_cannot_be_judged_ends_with_its_model_proven(toy, benchmark, tmp_path):
+    done = launch("-c", NOT_A_NUMBER, toy, tmp_path, benchmark)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the model could not be judged: a reward is no finite number" in done.stdout
+    assert "reload check" in done.stdout and "How far it can be trusted" not in (tmp_path / "run/README.md").read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
+def test_evaluations_take_as_many_rows_of_each_subset_and_the_same_ones(benchmark, tmp_path):
+    [named] = open_sets([f"reward_bench={benchmark}"])
+    judge = in_training.Judge(None, [named], None, str(tmp_path), seed=3, rows=7)
+    drawn = judge._drawn(named)
+    counts = Counter(SUBSETS[number % 3] for number in drawn)
+    assert drawn == sorted(set(drawn)) and len(drawn) == 7 and set(counts.values()) == {2, 3}
+    again = in_training.Judge(None, [named], None, str(tmp_path), seed=3, rows=7)
+    assert again._drawn(named) == drawn
+
+
+def test_texts_of_reports_are_never_pushed():
+    paths = ["evaluation/report.json", "judged/report.json", "report.json", "scores.meta.json", "config.json"]
+    paths += ["model.safetensors", "reliability.png", "README.md", "evaluation/scores.jsonl", "evaluation/report.html"]
+    kept = filter_repo_objects(paths, allow_patterns=pushing.PUSHED, ignore_patterns=pushing.NOT_PUSHED)
+    assert set(kept) == {"config.json", "model.safetensors", "reliability.png", "README.md"}
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--benchmark", "reward_bnech"], "reward_bench"),
         (["--benchmark", "rm_bench=/nowhere"], "/nowhere"),
         (["--benchmark_rows", "8"], "--benchmark_rows"),
+        (["--benchmark_max_token_length", "8"], "--benchmark_max_token_length"),
         (["--benchmark", "rm_bench", "--cache_dataset_only"], "--cache_dataset_only"),
     ],
 )
@@ -142,9 +197,10 @@ def test_held_out_rewards_are_computed_again_where_the_last_evaluation_was_of_ot
     Known.tokenizer = tokenizer
     judge = in_training.Judge(Known, [], pairs, str(tmp_path), seed=1)
     judge._latest = 5, torch.zeros(len(pairs), 2)
-    kept, anew = (list(judge._all_rows(None, None, step)) for step in (5, 4))
-    assert all(row["scores"] == [0.0, 0.0] for row in kept)
-    assert [row["scores"] for row in anew] == fresh.tolist()
-    assert {row["answers"][0] for row in kept} and kept[0]["prompt"]
+    kept, anew = (judge._held_out_rewards(None, step) for step in (5, 4))
+    assert not kept.any() and torch.equal(anew, fresh)
+    rows = list(judge._held_out_rows(anew))
+    assert [row["scores"] for row in rows] == fresh.tolist()
+    assert rows[0]["prompt"] and all(row["answers"][0] != row["answers"][1] for row in rows)
     monkeypatch.setattr(in_training, "WITH_TEXTS", 0)
-    assert all("prompt" not in row and row["tokens"] for row in judge._all_rows(None, None, 5))
+    assert all("prompt" not in row and row["tokens"] for row in judge._held_out_rows(fresh))

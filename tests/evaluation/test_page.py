@@ -191,7 +191,7 @@ def test_a_report_of_real_scores_is_drawn(folder):
     document.write_html(report, folder / "real.html")
     parsed = Strict((folder / "real.html").read_text(encoding="utf-8"))
     shown = " ".join(" ".join(text for _, text in parsed.texts).split())
-    assert "62.3 % (57.1 to 67.2)" in shown and "ECE 0.324, Brier score 0.332, loss 2.408" in shown
+    assert "62.3 % (57.1 to 67.2)" in shown and "ECE 0.324 (" in shown and "Brier score 0.332, loss 2.408" in shown
     assert [tag for tag, of in parsed.elements if of.get("class") == "picture"] == ["svg"] * 3
 
 
@@ -413,3 +413,9 @@ def test_the_page_is_whole_without_scripts_and_on_paper(browser, harmless):
     )
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.pdf().startswith(b"%PDF")
+
+
+def test_the_answers_stand_whole_however_many_sets_they_are_about():
+    """They grow with the sets; a cut would fall into a sentence."""
+    answer = " ".join(f"Sentence {i} of an answer." for i in range(150))
+    assert inert.inert({"answers": [{"answer": answer}]})["answers"][0]["answer"] == answer

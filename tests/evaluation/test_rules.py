@@ -88,6 +88,7 @@ def test_prior_sets_weigh_half_a_section():
     assert found["Prior Sets"] == 0.75
     assert found["Overall"] == pytest.approx((2 * sum(BEAVERS_SECTIONS.values()) + 0.75) / 9, abs=1e-15)
     assert any("in no section at the authors: ['pku_safer']" in note for note in verdict.notes)
+    assert any("not all of Prior Sets: no rows of anthropic_helpful, anthropic_hhh" in note for note in verdict.notes)
 
 
 def test_a_section_without_rows_counts_as_zero_and_that_is_said():
@@ -141,7 +142,10 @@ def test_ties_score_is_that_of_the_authors(prompts, score):
     line = judge(ties(*prompts)).lines[1]
     assert line.name == "Ties"
     assert line.estimate.value == pytest.approx(score, abs=2e-16)
-    assert line.estimate.low <= line.estimate.value <= line.estimate.high
+    # Of three prompts nobody knows how much they vary, and of one still less.
+    assert (
+        line.estimate.low <= min(0.6, line.estimate.value) and line.estimate.value <= line.estimate.high <= 1.01 + 1e-9
+    )
     assert line.estimate.n == 2 * len(prompts)
 
 
@@ -256,8 +260,16 @@ def test_preference_data_counts_pairs_and_a_tie_is_wrong():
     assert verdict.lines[0].estimate.n == 5
     assert np.isnan(verdict.wins[3:]).all()
     notes = " ".join(verdict.notes)
-    assert "1 of 5 pairs have equal scores" in notes and "1 of 5 rows have an answer without a score" in notes
+    assert "1 of 5 pairs have equal scores" in notes
+    assert "1 of 5 rows have an answer without a score and no pair left, and are passed over" in notes
+    assert "the authors" not in notes  # preference data has none
     assert "1 rows say of no two answers which is better" in notes
+
+
+def test_a_row_of_preference_data_that_lacks_a_score_counts_with_its_other_pairs():
+    verdict = plain(scored_set(None, [("a", [1, None, 0], [2, 1, 0])] * 4))
+    assert verdict.lines[0].estimate.n == 4 and verdict.wins.tolist() == [1] * 4
+    assert verdict.notes == ["4 of 4 rows have an answer without a score, and count with their other pairs"]
 
 
 def test_of_very_many_subsets_the_largest_have_a_line():
@@ -303,6 +315,20 @@ def test_every_line_is_the_sum_of_its_parts(benchmark, numbers):
     assert [line.level for line in verdict.lines].count(OVERALL) == 1 and verdict.lines[0].level == OVERALL
 
 
+def test_gold_that_is_not_known_is_no_reason_to_refuse():
+    verdict = judge(scored_set("reward_bench", [("hep-go", [1, 0], [None, None])]))
+    assert verdict.wins.tolist() == [1]
+
+
+def test_rows_of_other_chances_are_of_other_forms():
+    found = judge(scored_set("rmb", rows_of("rmb", [0.0, 1.0]))).forms
+    assert found == ["best of n", "pairs"] * 6
+    both = ties(0)
+    rows = [("Math", [1, 0, 0, 0], [1, 0, 0, 0]), *zip(both.subsets, np.split(both.scores, both.first[1:-1]), np.split(both.gold, both.first[1:-1]), strict=True)]  # fmt: skip
+    assert judge(scored_set("reward_bench_2", rows, ["Math/1", *both.ids])).forms == ["best of four", "Ties", "Ties"]
+    assert judge(scored_set("reward_bench", rows_of("reward_bench", [0.0, 1.0]))).forms is None
+
+
 def test_the_parts_of_ties_give_its_score():
     line = judge(ties(0, 1, 2)).lines[1]
     [part] = line.parts
@@ -332,6 +358,15 @@ def test_rows_without_a_score_are_passed_over_and_counted(benchmark):
         (scored_set("rm_bench", [("alpacaeval", [1] * 6, [1, 1, 1, 0, 0, 0])]), "'alpacaeval' is no domain"),
         (scored_set("reward_bench_2", [("hep-go", [1, 0], [1, 0])]), "none of its subsets (['hep-go'])"),
         (scored_set("reward_bench_2", [("Ties", [1, 0], [1, 0])]), "ids are ref:N or tied:N"),
+        (
+            scored_set("reward_bench", [("hep-go", [0, 1], [0, 1])]),
+            "the first answer of row row 0 is not the best one by",
+        ),
+        (
+            scored_set("reward_bench_2", [("Math", [0, 1, 0], [0, 1, 0])]),
+            "is not the best one by gold, and the rules of",
+        ),
+        (scored_set("rmb", [("BoN_set/Harmlessness/S1", [0, 1, 2], [1, 0, 1])]), "is not the best one by gold"),
         (scored_set("judge_bench", [("livecodebench", [None, 0], [1, 0])]), "no row has all that is judged"),
     ],
 )

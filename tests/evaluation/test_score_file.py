@@ -11,8 +11,19 @@ import pytest
 from conftest import shared_data
 
 from open_rm.errors import UserError
+from open_rm.evaluation import __main__ as command
+from open_rm.evaluation.arguments import EvaluationArgs
 from open_rm.evaluation.rules.known import BENCHMARKS, plain
-from open_rm.evaluation.score_file import META, SCORES, aligned, read_meta, read_scores, row_of
+from open_rm.evaluation.score_file import (
+    META,
+    SCORES,
+    aligned,
+    likely_the_datas,
+    order_assumed,
+    read_meta,
+    read_scores,
+    row_of,
+)
 from open_rm.scoring.lines import Lines
 
 
@@ -242,6 +253,10 @@ BAD = {
         "2: not valid JSON (NaN is no number",
     ),
     "infinity": ([GOOD.replace("[1.0, 0.0]", "[-Infinity, 0.0]")], "-Infinity is no number that JSON has"),
+    "so great that a margin overflows": (
+        [GOOD.replace("[1.0, 0.0]", "[1e308, -1e308]", 1)],
+        "1e+308 among its scores is no finite number from -1e+100 to 1e+100",
+    ),
     "infinity in digits": ([GOOD.replace("[1.0, 0.0]", "[1e999, 0.0]", 1)], "inf among its scores is no finite number"),
     "many digits": ([GOOD.replace("[1.0, 0.0]", f"[1{'0' * 320}, 0.0]", 1)], "among its scores is no finite number"),
     "text for a number": (
@@ -287,6 +302,47 @@ BAD = {
         "label must be A>B or B>A, not 'A=B'",
     ),
     "num_correct": ([{"subset": "Math", "id": 1, "scores": [1, 2], "num_correct": 3}], "num_correct must be"),
+    # the data's own scores beside the model's
+    "two sets of scores": (
+        [PAIR | {"score_chosen": 9, "score_rejected": 3}],
+        "1: more than one set of scores (score_chosen and score_rejected, and chosen_score and rejected_score); keep the model's, "
+        "and remove or rename the others",
+    ),
+    "two sets of scores, in a later row": (
+        [PAIR, PAIR | {"chosen_reward": 9, "rejected_reward": 3}],
+        "2: more than one set of scores (chosen_score and rejected_score, and chosen_reward and rejected_reward)",
+    ),
+    "two sets of scores, one a list": (
+        [PLAIN | {"score_chosen": 9, "score_rejected": 3, "scores": [0.5, 1.5]}],
+        "more than one set of scores (score_chosen and score_rejected, and scores)",
+    ),
+    "two sets of scores at JudgeBench": (
+        [JUDGED | PAIR | {"score_A": 1, "score_B": 2}],
+        "more than one set of scores (chosen_score and rejected_score, and score_A and score_B)",
+    ),
+    "ids of a subset": (
+        [PAIR | {"id": 0, "subset": subset} for subset in ("hep-go", "hep-cpp")],
+        "2: row '0' of scores stands twice, first as row 1 of the set; they are of the subsets 'hep-go' and 'hep-cpp': if ids are "
+        "unique within a subset alone, name the benchmark whose rows these are (--benchmark reward_bench, reward_bench_2, rm_bench, "
+        "judge_bench, rmb), or write the subset into each id",
+    ),
+    "ids of a subset, ours": ([line(1), line(1, subset="b")], "within a subset alone, write the subset into each id"),
+    "ids of a subset that is not there": (
+        [{"id": 0, "scores_chosen": 1, "scores_rejected": 2}] * 2,
+        "if ids are unique within a subset alone, as RewardBench's, add the column subset and name the benchmark",
+    ),
+    "no set in the first line": ([{k: v for k, v in line(1).items() if k != "set"}], "1: no set, the name of what"),
+    "an unknown domain": (
+        [line(1, [1.0] * 6, benchmark="rm_bench", subset="poetry", gold=[1] * 3 + [0] * 3, overlength=[False] * 6)],
+        "1: 'poetry' is no domain of RM-Bench; a row's domain begins with chat",
+    ),
+    "gold of nothing": ([line(1, gold=[None, None])], "data: gold is null in every row"),
+    "gold all equal": ([line(1, gold=[2, 2])], "data: gold says of no two answers of a row that one is better"),
+    "one answer in every row": (
+        [line(1, [1.0], gold=[1], overlength=[False])],
+        "data: every row has one answer, so that none stands beside another one",
+    ),
+    "no scores of two answers": ([line(1, [None, 1.0])], "data: 1 of 2 scores are null, and no row has scores of two"),
     "scores of other answers": (
         [PLAIN | {"scores": [1, 2, 3], "overlength": False}],
         "are not the scores of its 2 answers",
@@ -302,6 +358,78 @@ def test_what_cannot_be_judged_is_one_sentence(fault, tmp_path):
         read_scores(path)
     message = str(caught.value)
     assert says in message and message.startswith(str(path)) and "\n" not in message and len(message) < 500
+
+
+def test_scores_that_are_usually_the_datas_are_told_where_none_is_wrong(tmp_path):
+    data = [PLAIN | {"score_chosen": 9 - n, "score_rejected": 3} for n in range(4)]
+    path = write(tmp_path / "data.jsonl", data)
+    [said] = likely_the_datas(path, read_scores(path))
+    assert said.startswith(f"{path}: the scores come from columns score_chosen and score_rejected, which in most")
+    for rows in (
+        [*data, PLAIN | {"score_chosen": 1, "score_rejected": 3}],
+        [PAIR] * 4,
+        [PLAIN | {"score_chosen": 3, "score_rejected": 3}],
+        [line(1)],
+        [{"domain": "chat", "score_chosen": [3, 2, 1], "score_rejected": [0, 0, 0]}],
+    ):
+        assert likely_the_datas(path, read_scores(write(path, rows))) == []
+
+
+def judge(folder, scores, **flags) -> dict:
+    """As `python -m open_rm.evaluation --scores` does."""
+    return command.main(EvaluationArgs(scores=str(scores), output_dir=str(folder), **flags))
+
+
+def test_the_datas_own_scores_are_warned_of_in_the_report(tmp_path):
+    path = write(tmp_path / "data.jsonl", [PLAIN | {"score_chosen": 9, "score_rejected": 3}] * 3)
+    assert any("hardly a model's scores" in sentence for sentence in judge(tmp_path / "out", path)["warnings"])
+    model = write(tmp_path / "model.jsonl", [PLAIN | {"chosen_score": 9, "rejected_score": 3}] * 3)
+    report = judge(tmp_path / "out", model, against=str(path))
+    assert any(sentence.startswith(f"{path}: the scores come from") for sentence in report["warnings"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["warnings"] == report["warnings"]
+
+
+def test_a_folder_that_holds_a_report_alone_names_the_scores_file(tmp_path):
+    rows = [PAIR, PAIR | {"chosen_score": -1.0}]
+    a, b = (write(tmp_path / f"{name}.jsonl", rows) for name in "ab")
+    judge(tmp_path / "out", a)
+    for flags in ({"against": str(tmp_path / "out")}, {"scores": str(tmp_path / "out")}):
+        with pytest.raises(UserError, match=f"holds a report alone, of scores that are elsewhere; .*, {a}$"):
+            judge(tmp_path / "other", **{"scores": b} | flags)
+    with pytest.raises(UserError, match=f"^--against .*holds a report alone, .*, {a}$"):
+        command.main(
+            EvaluationArgs(
+                model="m", benchmark=["rm_bench"], against=str(tmp_path / "out"), output_dir=str(tmp_path / "c")
+            )
+        )
+
+
+def test_of_a_training_runs_folder_the_scores_of_its_own_model_are_taken_and_told(tmp_path, capsys):
+    (tmp_path / "run" / "evaluation").mkdir(parents=True)
+    write(tmp_path / "run" / "evaluation" / SCORES, [line(1), line(2, [0.0, 1.0])])
+    own = write(tmp_path / "own.jsonl", [line(1), line(2)])
+    report = judge(tmp_path / "out", own, against=str(tmp_path / "run"))
+    assert (report["against"]["model"], report["against"]["sets"][0]["won"]) == ("run", 1)
+    assert (
+        f"{tmp_path / 'run'} is a training run's folder: its evaluation/scores.jsonl is read" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="is the model itself"):
+        judge(tmp_path / "out", tmp_path / "run" / "evaluation", against=str(tmp_path / "run"))
+
+
+def test_what_rules_refuse_is_told_with_the_file_that_it_is_in(tmp_path):
+    good = [line(n, benchmark="reward_bench", subset="hep-go") for n in (1, 2)]
+    bad = [row | {"gold": [0.0, 1.0]} for row in good]
+    files = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("good", good), ("bad", bad))}
+    said = f"^{files['bad']}: data: the first answer of row row 1 is not the best one by gold"
+    with pytest.raises(UserError, match=said):
+        judge(tmp_path / "out", files["bad"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_were_left_out_are_no_second_set_of_scores(tmp_path):
+    rows = [PAIR | {"chosen": None, "rejected": None}]
+    assert read_scores(write(tmp_path / "a.jsonl", rows))[0].scores.tolist() == [1, 0]
 
 
 def test_what_is_no_file_of_scores_is_one_sentence(tmp_path):
@@ -359,6 +487,10 @@ def test_two_models_rows_meet_by_their_ids(tmp_path):
         ([line(1), line(3)], "only one has row 2"),
         ([line(1), line(2, gold=[0, 1])], "row row 2 has other answers, or other ones are right"),
         ([line(1), line(2, [1, 2, 3], gold=[1, 0, 0], overlength=[False] * 3)], "row row 2 has other answers"),
+        (
+            [line(1), line(2, answers=["yes", "no"])],
+            "data: row row 2 has other answers at the two models, one of 12 and of 2 characters",
+        ),
         ([line(1, set="x"), line(2, set="y")], "data: the other model has no scores of it, but of x, y"),
     ],
 )
@@ -367,6 +499,22 @@ def test_models_scored_on_other_rows_are_not_compared(rows, says, tmp_path):
     with pytest.raises(UserError) as caught:
         aligned(own, read_scores(write(tmp_path / "other.jsonl", rows)))
     assert says in str(caught.value)
+
+
+def test_rows_without_ids_are_of_the_same_answers_or_said_to_be_matched_by_their_places(tmp_path):
+    """The same scores in the other order are other rows, which only lengths can tell."""
+    rows = [PLAIN | {"chosen": "yes" * n, "chosen_score": n, "rejected_score": 1} for n in (1, 2, 3)]
+    own = read_scores(write(tmp_path / "own.jsonl", rows))
+    with pytest.raises(UserError, match="row row 1 has other answers .* 3 and of 9 characters .the files give no ids"):
+        aligned(own, read_scores(write(tmp_path / "other.jsonl", rows[::-1])))
+    [same] = aligned(own, read_scores(write(tmp_path / "same.jsonl", rows)))
+    assert order_assumed(own[0], same) is None
+    bare = [{name: row[name] for name in ("chosen_score", "rejected_score")} for row in rows]
+    [same] = aligned(own, read_scores(write(tmp_path / "bare.jsonl", bare)))
+    assert order_assumed(own[0], same).startswith("own: the files give no ids, so row n of one is taken to be row n of")
+    named = [row | {"id": n} for n, row in enumerate(bare)]
+    [own, other] = (read_scores(write(tmp_path / f"{name}.jsonl", named)) for name in ("own", "other"))
+    assert order_assumed(own[0], aligned(own, other)[0]) is None
 
 
 def test_fifty_thousand_pairs_are_judged_in_seconds_without_their_texts_in_memory(tmp_path):

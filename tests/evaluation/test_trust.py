@@ -12,6 +12,7 @@ from conftest import shared_data
 from scipy import stats
 
 from open_rm.errors import UserError
+from open_rm.evaluation.rules import known
 from open_rm.evaluation.score_file import read_scores
 from open_rm.evaluation.scored import ScoredSet, pairs_of
 from open_rm.evaluation.trust import examples, sections, words
@@ -138,11 +139,21 @@ def test_a_real_report_says_in_words_what_stands_in_its_numbers(both):
         both, words.HOW_GOOD
     )
     believe = answer(both, words.CAN_I_BELIEVE_IT)
-    assert "surer than it should be: expected calibration error 0.32; a temperature of 14.2 fits best" in believe
-    assert "takes the loss from 2.408 to 0.630" in believe
+    assert (
+        "It is surer than it should be: expected calibration error 0.32 (right probabilities have up to 0.0" in believe
+    )
+    assert "A temperature of 14.2, fitted on these pairs, takes the loss from 2.408 to 0.630." in believe
+    assert "length alone (the shorter answer is better: 54.0 %)" in believe
     assert "Equal scores, which count as wrong: 1 of 350 pairs (0.3 %)" in believe
     assert "No subset is clearly worse than the rest" in answer(both, words.WHERE_DOES_IT_FAIL)
     assert [warning for warning in both["warnings"] if "temperature 14.2" in warning]
+
+
+def test_intervals_that_overlap_are_not_taken_for_no_difference(both):
+    """Those of 89 of 161 and 129 of 189 do; Fisher's p is .015, and Newcombe's interval of the difference without 0."""
+    assert stats.fisher_exact([[89, 72], [129, 60]]).pvalue < 0.02
+    said = "It is better with shorter better answers, by 13.0 points (2.8 to 22.9): 55.3 % where the better answer is longer"
+    assert said in answer(both, words.WHERE_DOES_IT_FAIL)
 
 
 def test_a_report_is_the_same_each_time(real):
@@ -167,6 +178,43 @@ def test_a_calibrated_model_is_called_so_and_one_five_times_as_sure_is_not():
     assert any("far less sure than it could be (temperature 0." in warning for warning in shy["warnings"])
     # Of those it is surer than 95 % of, a calibrated model is wrong in less than 5 %.
     assert 0 < good_set["confident"]["wrong"] < 0.05 * good_set["confident"]["pairs"]
+
+
+def test_of_few_pairs_a_calibrated_model_is_hardly_ever_called_off():
+    """100 times 100 pairs. Its ECE is above .1 in half of them and its best temperature beyond 1.25 in a third; two tests at 5 %
+    are red in less than a tenth, 16 being two deviations more."""
+    reports = [report_of(of_margins(calibrated(100, seed=seed)), examples=0) for seed in range(100)]
+    found = [report["sets"][0]["calibration"] for report in reports]
+    assert sum(one["ece"] > 0.1 for one in found) > 30 and all(one["ece_of_chance"] > 0.1 for one in found)
+    said = [answer(report, words.CAN_I_BELIEVE_IT) for report in reports]
+    blamed = ["surer" in one or "are off" in one for one in said]
+    assert sum(blamed) <= 16 and sum(bool(report["warnings"]) for report in reports) <= 16
+    assert sum("too few pairs to tell whether its probabilities are right" in one for one in said) == 100 - sum(blamed)
+    sure = report_of(of_margins(calibrated(100, 5)))
+    assert "It is surer than it should be" in answer(sure, words.CAN_I_BELIEVE_IT)
+    assert any("far too sure" in warning for warning in sure["warnings"])
+
+
+def test_ties_are_apart_from_right_and_wrong_where_chance_is_asked_for():
+    for wrong, says in (
+        (0, None),
+        (20, "less than chance, since equal scores count as wrong"),
+        (100, "cannot be told"),
+    ):
+        report = report_of(of_margins(np.repeat([1.0, 0, -1], [100, 100 + 10 * wrong, wrong])))
+        believe = answer(report, words.CAN_I_BELIEVE_IT)
+        assert ("cannot be told from chance" in believe) == (wrong == 100)
+        assert [says in one for one in report["warnings"] if "chance" in one] == ([True] if says else [])
+    assert any("(without ties 50.0 %)" in warning for warning in report["warnings"])
+
+
+def test_a_set_is_as_large_as_the_rows_that_count():
+    scored = of_margins(calibrated(1_000))
+    scored.scores[20:] = np.nan
+    report = report_of(scored)
+    assert report["sets"][0]["rows_with_pairs"] == 10
+    assert answer(report, words.CAN_I_BELIEVE_IT).startswith("From 10 rows the accuracy is known to about ")
+    assert any(warning.startswith("pairs: only 10 of 1,000 rows can be counted") for warning in report["warnings"])
 
 
 def test_a_constant_model_is_never_right_and_has_no_temperature():
@@ -194,7 +242,10 @@ def test_a_model_that_is_length_does_not_beat_it():
     # Half a point for answers of equal length is all that the rule has more.
     assert length["gain"]["value"] == pytest.approx((uneven - 1) / 2, abs=1e-12)
     assert any("cannot be told from length alone" in warning for warning in report["warnings"])
-    assert any("prefers the longer answer in 100.0 % of the pairs" in warning for warning in report["warnings"])
+    assert any(
+        "prefers the longer answer in 100.0 % of the pairs; the better one is the longer in " in warning
+        for warning in report["warnings"]
+    )
     assert "where the better answer is longer" in answer(report, words.WHERE_DOES_IT_FAIL)
 
 
@@ -300,16 +351,59 @@ def test_extremes_have_the_p_of_scipy():
         assert found["p_sidak"] == pytest.approx(1 - (1 - found["p"]) ** 3, rel=1e-9)
 
 
-def test_subsets_of_rows_that_are_won_in_part_have_welchs_p():
+def test_subsets_of_rows_that_are_won_in_part_have_the_p_of_a_permutation_test():
     rng = np.random.default_rng(0)
     scores = rng.normal(0, 1, (600, 4)) + [0.5, 0, 0, 0]
     scored = scored_set(scores, subsets=["a"] * 200 + ["b"] * 400)
     wins = (scores[:, :1] > scores[:, 1:]).mean(1)
     extremes = report_of(scored)["sets"][0]["extremes"]
-    p = stats.ttest_ind(wins[:200], wins[200:], equal_var=False).pvalue
-    assert extremes["best"]["p"] == pytest.approx(
-        p, abs=0.002
-    )  # of a normal instead of Student's, 300 degrees of freedom
+
+    def apart(own, rest, axis):
+        return abs(np.mean(own, axis) - np.mean(rest, axis))
+
+    p = stats.permutation_test((wins[:200], wins[200:]), apart, vectorized=True, alternative="greater", rng=1).pvalue
+    assert extremes["best"]["p"] == pytest.approx(p, abs=0.03)  # five deviations of two shares of 10,000 draws
+
+
+def test_one_row_that_counts_in_part_does_not_make_chance_clear():
+    """23 equal subsets of 12 rows; of Welch's test, whose variance of 12 right rows is 0, one was clear nearly every time. At 5 % 7
+    of 60 are two deviations and more."""
+    rng, clear = np.random.default_rng(0), 0
+    subsets = [f"s{i % 23}" for i in range(276)]
+    for _ in range(60):
+        scores = np.c_[np.where(rng.random(276) < 0.85, 1.0, -1.0), np.zeros(276)].tolist()
+        scored = scored_set([[*scores[0], 0.0], *scores[1:]], subsets=subsets)
+        scored.scores[:3] = [1, 0, 2]  # right in one of two pairs
+        clear += bool(sections.extremes_of(scored, known.plain(scored))["clear"])
+    assert clear <= 7
+
+
+def test_subsets_of_other_chances_are_not_ranked_against_each_other():
+    """RMB's best of eight beside its pairs, RewardBench 2's Ties beside its best of four: as good a model is right less often."""
+    rng = np.random.default_rng(0)
+    paths = [f"{form}_set/Helpfulness/{task}" for form in ("Pairwise", "BoN") for task in ("A", "B")]
+    rows = [rng.normal(0, 1, 2 if path.startswith("Pair") else 8) + np.eye(1, 8)[0, : 2 if path.startswith("Pair") else 8]
+            for path in paths for _ in range(80)]  # fmt: skip
+    scored = scored_set(rows, name="rmb", benchmark="rmb", subsets=[path for path in paths for _ in range(80)])
+    report = report_of(scored)
+    extremes = report["sets"][0]["extremes"]
+    assert (extremes["clear"], extremes["best"]["tests"]) == ([], 4)
+    for one in (extremes["best"], extremes["worst"]):
+        wins = {
+            path: np.mean([row[0] > row[1:].max() for row in rows[80 * i : 80 * i + 80]])
+            for i, path in enumerate(paths)
+        }
+        [other] = [path for path in paths if path[:3] == one["name"][:3] and path != one["name"]]
+        assert (one["value"], one["rest"]) == pytest.approx((wins[one["name"]], wins[other]))
+        assert one["form"] == ("pairs" if one["name"].startswith("Pair") else "best of n")
+    assert "(the rest of " in answer(report, words.WHERE_DOES_IT_FAIL)
+    ties = [[2.0, 1.0, 0.0]] * 40 + [[0.0, 1.0, 0.5, 0.2]] * 15 + [[1.0, 0.0, 0.5, 0.2]] * 15
+    ids = [f"Ties/{kind}:{i}" for i in range(20) for kind in ("ref", "tied")] + [f"Math/{i}" for i in range(30)]
+    gold = [[1.0, i % 2, 0.0] for i in range(40)] + [[1.0, 0, 0, 0]] * 30
+    scored = scored_set(
+        ties, gold, name="two", benchmark="reward_bench_2", subsets=["Ties"] * 40 + ["Math"] * 30, ids=ids
+    )
+    assert report_of(scored)["sets"][0]["extremes"] is None
 
 
 def test_margins_are_parted_into_bins_that_hold_every_pair_once():
@@ -356,6 +450,10 @@ def rm_bench(scores) -> ScoredSet:
     return scored_set(scores, gold, name="rm", benchmark="rm_bench", subsets=["chat"] * len(scores))
 
 
+def right_cells(scores: np.ndarray) -> np.ndarray:
+    return scores[:3, None] > scores[None, 3:]
+
+
 def test_style_is_the_authors_matrix_and_outweighing_it_is_warned_of():
     report = report_of(rm_bench([[3, 2, 1, 2.5, 0, 4], [1, 1, 2, 1, 0, 3]] * 60))
     matrix = [[cell["value"] for cell in row] for row in report["sets"][0]["style"]["matrix"]]
@@ -363,6 +461,18 @@ def test_style_is_the_authors_matrix_and_outweighing_it_is_warned_of():
     assert report["sets"][0]["style"]["names"] == ["concise", "detailed", "detailed, markdown"]
     assert np.triu(matrix, 1).sum() / 3 == pytest.approx(1 / 3) and np.tril(matrix, -1).sum() / 3 == 0.5
     assert not [warning for warning in report["warnings"] if "style" in warning]  # 17 points are less than 20
+    # Content wins 70 % of the hard ones and all easy ones: style matters, and does not outweigh it.
+    right = rm_bench([[2, 2, 2, 1, 1, 1]] * 70 + [[1.5, 2.5, 3.5, 1, 2, 3]] * 30)
+    assert np.mean([np.triu(right_cells(row), 1).sum() / 3 for row in right.scores.reshape(-1, 6)]) == pytest.approx(
+        0.7
+    )
+    matters = report_of(right)
+    said = (
+        "tyle matters, by 30.0 points (20.9 to 39.1): 70.0 % (60.4 to 78.1) right where the wrong answer is the longer"
+    )
+    assert any(f"s{said}" in warning for warning in matters["warnings"])
+    assert f"S{said}" in answer(matters, words.WHERE_DOES_IT_FAIL)
+    assert "outweighs" not in json.dumps(matters)
     # A model that sees length and markdown, and hardly the answer.
     fancy = report_of(rm_bench(np.random.default_rng(0).normal(0, 1, (100, 6)) + [0.1, 0.6, 1.1, 0, 0.5, 1]))
     assert any("style outweighs content" in warning for warning in fancy["warnings"])
@@ -499,6 +609,15 @@ def test_the_other_model_may_come_in_another_order_and_lack_scores():
         report_of(scored_set(ours), other=("theirs", [scored_set(theirs[:299])]))
 
 
+@pytest.mark.parametrize("won, lost, rows", [(2, 0, 2), (4, 0, 1_000), (9, 2, 11), (20, 9, 29)])
+def test_no_model_is_called_better_where_the_exact_test_of_its_rows_is_not(won, lost, rows):
+    own, other = (np.repeat(sides, [won, lost, rows - won - lost]) for sides in ([1.0, -1, 1], [-1.0, 1, 1]))
+    found = report_of(of_margins(own), other=("theirs", [of_margins(other)]))["against"]
+    [one] = found["sets"]
+    assert found["says"].startswith(f"On pairs, ours and theirs cannot be told apart on these {rows:,} rows")
+    assert one["lines"][0]["p"] >= one["p_sign_test"] > 0.05
+
+
 def test_a_model_cannot_be_told_from_itself():
     scored = of_margins(calibrated(200))
     found = report_of(scored, other=("itself", [scored]))["against"]
@@ -580,3 +699,10 @@ def test_a_row_of_many_answers_takes_memory_for_its_pairs_alone():
     scores = [np.arange(300.0), np.arange(2.0)]
     found = sections.ranking_of(scored_set(scores, scores))
     assert found["rows"] == 1 and found["tau"].value == pytest.approx(1)
+
+
+def test_rows_that_were_left_out_are_a_warning():
+    rows = of_margins(np.ones(200))
+    says = "3 rows that could not be read were left out."
+    assert says in report_of(rows, meta=META | {words.LEFT_OUT: 3})["warnings"]
+    assert says not in report_of(rows)["warnings"]

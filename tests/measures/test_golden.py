@@ -30,7 +30,7 @@ def test_accuracy_and_calibration_are_the_published_ones(model):
 
 def test_accuracy_by_length_is_the_published_one():
     scores = scores_of(SKYWORK)
-    found = lengths.of_pairs(scores.margins, scores.better, scores.worse, np.arange(350))
+    found = lengths.explained(scores.margins, scores.better, scores.worse, np.arange(350))
     said = {name: (f"{found[name]['value']:.4f}", found[name]["n"]) for name in ("longer", "shorter")}
     assert said == {"longer": ("0.5528", 161), "shorter": ("0.6825", 189)}
     assert found["equal"] is None

@@ -193,21 +193,41 @@ def test_sidak_is_that_of_statsmodels(p):
     assert intervals.sidak(p, 1) == pytest.approx(p, rel=1e-12, abs=0)
 
 
-def test_welchs_test_of_many_rows_is_that_of_scipy():
+def test_the_permutation_test_is_that_of_scipy_over_all_ways_to_divide_the_rows():
     rng = np.random.default_rng(4)
-    one, other = rng.choice([0, 0.25, 0.5, 1], 4000), rng.choice([0, 0.5, 1], 3000, p=[0.27, 0.5, 0.23])
-    # Student's distribution of thousands of degrees of freedom is the normal one to a few thousandths.
-    assert intervals.welch(one, other) == pytest.approx(stats.ttest_ind(one, other, equal_var=False).pvalue, rel=5e-3)
+    for size in (3, 5, 9):
+        values = rng.choice([0, 0.25, 0.5, 1], 12)
+
+        def apart(own, rest):
+            return abs(np.mean(own) - np.mean(rest))
+
+        theirs = stats.permutation_test(
+            (values[:size], values[size:]), apart, alternative="greater", n_resamples=np.inf
+        ).pvalue
+        [found] = intervals.permutation(values, [size], [values[:size].mean()])
+        # Five times what chance leaves of a share of 10,000 draws.
+        assert found == pytest.approx(theirs, abs=5 * math.sqrt(theirs * (1 - theirs) / 10_000) + 1e-4)
 
 
-def test_welchs_test_of_rows_that_do_not_vary_is_the_permutation_test():
-    assert intervals.welch([0.5] * 3, [0.5] * 4) == 1.0
-    theirs = stats.permutation_test(
-        ([0.5] * 3, [0.75] * 4), lambda a, b: np.mean(a) - np.mean(b), n_resamples=np.inf
-    ).pvalue
-    assert intervals.welch([0.5] * 3, [0.75] * 4) == pytest.approx(theirs) == pytest.approx(2 / 35)
-    assert intervals.welch([0.5], [0.0, 1.0, 0.5]) == 1.0
-    assert intervals.welch([0.5] * 5000, [1.0] * 5000) == 0.0
+def test_means_of_many_rows_are_distributed_as_drawn_ones(monkeypatch):
+    values = np.random.default_rng(5).choice([0, 0.5, 1], 900, p=[0.1, 0.2, 0.7])
+    sizes, means = [400, 700], [values.mean() + 0.03, values.mean() - 0.02]
+    normal = intervals.permutation(values, sizes, means)
+    monkeypatch.setattr(intervals, "FEW_ENOUGH", 10**6)
+    # As above; and a lattice of halves in 300 rows takes some of a p.
+    assert normal == pytest.approx(intervals.permutation(values, sizes, means), abs=0.015)
+
+
+def test_a_few_rows_that_are_alike_are_not_taken_for_sure():
+    """12 rows right beside 264 of which 84 % are: Welch's test calls that certain."""
+    rest = np.r_[np.ones(221), 0.5, np.zeros(42)]
+    [p] = intervals.permutation(np.r_[np.ones(12), rest], [12], [1.0])
+    assert 0.1 < p < 0.4
+    assert intervals.permutation(np.full(9, 0.5), [4, 5], [0.5, 0.5]).tolist() == [1, 1]
+    [least] = intervals.permutation(np.r_[np.ones(150), np.zeros(150)], [150], [1.0])
+    assert least == 1 / 10_001
+    with pytest.raises(ValueError, match="of 3 rows"):
+        intervals.permutation([0, 1, 1], [3], [0.7])
 
 
 NOTHING = {
@@ -225,7 +245,7 @@ NOTHING = {
     ),
     "no probability": lambda: intervals.sidak(math.nan, 3),
     "more right than there are": lambda: intervals.fisher(3, 2, 0, 1),
-    "no group": lambda: intervals.welch([], [1.0]),
+    "no rows to divide": lambda: intervals.permutation([], [1], [1.0]),
     "a negative count": lambda: intervals.sign_test(-1, 2),
 }
 

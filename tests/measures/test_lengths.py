@@ -17,7 +17,7 @@ def test_every_number_is_that_of_counting():
     margins = [1.0, -1.0, 0.0, 2.0, 3.0, 1.0, -2.0, 0.5, -0.5, 0.0]
     better = [101, 200, 330, 110, 50, 10, 9, 70, 80, 0]
     worse = [100, 100, 300, 100, 100, 40, 10, 70, 80, 0]
-    found = lengths.of_pairs(margins, better, worse, np.arange(10))
+    found = lengths.explained(margins, better, worse, np.arange(10))
     shares = {name: (found[name]["value"], found[name]["n"]) for name in ("longer", "shorter", "equal")}
     assert shares == {"longer": (0.5, 4), "shorter": (2 / 3, 3), "equal": (1 / 3, 3)}
     # Within a tenth of the longer one: 101, 330, 110, 9 of 10, and the three that are equal.
@@ -31,15 +31,15 @@ def test_every_number_is_that_of_counting():
 
 def test_the_baseline_is_the_better_of_both_rules():
     margins, row = np.ones(3), np.arange(3)
-    assert lengths.of_pairs(margins, [1, 1, 5], [2, 2, 5], row)["baseline"]["rule"] == lengths.SHORTER
-    assert lengths.of_pairs(margins, [1, 1, 5], [2, 2, 5], row)["baseline"]["value"] == pytest.approx(2.5 / 3)
-    assert lengths.of_pairs(margins, [2, 1, 5], [1, 2, 5], row)["baseline"]["value"] == 0.5
+    assert lengths.explained(margins, [1, 1, 5], [2, 2, 5], row)["baseline"]["rule"] == lengths.SHORTER
+    assert lengths.explained(margins, [1, 1, 5], [2, 2, 5], row)["baseline"]["value"] == pytest.approx(2.5 / 3)
+    assert lengths.explained(margins, [2, 1, 5], [1, 2, 5], row)["baseline"]["value"] == 0.5
 
 
 @pytest.mark.parametrize("model", [SKYWORK, INTERNLM])
 def test_the_correlation_is_spearmans_of_pairs_in_both_directions(model):
     scores = scores_of(model)
-    found = lengths.of_pairs(scores.margins, scores.better, scores.worse, np.arange(350))
+    found = lengths.explained(scores.margins, scores.better, scores.worse, np.arange(350))
     both = (np.concatenate([side, -side]) for side in (scores.margins, scores.better - scores.worse))
     assert found["reward_length_correlation"] == pytest.approx(stats.spearmanr(*both).statistic, abs=1e-12)
     # Which of two answers is the better one, and so comes first, changes nothing.
@@ -58,19 +58,19 @@ def test_a_model_that_is_length_alone_correlates_fully():
 
 def test_pairs_of_which_a_length_is_not_known_are_left_out():
     margins, row = np.array([1.0, -1.0, 1.0]), np.arange(3)
-    found = lengths.of_pairs(margins, [5, -1, 9], [4, 3, -1], row)
+    found = lengths.explained(margins, [5, -1, 9], [4, 3, -1], row)
     assert found["longer"]["n"] == 1 and found["baseline"]["n"] == 1
-    assert found["shorter"] is found["equal"] is found["matched"] is None
-    assert lengths.of_pairs(margins, [-1] * 3, [-1] * 3, row) is None
-    assert lengths.of_pairs([], [], [], []) is None
+    assert found["shorter"] is found["equal"] is found["matched"] is found["difference"] is None
+    assert lengths.explained(margins, [-1] * 3, [-1] * 3, row) is None
+    assert lengths.explained([], [], [], []) is None
     with pytest.raises(ValueError, match="no numbers"):
-        lengths.of_pairs([math.nan], [1], [2], [0])
+        lengths.explained([math.nan], [1], [2], [0])
 
 
 def test_pairs_of_a_row_are_not_independent():
     margins = np.tile([1.0] * 4 + [-1.0] * 4, 10)
     alone, together = (
-        lengths.of_pairs(margins, np.full(80, 9), np.full(80, 5), row)["longer"]
+        lengths.explained(margins, np.full(80, 9), np.full(80, 5), row)["longer"]
         for row in (np.arange(80), np.arange(80) // 4)
     )
     assert together["high"] - together["low"] > 1.5 * (alone["high"] - alone["low"])
@@ -83,7 +83,7 @@ pairs = st.tuples(st.sampled_from([-1e308, -1.0, 0.0, 0.5, math.inf]), st.intege
 @given(st.lists(pairs, min_size=1, max_size=30))
 def test_parts_add_up_and_the_baseline_is_at_least_a_half(found_pairs):
     margins, better, worse = map(np.array, zip(*found_pairs, strict=True))
-    found = lengths.of_pairs(margins, better, worse, np.arange(len(margins)))
+    found = lengths.explained(margins, better, worse, np.arange(len(margins)))
     parts = [one for one in (found[name] for name in ("longer", "shorter", "equal")) if one]
     assert sum(one["n"] for one in parts) == len(margins)
     assert sum(one["n"] * one["value"] for one in parts) == pytest.approx(np.sum(margins > 0))

@@ -9,6 +9,7 @@ from scipy import stats
 
 from open_rm.evaluation.rules.verdict import Part
 from open_rm.measures import paired
+from open_rm.measures.intervals import sign_test
 
 
 def part(values, weight=1.0, first=0, statistic=None) -> Part:
@@ -137,8 +138,10 @@ def test_p_is_below_5_percent_where_the_interval_is_without_0():
     rng = np.random.default_rng(5)
     found = []
     for gain in np.linspace(0, 0.3, 60):
-        own, other = ([part(rng.random(90) < share)] for share in (0.5 + gain, 0.5))
-        estimate, p = paired.difference(own, other, 0, 1000), paired.p_value(own, other, 0, 1000)
+        own, other = (
+            [part(rng.random(60) < share, 0.7), part(rng.random(60) < share, 0.3, 60)] for share in (0.5 + gain, 0.5)
+        )
+        estimate, p = paired.compare(own, other, 0, 1000)
         found.append(p < 0.05)
         assert found[-1] == (not estimate.low <= 0 <= estimate.high)
     assert 10 < sum(found) < 50
@@ -151,7 +154,55 @@ def test_p_of_models_that_do_not_differ_is_1_and_never_0():
     assert (found.value, found.low, found.high, found.n) == (0.0, 0.0, 0.0, 4)
     assert paired.p_value([part(np.ones(50))], [part(np.zeros(50))], 0, draws=999) == 0.002
     [one] = [paired.difference([part([1.0])], [part([0.0])], 0)]
-    assert (one.value, one.low, one.high) == (1.0, 1.0, 1.0)
+    assert one.low < 0 < one.value == one.high == 1
+
+
+def won_and_lost(won, lost, rows, weight=1.0, first=0):
+    """A part of each model: of rows, so many that one alone has right, and so many that the other has."""
+    own = np.repeat([1, 0, 1], [won, lost, rows - won - lost])
+    other = np.repeat([0, 1, 1], [won, lost, rows - won - lost])
+    return part(own, weight, first), part(other, weight, first)
+
+
+@pytest.mark.parametrize("rows", [30, 1000])
+@pytest.mark.parametrize(
+    "won, lost", [(1, 0), (2, 0), (4, 0), (5, 0), (7, 0), (7, 1), (9, 1), (9, 2), (11, 2), (20, 9)]
+)
+def test_a_few_rows_that_differ_are_about_as_little_proof_as_by_the_exact_sign_test(won, lost, rows):
+    own, other = won_and_lost(won, lost, rows)
+    found, p = paired.compare([own], [other], seed=0)
+    exact = sign_test(won, lost)
+    assert (found.low > 0) == (exact < 0.05) or 0.04 < exact < 0.07
+    assert exact <= p < 2 * exact + 0.03 and (p >= 0.05 or found.low > 0)
+    assert found.low <= found.value == pytest.approx((won - lost) / rows)
+
+
+def test_two_rows_tell_nothing_and_neither_do_four_in_parts_of_unequal_weight():
+    [own, other] = won_and_lost(2, 0, 2)
+    assert paired.difference([own], [other], 0).low <= 0
+    lines = zip(*(won_and_lost(1, 0, 50, weight, 50 * i) for i, weight in enumerate((0.4, 0.3, 0.2, 0.1))), strict=True)
+    assert paired.p_value(*map(list, lines), 0) > 0.05
+
+
+def test_of_few_rows_that_differ_chance_is_called_a_difference_in_5_percent_at_most():
+    """400 times: .072 is two deviations more."""
+    rng = np.random.default_rng(7)
+    called = 0
+    for _ in range(400):
+        differing = rng.poisson(7)
+        won = rng.binomial(differing, 0.5)
+        called += paired.p_value(*([one] for one in won_and_lost(won, differing - won, 300)), 0, 1000) < 0.05
+    assert called / 400 <= 0.072
+
+
+def test_an_estimate_and_its_p_are_of_the_same_draws(monkeypatch):
+    lines = [[one] for one in won_and_lost(30, 12, 80)]
+    found = paired.compare(*lines, seed=2)
+    assert found == (paired.difference(*lines, seed=2), paired.p_value(*lines, seed=2))
+    times, drawn = [], paired._drawn
+    monkeypatch.setattr(paired, "_drawn", lambda *args: times.append(1) or drawn(*args))
+    paired.compare(*lines, seed=2)
+    assert len(times) == 1
 
 
 def test_the_same_seed_gives_the_same_numbers_and_what_rounding_makes_of_0_is_0():

@@ -7,6 +7,8 @@ last; what is Markup is our own (style, script, pictures).
 
 import base64
 import hashlib
+import json
+import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,6 +17,7 @@ from markupsafe import Markup
 from open_rm.evaluation.page import differences, figures, inert, pictures
 
 FOLDER = Path(__file__).parent
+REPORT, PAGE = "report.json", "report.html"
 # What a set may leave out, and what stands in a report that has none of it.
 OF_A_SET = {
     "title": None, "benchmark": None, "tied": 0, "unscored": 0, "overlength": 0, "lines": [], "missing": [], "notes": [],
@@ -23,6 +26,20 @@ OF_A_SET = {
 }  # fmt: skip
 OF_LENGTH = {"prefers_longer": None, "gain": None}
 OF_A_REPORT = {"made": [], "answers": [], "warnings": [], "sets": [], "invariance": None, "against": None}
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """report.json and report.html, into a folder that is there; both whole, or both as they were."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    beside = {name: folder / f"{name}.tmp" for name in (REPORT, PAGE)}
+    try:
+        beside[REPORT].write_text(text + "\n", encoding="utf-8")
+        write_html(report, beside[PAGE])
+        for name, path in beside.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
 
 
 def write_html(report: dict, path: str | Path) -> None:

@@ -9,7 +9,7 @@ import re
 
 # Characters that are shown: of what people have to read in full, of any other text, of a name; of a longer one head and tail.
 MOST, MOST_OF_A_SENTENCE, MOST_OF_A_NAME = 20_000, 1_500, 160
-LONG = {"prompt", "better", "worse", "command"}  # of a report
+LONG = {"prompt", "better", "worse", "command", "answer", "says"}  # of a report
 MARKS_SHOWN = 4  # combining marks on one character; scripts that stack them use up to three
 
 # Controls but for newline and tab; line and paragraph separators; marks, embeddings, overrides and isolates of direction;

@@ -1,35 +1,47 @@
 """Many models in one table, computed anew from their scores: a row a model, a column a benchmark's headline and each section.
 
 Every number has its 95 % interval. In each column the best model is told, and which others cannot be told apart from it on the
-same rows (paired bootstrap). What a model has no scores of is a dash, never 0.
+same rows (paired bootstrap; p corrected for how many others there are, Sidak). Only models whose same answers have scores are
+compared: another one's number is shown, but is no part of the best, the order or the mean. What a model has no scores of is a
+dash, never 0. In the csv file a text that begins with = + - or @ gets an apostrophe before it, lest a spreadsheet takes it as a
+formula.
 """
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from open_rm.errors import UserError
 from open_rm.evaluation import score_file
 from open_rm.evaluation.page import contestants, document, figures, inert
 from open_rm.evaluation.page.contestants import Key, Model
 from open_rm.evaluation.rules.verdict import OVERALL, SECTION, Line, Verdict
+from open_rm.evaluation.scored import ScoredSet
 from open_rm.evaluation.trust.report import judge, title_of
 from open_rm.measures import paired
-from open_rm.measures.intervals import Estimate
+from open_rm.measures.intervals import Estimate, sidak
 
 SEED = 1  # of the paired bootstrap
+CLEAR = 0.05  # a p below it, corrected for the number of comparisons
+FORMULA = ("=", "+", "-", "@")  # what a spreadsheet's formulas begin with
 MISSING = "-"
 INCOMPLETE = "‡"
 # What a cell says of its model beside the best of the column, the sign for it, and what the sign means.
 BEST, LIKE_BEST, LOWER, NOT_COMPARED = "best", "not told apart from the best", "lower", "rows differ, not compared"
-ALONE = "no other model"
+ALONE = "no other model to compare it with"
 SIGNS = {BEST: "★", LIKE_BEST: "≈", LOWER: "", NOT_COMPARED: "†", ALONE: ""}
 MEANING = {
     "★": "the best of a column",
-    "≈": f"cannot be told apart from it on the same rows (the paired difference's 95 % interval holds 0; bootstrap, seed {SEED})",
-    "†": "other rows than the others', not compared",
+    "≈": (
+        f"cannot be told apart from it on the same rows (p as of --against, by paired bootstrap, seed {SEED}, and sign test, corrected "
+        f"for the number of other models by Šidák, is {CLEAR:g} or more; the best was picked by the same rows, so the others look a "
+        "little worse than they are)"
+    ),
+    "†": "scores of other rows than the others': not compared, and no part of the best, the order or the mean",
     INCOMPLETE: "not the whole benchmark, see the notes",
     MISSING: "no scores",
 }
@@ -57,7 +69,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """mean: of the headlines that all models have; None where there is none."""
+    """mean: of the headlines that all models with a rank have; None: no rank, for nothing of it can be compared."""
 
     model: Model
     mean: float | None
@@ -95,26 +107,32 @@ def compare(paths: Sequence[str | Path]) -> Table:
     """
     models = contestants.read(paths)
     keys = list(dict.fromkeys(key for model in models for key in model.sets))
+    titles = _titles(keys, models)
     columns, notes = [], []
     cells: dict[str, list[Cell]] = {model.name: [] for model in models}
-    comparable = {key: _comparable(key, models, notes) for key in keys}
+    comparable = {key: _comparable(key, titles[key], models, notes) for key in keys}
     for key in keys:
-        for column in _columns(key, models):
+        for column in _columns(key, titles[key], models):
             columns.append(column)
             for model, cell in zip(models, _cells(column, models, comparable[key]), strict=True):
                 cells[model.name].append(cell)
-        notes += _notes(key, models)
-    common = [
-        place
-        for place, column in enumerate(columns)
-        if column.level == OVERALL
-        and len(comparable[column.key]) == len(models)
-        and all(cells[model.name][place].estimate for model in models)
+        notes += _notes(key, titles[key], models)
+    for model in models:
+        notes += map(inert.visible, score_file.likely_the_datas(model.path, list(model.sets.values())))
+    headlines = {place: column for place, column in enumerate(columns) if column.level == OVERALL}
+    # who is compared by some headline has a rank, by the headlines that all of these have
+    groups = {place: comparable[column.key].keys() for place, column in headlines.items()}
+    groups = {place: group for place, group in groups.items() if len(group) > 1 or len(models) == 1}
+    ranked = set().union(*groups.values())
+    common = [place for place, group in groups.items() if ranked == group]
+    rows = [
+        Row(model, _mean(cells[model.name], common) if model.name in ranked else None, cells[model.name])
+        for model in models
     ]
-    rows = [Row(model, _mean(cells[model.name], common), cells[model.name]) for model in models]
-    if common:
-        rows.sort(key=lambda row: -row.mean)
-    return Table(columns, rows, _order([columns[place] for place in common], columns), notes)
+    rows.sort(key=lambda row: (row.mean is None, -(row.mean or 0)))
+    without = [row.model.name for row in rows if row.mean is None]
+    order = _order([columns[place] for place in common], list(headlines.values()), without)
+    return Table(columns, rows, order, notes)
 
 
 def write(table: Table, folder: str | Path) -> list[Path]:
@@ -133,7 +151,7 @@ def markdown(table: Table) -> str:
     header = ["", "model", *(["mean"] if _has_mean(table) else []), *(column.title for column in table.columns)]
     lines = [
         [
-            str(number),
+            str(number) if row.mean is not None else MISSING,
             row.model.name,
             *([figures.percent(row.mean)] if _has_mean(table) else []),
             *(f"{cell.text} {cell.sign}".strip() for cell in row.cells),
@@ -167,37 +185,76 @@ def made_labels(table: Table) -> list[str]:
 # ---- comparing
 
 
-def _columns(key: Key, models: list[Model]) -> list[Column]:
-    title = inert.name(next(title_of(model.sets[key]) for model in models if key in model.sets))
+def _titles(keys: list[Key], models: list[Model]) -> dict[Key, str]:
+    """What each set is called, no two alike: where several are of one benchmark, with their own names."""
+    first = {key: next(model.sets[key] for model in models if key in model.sets) for key in keys}
+    often = Counter(title_of(scored) for scored in first.values())
+    found: dict[Key, str] = {}
+    for key, scored in first.items():
+        title = inert.name(title_of(scored))
+        title += f" ({inert.name(scored.name)})" if often[title_of(scored)] > 1 else ""
+        while title in found.values():
+            title += "'"
+        found[key] = title
+    return found
+
+
+def _columns(key: Key, title: str, models: list[Model]) -> list[Column]:
     found = {}
     for model in models:
         for line in model.verdicts[key].lines if key in model.verdicts else []:
-            if line.level in (OVERALL, SECTION):
-                of_line = title if line.level == OVERALL else f"{title}: {inert.name(line.name)}"
-                found.setdefault((line.level, line.name), Column(key, line.level, line.name, of_line))
+            if line.level == OVERALL:  # one a set, whose name may say what is missing from one model's
+                found.setdefault(OVERALL, Column(key, OVERALL, line.name, title))
+            elif line.level == SECTION:
+                found.setdefault(line.name, Column(key, SECTION, line.name, f"{title}: {inert.name(line.name)}"))
     # the headline first, whatever a model is without
     return sorted(found.values(), key=lambda column: column.level != OVERALL)
 
 
-def _comparable(key: Key, models: list[Model], notes: list[str]) -> dict[str, Verdict]:
-    """Verdicts of the models that have the same rows of a set, in one order: the rows that most have, of several as often the
-    first model's. What the others have goes to the notes."""
+def _comparable(key: Key, title: str, models: list[Model], notes: list[str]) -> dict[str, Verdict]:
+    """Verdicts of the models that have the same rows of a set, in one order, and scores of the same of their answers: what most
+    have, of several as often the most rows. What the others have goes to the notes."""
     sets = {model.name: model.sets[key] for model in models if key in model.sets}
     rows = {name: frozenset(scored.ids) for name, scored in sets.items()}
-    [(most, _)] = Counter(rows.values()).most_common(1)
+    most = _most(rows.values(), len)
     first = next(sets[name] for name in sets if rows[name] == most)
-    found = {}
+    found: dict[str, Verdict] = {}
+    counted: dict[str, tuple[bytes, bytes]] = {}
     for name, scored in sets.items():
-        said = f"{inert.name(title_of(scored))}, {name}: {NOT_COMPARED}"
         if rows[name] != most:
             shared = f"{len(rows[name] & most):,} of the {len(most):,} that the others have"
-            notes.append(f"{said} ({len(rows[name]):,} rows, {shared})")
+            notes.append(f"{title}, {name}: {NOT_COMPARED} ({len(rows[name]):,} rows, {shared})")
             continue
         try:  # a set may have another name elsewhere
-            found[name] = judge(*score_file.aligned([first], [replace(scored, name=first.name)]))
+            [same] = score_file.aligned([first], [replace(scored, name=first.name)])
+            found[name] = judge(same)
+            counted[name] = _counted(same, found[name])
         except UserError as error:
-            notes.append(f"{said} ({error})")
+            notes.append(f"{title}, {name}: {NOT_COMPARED} ({error})")
+            continue
+        if scored is not first and (said := score_file.order_assumed(first, same)):
+            notes.append(f"{title}, {name}: {said.removeprefix(f'{first.name}: ')}")
+    most = _most(counted.values(), lambda of: of[0].count(1))
+    for name, own in counted.items():
+        if own != most:
+            del found[name]
+            notes.append(
+                f"{title}, {name}: {NOT_COMPARED} (rows with scores to judge: {own[0].count(1):,}, the others' "
+                f"{most[0].count(1):,} or other answers; --against compares two models on the rows that both scored)"
+            )
     return found
+
+
+def _most(values: Iterable, size: Callable) -> object:
+    """The most frequent; of several the largest, of several the first."""
+    often = Counter(values)
+    return max(often, key=lambda value: (often[value], size(value)))
+
+
+def _counted(scored: ScoredSet, verdict: Verdict) -> tuple[bytes, bytes]:
+    """Which rows count, and which answers of them are without a score."""
+    rows = ~np.isnan(verdict.wins)
+    return rows.tobytes(), (np.isnan(scored.scores) & rows[scored.row_of]).tobytes()
 
 
 def _cells(column: Column, models: list[Model], comparable: dict[str, Verdict]) -> list[Cell]:
@@ -205,9 +262,10 @@ def _cells(column: Column, models: list[Model], comparable: dict[str, Verdict]) 
     present = [name for name, line in lines.items() if line]
     ranked = {name: _line(comparable[name], column) for name in present if name in comparable}
     best = max(ranked.values(), key=lambda line: line.estimate.value, default=None)
-    said = {name: _beside(best, ranked[name]) if name in ranked else NOT_COMPARED for name in present}
-    if len(present) == 1:
-        said = {present[0]: ALONE}
+    others = len(ranked) - 1
+    said = {name: _beside(best, ranked[name], others) if name in ranked else NOT_COMPARED for name in present}
+    if len(ranked) == 1:
+        said |= dict.fromkeys(ranked, ALONE)
     without = {
         model.name
         for model in models
@@ -218,26 +276,23 @@ def _cells(column: Column, models: list[Model], comparable: dict[str, Verdict]) 
 
 def _line(verdict: Verdict | None, column: Column) -> Line | None:
     lines = verdict.lines if verdict else []
-    return next((line for line in lines if (line.level, line.name) == (column.level, column.name)), None)
+    of_level = (line for line in lines if line.level == column.level)
+    return next((line for line in of_level if column.level == OVERALL or line.name == column.name), None)
 
 
-def _beside(best: Line, own: Line) -> str:
+def _beside(best: Line, own: Line, others: int) -> str:
+    """others: how many models are compared with the best."""
     if own.estimate.value == best.estimate.value:
         return BEST
-    try:
-        difference = paired.difference(best.parts, own.parts, SEED)
-    except ValueError:  # rows that one of them has no score of
-        return NOT_COMPARED
-    return LIKE_BEST if difference.low <= 0 <= difference.high else LOWER
+    return LOWER if sidak(paired.p_value(best.parts, own.parts, SEED), others) < CLEAR else LIKE_BEST
 
 
-def _notes(key: Key, models: list[Model]) -> list[str]:
+def _notes(key: Key, title: str, models: list[Model]) -> list[str]:
     """What the rules say of each model's rows; the same sentence of all models once."""
     said: dict[str, list[str]] = {}
     for model in models:
         for note in model.verdicts[key].notes if key in model.verdicts else []:
             said.setdefault(note, []).append(model.name)
-    title = next(title_of(model.sets[key]) for model in models if key in model.sets)
     return [
         inert.visible(f"{title}{'' if len(names) == len(models) else ', ' + ', '.join(names)}: {note}")
         for note, names in said.items()
@@ -248,15 +303,16 @@ def _mean(cells: list[Cell], common: list[int]) -> float | None:
     return sum(cells[place].estimate.value for place in common) / len(common) if common else None
 
 
-def _order(common: list[Column], columns: list[Column]) -> str:
-    headlines = [column for column in columns if column.level == OVERALL]
+def _order(common: list[Column], headlines: list[Column], without: list[str]) -> str:
+    """without: models without a rank."""
     if not common:
         return "In the order in which they were named: no benchmark's headline is there for all on the same rows."
+    last = f" Last, without a rank: {', '.join(without)}; no headline of theirs can be compared." if without else ""
     if len(headlines) == 1:
-        return f"Ordered by {headlines[0].title}."
+        return f"Ordered by {headlines[0].title}.{last}"
     if len(common) == len(headlines):
-        return f"Ordered by the mean of the {len(common)} headlines."
-    return f"Ordered by the mean of what all have on the same rows: {', '.join(column.title for column in common)}."
+        return f"Ordered by the mean of the {len(common)} headlines.{last}"
+    return f"Ordered by the mean of what all have on the same rows: {', '.join(one.title for one in common)}.{last}"
 
 
 # ---- writing
@@ -292,15 +348,22 @@ def _csv(table: Table) -> list[list]:
     """Shares as numbers with all their digits; what is missing is empty."""
     header = ["rank", "model", "scores", "mean"]
     for column in table.columns:
-        header += [f"{column.title}{what}" for what in ("", ", low", ", high", ", rows", ", beside the best")]
+        header += [
+            f"{_no_formula(column.title)}{what}" for what in ("", ", low", ", high", ", rows", ", beside the best")
+        ]
     lines = [header]
     for number, row in enumerate(table.rows, 1):
-        line = [number, row.model.name, inert.visible(str(row.model.path)), "" if row.mean is None else row.mean]
+        rank, mean = (number, row.mean) if row.mean is not None else ("", "")
+        line = [rank, *map(_no_formula, (row.model.name, inert.visible(str(row.model.path)))), mean]
         for cell in row.cells:
             one = cell.estimate
             line += ["", "", "", "", ""] if one is None else [one.value, one.low, one.high, one.n, cell.beside_best]
         lines.append(line)
     return lines
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _for_page(table: Table) -> dict:

@@ -23,7 +23,6 @@ from open_rm.evaluation.rules.verdict import (
     by_subset,
     is_scored,
     rows_that_count,
-    without_scores,
 )
 from open_rm.evaluation.scored import Pairs, ScoredSet, pairs_of
 from open_rm.measures.intervals import of_pairs
@@ -191,7 +190,7 @@ def plain(scored: ScoredSet) -> Verdict:
     counted = rows_that_count(scored, wins)
     lines = [_share("Accuracy", OVERALL, counted, pairs, right, counts)]
     found = by_subset(scored, counted)
-    notes = without_scores(scored)
+    notes = _without_scores(scored, counts)
     if len(found) > MOST_SUBSETS:
         notes.append(f"of {len(found):,} subsets the {MOST_SUBSETS} with the most rows have a line")
     most = set(sorted(found, key=lambda name: -len(found[name]))[:MOST_SUBSETS]) if len(found) > 1 else ()
@@ -201,6 +200,22 @@ def plain(scored: ScoredSet) -> Verdict:
     if skipped := int((is_scored(scored) & (counts == 0)).sum()):
         notes.append(f"{skipped:,} rows say of no two answers which is better, and are passed over")
     return Verdict(lines, wins, [], notes)
+
+
+def _without_scores(scored: ScoredSet, counts: np.ndarray) -> list[str]:
+    """counts: [N] pairs of each row that are left."""
+    lacking = ~is_scored(scored)
+    passed, partly = int((lacking & (counts == 0)).sum()), int((lacking & (counts > 0)).sum())
+    notes = []
+    if passed:
+        notes.append(
+            f"{passed:,} of {len(scored):,} rows have an answer without a score and no pair left, and are passed over"
+        )
+    if partly:
+        notes.append(
+            f"{partly:,} of {len(scored):,} rows have an answer without a score, and count with their other pairs"
+        )
+    return notes
 
 
 # [..., (right, pairs)] means over rows -> [...], the share of the pairs of these rows that are right.

@@ -17,6 +17,7 @@ from open_rm.evaluation.rules.verdict import (
     Verdict,
     answers_of,
     by_subset,
+    check_first_is_best,
     fewer_rows,
     is_scored,
     mean_line,
@@ -69,6 +70,7 @@ def judge(scored: ScoredSet) -> Verdict:
     """Rows of two answers, chosen first, by their subsets. Overall: the mean of the four sections, or with Prior Sets the
     leaderboard's (2 for each section, 1 for Prior Sets)."""
     answers_of(scored, 2)
+    check_first_is_best(scored)
     scores = scored.scores.reshape(-1, 2)
     wins = np.where(is_scored(scored), scores[:, 0] > scores[:, 1], np.nan)
     found = by_subset(scored, rows_that_count(scored, wins))
@@ -144,6 +146,12 @@ def _notes(scored: ScoredSet, lines: list[Line], others: list[Line], missing: li
         notes.append(
             "with Prior Sets the overall number is (2 Chat + 2 Chat Hard + 2 Safety + 2 Reasoning + Prior Sets) / 9"
         )
+        names = {line.name for line in lines}
+        if without := [name for name in PRIOR_SETS if name not in names]:
+            notes.append(
+                f"not all of Prior Sets: no rows of {', '.join(without)}; they are the mean of the sets that are there, and neither that "
+                "nor the overall number is comparable with published ones"
+            )
     if others:
         notes.append(f"in no section at the authors: {quote([line.name for line in others], 200)}")
     return notes

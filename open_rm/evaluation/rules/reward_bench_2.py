@@ -27,6 +27,7 @@ from open_rm.evaluation.rules.verdict import (
     Verdict,
     answers_of,
     by_subset,
+    check_first_is_best,
     fewer_rows,
     is_scored,
     mean_line,
@@ -38,18 +39,21 @@ from open_rm.evaluation.rules.verdict import (
 from open_rm.evaluation.scored import ScoredSet
 from open_rm.measures.intervals import by_bootstrap
 
-TIES = "Ties"
+TIES, BEST_OF_FOUR = "Ties", "best of four"
 AUTHORS_ROWS = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, TIES: 102}
 SEED = 0  # of the interval of Ties, which is no mean of rows
 # Numbers of a prompt of Ties, and what they weigh: each is a mean over the prompts whose denominator is 1.
 TERMS = ("accurate tied", "accurate ref", "gap over spread", "both gaps over spread", "how far")
 WEIGHTS = (0.30, 0.30, 0.20, 0.20, 0.01)
+# All right and all wrong, for the interval: a few prompts that are alike do not make a point of it.
+MORE_PROMPTS = np.asarray([[1.0] * 5 + [1.0] * 5, [0.0] * 4 + [-1.0] + [1.0] * 5])
 
 
 def judge(scored: ScoredSet) -> Verdict:
     """Rows of any number of answers, right ones first, by their subsets."""
     answers_of(scored)
     of_ties = np.asarray([_is_ties(subset) for subset in scored.subsets])
+    check_first_is_best(scored, ~of_ties)
     wins = np.where(is_scored(scored), np.where(of_ties, _accurate(scored), _best(scored)), np.nan)
     counted = rows_that_count(scored, wins)
     found = by_subset(scored, counted[~of_ties[counted]])
@@ -73,7 +77,8 @@ def judge(scored: ScoredSet) -> Verdict:
         )
     if TIES in lines:
         notes.append("the score of Ties is no accuracy: it rewards a margin over the wrong answers, and reaches 1.01")
-    return Verdict([overall, *six, *others], wins, missing, notes)
+    forms = [TIES if ties else BEST_OF_FOUR for ties in of_ties]
+    return Verdict([overall, *six, *others], wins, missing, notes, forms)
 
 
 def _is_ties(subset: str) -> bool:
@@ -117,9 +122,8 @@ def _ties_line(scored: ScoredSet, rows: np.ndarray) -> Line:
         prompts.setdefault(prompt, {})[kind] = int(row)
     first = np.asarray([min(own.values()) for own in prompts.values()])
     values = np.asarray([_numbers_of(own, gap, spread) for own in prompts.values()])
-    estimate = replace(
-        by_bootstrap(values, ties_score, SEED), n=len(rows)
-    )  # of rows, as everywhere, though prompts are drawn
+    estimate = by_bootstrap(values, ties_score, SEED, more=MORE_PROMPTS)
+    estimate = replace(estimate, n=len(rows))  # of rows, as everywhere, though prompts are drawn
     return Line(TIES, SUBSET, (Part(1.0, first, values, ties_score),), estimate, AUTHORS_ROWS[TIES])
 
 

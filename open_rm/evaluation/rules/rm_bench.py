@@ -84,6 +84,12 @@ def style_matrix(scored: ScoredSet) -> list[list[Estimate]]:
     return [[of_rows(cells[:, i, j]) for j in range(3)] for i in range(3)]
 
 
+def of_difficulty(scored: ScoredSet, kind: str) -> np.ndarray:
+    """[n] the share of a row's cells of DIFFICULTIES that are won, of the rows that have all scores."""
+    found = _cells(scored)[:, DIFFICULTIES[kind]].mean(1)
+    return found[~np.isnan(found)]
+
+
 def domain_of(name: str) -> str:
     """Of a row's own domain, or the name of its file: chat, math, code or safety.
 

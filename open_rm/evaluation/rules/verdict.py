@@ -51,12 +51,15 @@ class Verdict:
     """lines: the overall one first, then sections and subsets in the authors' order, of those that have rows.
     missing: names of the authors' subsets (or sections) that the scores have no row of.
     notes: sentences that belong beside the numbers (a subset that is not the whole, weights, what a missing section does).
-    wins: [N] what each row counts for, from 0 to 1 (strictly right: 1); nan: a row that the rules pass over."""
+    wins: [N] what each row counts for, from 0 to 1 (strictly right: 1); nan: a row that the rules pass over.
+    forms: [N] text, where rows of different forms have different chances (pairs, and the best of several): subsets are compared
+        within a form alone; None: all rows are of one."""
 
     lines: list[Line]
     wins: np.ndarray
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    forms: list[str] | None = None
 
 
 def mean_line(name: str, level: str, rows: np.ndarray, wins: np.ndarray, authors_rows: int | None = None) -> Line:
@@ -90,6 +93,25 @@ def answers_of(scored: ScoredSet, count: int | None = None) -> np.ndarray:
             f"are for {wanted}; score the benchmark's own rows, or name another benchmark"
         )
     return sizes
+
+
+def check_first_is_best(scored: ScoredSet, rows: np.ndarray | None = None) -> None:
+    """Rules that go by position take a row's first answer for the right one. rows: [N] bool, of which that is so; None: of all.
+
+    Raises:
+        UserError: gold says of another answer that it is as good or better.
+    """
+    best = scored.gold[scored.first[:-1]][scored.row_of]
+    wrong = scored.gold >= best
+    wrong[scored.first[:-1]] = False
+    if rows is not None:
+        wrong &= rows[scored.row_of]
+    if wrong.any():
+        row = scored.ids[int(scored.row_of[np.flatnonzero(wrong)[0]])]
+        raise UserError(
+            f"{scored.name}: the first answer of row {row} is not the best one by gold, and the rules of {scored.benchmark} take the "
+            "first one for right; put it first, with its score"
+        )
 
 
 def is_scored(scored: ScoredSet) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Two models on the same rows: the difference of every line of the rules, and whether it could be chance.
 
-A difference is own minus other, with the 95 % interval of a bootstrap that draws the same rows for both (measures.paired). Its p is
-also given corrected for the number of lines of the same level, since among many subsets one always looks better (Sidak). Rows won
-and lost are compared by the exact sign test, which for right and wrong is McNemar's.
+A difference is own minus other, with the 95 % interval of a bootstrap that draws the same rows for both (measures.paired), and its p.
+Of rows that are right or wrong p is no smaller than that of the exact sign test of those won and lost, which is McNemar's. It is
+also given corrected for the number of lines of the same level, since among many subsets one always looks better (Sidak). One model is
+called better where p of the overall line is below .05.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy as np
 from open_rm.evaluation.rules.verdict import OVERALL, Line, Verdict
 from open_rm.measures import paired
 from open_rm.measures.intervals import sidak, sign_test
+
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def _lines(one: Judged, seed: int) -> list[dict]:
 
 
 def _difference(line: Line, other: Line, tests: int, seed: int) -> dict:
-    difference, p = paired.difference(line.parts, other.parts, seed), paired.p_value(line.parts, other.parts, seed)
+    difference, p = paired.compare(line.parts, other.parts, seed)
     return {
         "name": line.name,
         "level": line.level,
@@ -72,7 +75,7 @@ def _says(title: str, found: dict, model: str, other: str) -> str:
     """One sentence, by the overall line."""
     [line] = [line for line in found["lines"] if line["level"] == OVERALL]
     rows = found["won"] + found["lost"] + found["same"]
-    if line["low"] <= 0 <= line["high"]:
+    if line["p"] >= SIGNIFICANT:
         return f"On {title}, {model} and {other} cannot be told apart on these {rows:,} rows."
     better, sign = (model, 1) if line["difference"] > 0 else (other, -1)
     low, high = sorted((sign * line["low"], sign * line["high"]))

@@ -10,7 +10,7 @@ from open_rm.evaluation.rules import rm_bench
 from open_rm.evaluation.rules.verdict import Verdict
 from open_rm.evaluation.scored import Pairs, ScoredSet
 from open_rm.measures import calibration, lengths, ranking
-from open_rm.measures.intervals import Estimate, Z, fisher, of_pairs, sidak, welch
+from open_rm.measures.intervals import Estimate, fisher, of_differences, of_pairs, of_rows, permutation, sidak
 
 MARGIN_BINS = 8
 MOST_SOURCES = 60
@@ -26,8 +26,18 @@ def accuracy_of(pairs: Pairs) -> Estimate | None:
     return of_pairs(pairs.margin > 0, pairs.row) if len(pairs) else None
 
 
+def accuracy_without_ties(pairs: Pairs) -> Estimate | None:
+    """Right against wrong alone, which is .5 by chance; None where all pairs are tied."""
+    apart = pairs.margin != 0
+    return of_pairs(pairs.margin[apart] > 0, pairs.row[apart]) if apart.any() else None
+
+
 def calibration_of(pairs: Pairs) -> dict | None:
-    """How sigma(margin) does as the probability that an answer is the better one, at T = 1 and at the T that fits best."""
+    """How sigma(margin) does as the probability that an answer is the better one, at T = 1 and at the T that fits best.
+
+    Beside what their names say: ece_of_chance, the ECE that right probabilities stay below in 95 % of cases, with so many pairs;
+    temperature_p, that the true temperature is 1.
+    """
     if not len(pairs):
         return None
     margin = pairs.margin
@@ -35,9 +45,11 @@ def calibration_of(pairs: Pairs) -> dict | None:
     return {
         "bins": calibration.reliability(margin, row=pairs.row),
         "ece": calibration.ece(margin),
+        "ece_of_chance": calibration.ece_of_chance(margin, pairs.row),
         "brier": calibration.brier(margin),
         "loss": calibration.loss(margin),
         "temperature": temperature,
+        "temperature_p": None if temperature is None else calibration.temperature_p(margin, pairs.row, temperature),
         "loss_at_temperature": None if temperature is None else calibration.loss(margin, temperature),
         "why_no_temperature": calibration.why_no_temperature(margin) if temperature is None else None,
     }
@@ -62,12 +74,12 @@ def length_of(scored: ScoredSet, pairs: Pairs) -> dict | None:
     unit = "tokens" if min(scored.tokens[pairs.better].min(), scored.tokens[pairs.worse].min()) >= 0 else "characters"
     better, worse = (getattr(scored, unit)[side] for side in (pairs.better, pairs.worse))
     known = (better >= 0) & (worse >= 0)
-    found = lengths.of_pairs(pairs.margin, better, worse, pairs.row)
+    found = lengths.explained(pairs.margin, better, worse, pairs.row)
     if found is None:
         return None
     better, worse, margin, row = better[known], worse[known], pairs.margin[known], pairs.row[known]
     _, by_rule = lengths.best_rule(better, worse)
-    gain = _mean_of_clusters((margin > 0) - by_rule, row)
+    gain = of_differences((margin > 0) - by_rule, row)
     return {"unit": unit, **found, "gain": gain, "prefers_longer": _prefers_longer(margin, better - worse, row)}
 
 
@@ -77,20 +89,8 @@ def _prefers_longer(margin: np.ndarray, longer: np.ndarray, row: np.ndarray) -> 
     if not uneven.any():
         return None
     model, gold, row = (np.sign(margin) * np.sign(longer) > 0)[uneven], (longer > 0)[uneven], row[uneven]
-    excess = _mean_of_clusters(model.astype(float) - gold, row)
+    excess = of_differences(model.astype(float) - gold, row)
     return {"model": of_pairs(model, row), "gold": of_pairs(gold, row), "excess": excess}
-
-
-def _mean_of_clusters(values: np.ndarray, row: np.ndarray) -> Estimate:
-    """Mean of [P] numbers between -1 and 1 with a normal 95 % interval, where what the pairs of a row are off together is one
-    observation (Cochran 1977, Sampling Techniques, 6.4). As in measures.intervals, how much rows vary is estimated with one more
-    row, of the largest variance there can be: so a few rows that are alike do not make a point of it."""
-    value = float(values.mean())
-    _, cluster = np.unique(row, return_inverse=True)
-    off, pairs = np.bincount(cluster, values - value), np.bincount(cluster)
-    spread = (np.square(off).sum() + np.square(pairs).mean()) * len(pairs) / (len(pairs) + 1)
-    width = Z * float(np.sqrt(spread)) / len(values)
-    return Estimate(value, max(value - width, -1.0), min(value + width, 1.0), len(values))
 
 
 def margins_of(pairs: Pairs) -> list[dict]:
@@ -164,52 +164,68 @@ def _spread(rewards: np.ndarray) -> dict:
 
 
 def extremes_of(scored: ScoredSet, verdict: Verdict) -> dict | None:
-    """The best and the worst subset, each against all other rows; None where fewer than two have FEWEST_ROWS rows.
+    """The best and the worst subset, each against all other rows of its form; None where fewer than two have FEWEST_ROWS rows.
 
-    By the wins of the rules. p: Fisher's exact test where rows are won or lost, Welch's where they are won in part (null where
-    nothing varies). p_sidak: that one of so many subsets (tests) is as far off by chance (reward-bench #270). clear: every subset
-    that remains apart after it.
+    By the wins of the rules, within rows of one form (Verdict.forms), since those of others have other chances. p: Fisher's exact test
+    where rows are won or lost, a permutation test where they are won in part. p_sidak: that one of so many subsets (tests) is as far
+    off by chance (reward-bench #270). clear: every subset that remains apart after it. form: null where all rows are of one.
     """
     names, subset_of = _subsets(scored)
-    counted = ~np.isnan(verdict.wins)
-    wins, subset_of = verdict.wins[counted], subset_of[counted]
-    sizes = np.bincount(subset_of, minlength=len(names))
-    compared = np.flatnonzero((sizes >= FEWEST_ROWS) & (sizes < len(wins)))
-    if len(compared) < 2:
-        return None
-    test = _exact if np.isin(wins, (0.0, 1.0)).all() else welch
+    counted = np.flatnonzero(~np.isnan(verdict.wins))
+    forms = np.asarray(verdict.forms if verdict.forms else [""] * len(scored), dtype=object)[counted]
+    kinds = sorted(set(forms))
     found = []
-    for number in compared:
-        inside = subset_of == number
-        own, rest = wins[inside], wins[~inside]
-        p = test(own, rest)
-        found.append(
-            {
-                "name": names[number],
-                "value": float(own.mean()),
-                "rows": len(own),
-                "rest": float(rest.mean()),
-                "p": p,
-                "p_sidak": None if p is None else sidak(p, len(compared)),
-                "tests": len(compared),
-            }
-        )
-    return {
-        "best": max(found, key=lambda one: one["value"]),
-        "worst": min(found, key=lambda one: one["value"]),
-        "clear": [one for one in found if one["p_sidak"] is not None and one["p_sidak"] < SIGNIFICANT],
-    }
+    for form in kinds:
+        rows = counted[forms == form]
+        found += _of_form(names, subset_of[rows], verdict.wins[rows], form if len(kinds) > 1 else None)
+    if len(found) < 2:
+        return None
+    found = [{**one, "p_sidak": sidak(one["p"], len(found)), "tests": len(found)} for one in found]
+    clear = [one for one in found if one["p_sidak"] < SIGNIFICANT]
+    best, worst = (choose(found, key=lambda one: one["value"] - one["of_form"]) for choose in (max, min))
+    return {"best": best, "worst": worst, "clear": clear}
 
 
-def _exact(own: np.ndarray, rest: np.ndarray) -> float:
-    return fisher(int(own.sum()), len(own), int(rest.sum()), len(rest))
+def _of_form(names: list[str], subset_of: np.ndarray, wins: np.ndarray, form: str | None) -> list[dict]:
+    """Each subset with FEWEST_ROWS rows against the others. subset_of, wins: of the rows of a form.  of_form: the mean of all."""
+    sizes, sums = np.bincount(subset_of, minlength=len(names)), np.bincount(subset_of, wins, minlength=len(names))
+    compared = np.flatnonzero((sizes >= FEWEST_ROWS) & (sizes < len(wins)))
+    n, own = sizes[compared], sums[compared]
+    rest, others = wins.sum() - own, len(wins) - n
+    if np.isin(wins, (0.0, 1.0)).all():
+        tables = np.rint([own, n, rest, others]).astype(int).T.tolist()
+        ps = [fisher(*table) for table in tables]
+    else:
+        ps = permutation(wins, n, own / n)
+    return [
+        {
+            "name": names[compared[i]],
+            "form": form,
+            "value": float(own[i] / n[i]),
+            "rows": int(n[i]),
+            "rest": float(rest[i] / others[i]),
+            "of_form": float(wins.mean()),
+            "p": float(ps[i]),
+        }
+        for i in range(len(compared))
+    ]
 
 
 def style_of(scored: ScoredSet) -> dict | None:
-    """RM-Bench: [i][j] how often the right answer in style i gets more than the wrong one in style j."""
+    """RM-Bench: [i][j] how often the right answer in style i gets more than the wrong one in style j.
+
+    hard, easy: over all cells where the wrong, or the right, answer is in the fancier style; steep: easy minus hard; of rows.
+    """
     if scored.benchmark != "rm_bench":
         return None
-    return {"names": list(rm_bench.STYLES), "matrix": rm_bench.style_matrix(scored)}
+    hard, easy = (rm_bench.of_difficulty(scored, kind) for kind in ("hard", "easy"))
+    return {
+        "names": list(rm_bench.STYLES),
+        "matrix": rm_bench.style_matrix(scored),
+        "hard": of_rows(hard),
+        "easy": of_rows(easy),
+        "steep": of_differences(easy - hard, np.arange(len(hard))),
+    }
 
 
 def ranking_of(scored: ScoredSet) -> dict | None:

@@ -13,7 +13,9 @@ NEAR_TEMPERATURES = (0.8, 1.25)  # between them probabilities are called neither
 LARGE_SHARE = 0.01  # of answers that are too long or without a score, of ties
 MUCH = 0.1  # of a difference between shares
 STEEP = 0.2  # of RM-Bench's easy minus hard
+SIGNIFICANT = 0.05
 NO_PAIRS = "no row has two scored answers of which one is known to be better."
+LEFT_OUT = "bad rows left out"  # how keeping.py and in_training.py call it
 NAMED = 5  # of missing or failing subsets, the others are counted
 
 
@@ -43,7 +45,8 @@ def _how_good(one: dict) -> str:
     accuracy, headline = one["accuracy"], one["headline"]
     if accuracy is None:
         return f"On {one['title']} nothing can be said: {NO_PAIRS}"
-    of = _count(one["pairs"], "pair") + ("" if one["pairs"] == one["rows"] else f" from {_count(one['rows'], 'row')}")
+    rows = one["rows_with_pairs"]
+    of = _count(one["pairs"], "pair") + ("" if one["pairs"] == rows else f" from {_count(rows, 'row')}")
     on = f"what is there of {one['title']}" if one["missing"] else one["title"]
     parts = [
         f"On {on} it prefers the better answer in {percent(accuracy)} of {of} (95 % interval {interval(accuracy)})."
@@ -55,9 +58,6 @@ def _how_good(one: dict) -> str:
         )
     elif one["benchmark"] and headline["value"] != accuracy["value"]:
         parts.append(f"By the benchmark's rules: {number}.")
-    if one["length"]:
-        baseline = one["length"]["baseline"]
-        parts.append(f"Length alone ({baseline['rule']}) is right in {percent(baseline)}, chance in 50 %.")
     if one["ranking"] and one["ranking"]["tau"]:
         tau = one["ranking"]["tau"]
         parts.append(
@@ -76,46 +76,57 @@ def _trusted(one: dict) -> str:
     parts = [_sample(one), _calibrated(one["calibration"])]
     if one["length"]:
         parts.append(_beyond_length(one["length"]))
-    if one["missing"]:
-        parts.append(f"Rows are missing: {_some(one['missing'])}.")
     return " ".join(parts + _lost(one, 0))
 
 
 def _sample(one: dict) -> str:
     accuracy = one["accuracy"]
     wide = 50 * (accuracy["high"] - accuracy["low"])
-    found = f"From {_count(one['rows'], 'row')} the accuracy is known to about {wide:.1f} points either way."
-    if accuracy["low"] <= CHANCE <= accuracy["high"]:
-        return f"{found} It cannot be told from chance."
-    return found
+    found = f"From {_count(one['rows_with_pairs'], 'row')} the accuracy is known to about {wide:.1f} points either way."
+    return f"{found} It cannot be told from chance." if _is_chance(one) else found
+
+
+def _is_chance(one: dict) -> bool:
+    """Whether as many pairs may be right as wrong; ties are neither."""
+    found = one["accuracy_without_ties"]
+    return found is not None and found["low"] <= CHANCE <= found["high"]
 
 
 def _calibrated(found: dict) -> str:
-    ece, temperature = f"expected calibration error {found['ece']:.2f}", found["temperature"]
+    temperature = found["temperature"]
+    ece = f"expected calibration error {found['ece']:.2f} (right probabilities have up to {found['ece_of_chance']:.2f} by chance)"
     if temperature is None:
-        return f"No temperature makes probabilities of its margins: {found['why_no_temperature']} ({ece})."
+        return f"No temperature makes probabilities of its margins: {found['why_no_temperature']}; {ece}."
     low, high = NEAR_TEMPERATURES
-    if temperature > high:
+    if temperature > high and found["temperature_p"] < SIGNIFICANT:
         says = "It is surer than it should be"
-    elif temperature < low:
+    elif temperature < low and found["temperature_p"] < SIGNIFICANT:
         says = "It could be surer than it is"
-    elif found["ece"] > LARGE_ECE:
+    elif _is_off(found):
         says = "Its probabilities are off, though neither too sure nor too unsure on the whole"
+    elif found["ece_of_chance"] > LARGE_ECE:
+        return f"There are too few pairs to tell whether its probabilities are right: {ece}."
     else:
-        says = "Its probabilities are about right"
+        return f"Its probabilities are about right: {ece}."
     return (
-        f"{says}: {ece}; a temperature of {temperature:.3g} fits best and takes the loss from {found['loss']:.3f} to "
+        f"{says}: {ece}. A temperature of {temperature:.3g}, fitted on these pairs, takes the loss from {found['loss']:.3f} to "
         f"{found['loss_at_temperature']:.3f}."
     )
 
 
+def _is_off(calibration: dict) -> bool:
+    """Whether ECE is large, and larger than by chance."""
+    return calibration["ece"] > max(LARGE_ECE, calibration["ece_of_chance"])
+
+
 def _beyond_length(length: dict) -> str:
-    gain = length["gain"]
+    gain, baseline = length["gain"], length["baseline"]
+    alone = f"length alone ({baseline['rule']}: {percent(baseline)})"
     if gain["low"] > 0:
-        return f"It beats length alone by {points(gain)}."
+        return f"It beats {alone} by {points(gain)}."
     if gain["high"] < 0:
-        return f"Length alone beats it by {points(gain, sign=-1)}."
-    return f"It cannot be told from length alone: the difference is {points(gain)}."
+        return f"{_sentence(alone).rstrip('.')} beats it by {points(gain, sign=-1)}."
+    return f"It cannot be told from {alone}: the difference is {points(gain)}."
 
 
 def _lost(one: dict, share: float) -> list[str]:
@@ -159,51 +170,44 @@ def _fails(one: dict) -> str:
 
 def _weak_subsets(extremes: dict | None) -> str:
     if extremes is None:
-        return "There are no two subsets with enough rows to be compared."
+        return "There are no two subsets of a kind with enough rows to be compared."
     worst, tests = extremes["worst"], extremes["worst"]["tests"]
     weak = sorted((one for one in extremes["clear"] if one["value"] < one["rest"]), key=lambda one: one["value"])
     if not weak:
-        if worst["p_sidak"] is None:
-            return "No subset is clearly worse than the rest."
-        return (
-            f"No subset is clearly worse than the rest: {worst['name']} is the lowest of {tests} with {_percent(worst['value'])} "
-            f"(the rest {_percent(worst['rest'])}), which can be chance (p {_p(worst['p_sidak'])}, corrected for {tests} subsets)."
-        )
-    named = [
-        f"{one['name']} {_percent(one['value'])} (the rest {_percent(one['rest'])}, p {_p(one['p_sidak'])})"
-        for one in weak
-    ]
+        lowest = _beside_the_rest(worst)
+        return f"No subset is clearly worse than the rest (p corrected for {tests} subsets): the lowest is {lowest}."
+    named = [_beside_the_rest(one) for one in weak]
     return f"Clearly worse than the rest, corrected for {tests} subsets: {_some(named)}."
 
 
+def _beside_the_rest(subset: dict) -> str:
+    of = f" of {subset['form']}" if subset["form"] else ""
+    return f"{subset['name']} {_percent(subset['value'])} (the rest{of} {_percent(subset['rest'])}, p {_p(subset['p_sidak'])})"
+
+
 def _by_length(length: dict) -> list[str]:
-    longer, shorter = length["longer"], length["shorter"]
-    if longer is None or shorter is None:
+    difference = length["difference"]
+    if difference is None:
         return []
-    if longer["low"] <= shorter["high"] and shorter["low"] <= longer["high"]:
-        start = "Length makes no clear difference"
-    else:
-        start = "It is better where the better answer is " + (
-            "longer" if longer["value"] > shorter["value"] else "shorter"
-        )
-    return [
-        f"{start}: {percent(longer)} ({interval(longer)}) where the better answer is longer, {percent(shorter)} "
-        f"({interval(shorter)}) where it is shorter."
-    ]
+    sides = f"{percent(length['longer'])} where the better answer is longer, {percent(length['shorter'])} where it is shorter"
+    if difference["low"] <= 0 <= difference["high"]:
+        return [f"Length makes no clear difference: {sides}."]
+    start = "longer" if difference["value"] > 0 else "shorter"
+    sign = 1 if difference["value"] > 0 else -1
+    return [f"It is better with {start} better answers, by {points(difference, sign)}: {sides}."]
 
 
 def _steep(one: dict) -> list[str]:
-    """RM-Bench: whether a plain right answer loses to a wrong one in better dress."""
+    """RM-Bench: whether a plain right answer loses to a wrong one in better dress, or wins less often than one in better dress."""
     if not one["style"]:
         return []
-    cells = [(i, j, cell["value"]) for i, row in enumerate(one["style"]["matrix"]) for j, cell in enumerate(row)]
-    hard, easy = ([value for i, j, value in cells if sign * (j - i) > 0] for sign in (1, -1))
-    hard, easy = sum(hard) / len(hard), sum(easy) / len(easy)
-    if easy - hard <= STEEP:
+    hard, easy, steep = (one["style"][name] for name in ("hard", "easy", "steep"))
+    if steep["value"] <= STEEP or steep["low"] <= 0:
         return []
+    start = "Style outweighs content" if hard["high"] < CHANCE else "Style matters"
     return [
-        f"Style outweighs content: {_percent(hard)} right where the wrong answer is the longer or more formatted one, "
-        f"{_percent(easy)} where the right answer is."
+        f"{start}, by {points(steep)}: {percent(hard)} ({interval(hard)}) right where the wrong answer is the longer or more formatted one, "
+        f"{percent(easy)} where the right answer is."
     ]
 
 
@@ -218,6 +222,8 @@ def warnings(report: dict) -> list[str]:
         found.append(f"Scores are not the same however they are computed. {_sentence(invariance['says'])}")
     for one in report["sets"]:
         found += [f"{one['title']}: {text}" for text in _warnings(one)]
+    if left_out := dict(report["made"]).get(LEFT_OUT):
+        found.append(f"{left_out:,} rows that could not be read were left out.")
     if not report["made_known"]:
         found.append(
             "How the scores were made is not known (truncation length, dtype, chat template), and all of that changes them."
@@ -231,8 +237,10 @@ def _warnings(one: dict) -> list[str]:
     found = _of_chance(one)
     if one["missing"]:
         found.append(f"not comparable with published numbers, since rows are missing: {_some(one['missing'])}.")
-    if one["rows"] < FEW_ROWS:
-        found.append(f"only {_count(one['rows'], 'row')}, so the intervals are wide.")
+    if one["rows_with_pairs"] < FEW_ROWS:
+        of = "" if one["rows_with_pairs"] == one["rows"] else f" of {one['rows']:,}"
+        count = "row" if one["rows_with_pairs"] == 1 and not of else "rows"
+        found.append(f"only {one['rows_with_pairs']:,}{of} {count} can be counted, so the intervals are wide.")
     found += [_small(text) for text in _lost(one, LARGE_SHARE)]
     return (
         found + _of_length(one["length"]) + [_small(text) for text in _steep(one)] + _of_calibration(one["calibration"])
@@ -240,16 +248,16 @@ def _warnings(one: dict) -> list[str]:
 
 
 def _of_chance(one: dict) -> list[str]:
-    accuracy = one["accuracy"]
-    right = round(accuracy["value"] * one["pairs"])
+    accuracy, apart = one["accuracy"], one["accuracy_without_ties"]
     says = f"{percent(accuracy)} right ({interval(accuracy)})"
-    if accuracy["low"] <= CHANCE <= accuracy["high"]:
-        return [f"{says} cannot be told from chance."]
-    if accuracy["low"] > CHANCE:
-        return []
-    if one["pairs"] - one["tied"] - right > right:
+    if _is_chance(one):
+        without = f" (without ties {percent(apart)})" if one["tied"] else ""
+        return [f"{says} cannot be told from chance{without}."]
+    if apart is not None and apart["value"] < CHANCE:
         return [f"{says} is less than chance: it prefers the worse answer more often than the better one."]
-    return [f"{says} is less than chance, since equal scores count as wrong."]
+    if accuracy["high"] < CHANCE:
+        return [f"{says} is less than chance, since equal scores count as wrong."]
+    return []
 
 
 def _of_length(length: dict | None) -> list[str]:
@@ -260,21 +268,19 @@ def _of_length(length: dict | None) -> list[str]:
         found.append(_small(_beyond_length(length)))
     if prefers and prefers["excess"]["value"] > MUCH and prefers["excess"]["low"] > 0:
         found.append(
-            f"it prefers the longer answer in {percent(prefers['model'])} of the pairs, where the better one is the longer in "
+            f"it prefers the longer answer in {percent(prefers['model'])} of the pairs; the better one is the longer in "
             f"{percent(prefers['gold'])}."
         )
     return found
 
 
 def _of_calibration(found: dict) -> list[str]:
-    says, temperature = [], found["temperature"]
+    ece, temperature = f"expected calibration error {found['ece']:.2f}", found["temperature"]
     low, high = FAR_TEMPERATURES
-    if temperature is not None and not low <= temperature <= high:
+    if temperature is not None and not low <= temperature <= high and found["temperature_p"] < SIGNIFICANT:
         sure = "far too sure" if temperature > high else "far less sure than it could be"
-        says.append(f"sigma(margin) is no probability: it is {sure} (temperature {temperature:.3g}).")
-    if found["ece"] > LARGE_ECE:
-        says.append(f"expected calibration error {found['ece']:.2f}.")
-    return says
+        return [f"sigma(margin) is no probability: it is {sure} (temperature {temperature:.3g}, {ece})."]
+    return [f"sigma(margin) is no probability: {ece}."] if _is_off(found) else []
 
 
 # ---------------------------------------------------------------- numbers as text
