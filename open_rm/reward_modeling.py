@@ -172,14 +172,13 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
 def build(prepared: Prepared) -> Run:
     """Plan, model and engine; where a run goes on, what it may go on with."""
     args, ranks, log, found, dtype = (getattr(prepared, name) for name in ("args", "ranks", "log", "found", "dtype"))
-    train_pairs, held_out_pairs = prepared.train_pairs, prepared.held_out_pairs
-    layout, tokenizer = prepared.layout, prepared.tokenizer
+    train_pairs, held_out_pairs, layout = prepared.train_pairs, prepared.held_out_pairs, prepared.layout
     # ---- plan: all numbers that follow from flags and data
     own = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     pairs_per_step = resuming.pairs_per_step(found, own, ranks, log.say)
     plan = make_plan(args, train_pairs.table, pairs_per_step, seed=args.seed, grouped=args.group_by_prompt)
     how = {"max_token_length": args.max_token_length, "on_gpu": ranks.on_gpu}
-    rules = feeding.rules_of(args, layout.name, tokenizer.pad_token_id, **how)
+    rules = feeding.rules_of(args, layout.name, prepared.tokenizer.pad_token_id, **how)
     log.say(plan.describe())
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
@@ -189,7 +188,7 @@ def build(prepared: Prepared) -> Run:
         how = {"width": width, "bf16": bf16, "max_grad_norm": args.max_grad_norm, "world_size": ranks.world_size}
         deepspeed_config = ds_config.fill_config(args, **how)
         how = {"layout": layout.name, "dtype": dtype, "seed": args.seed, "deepspeed_config": deepspeed_config}
-        model, lines = load_reward_model(args, tokenizer, adapter=args, **how)
+        model, lines = load_reward_model(args, prepared.tokenizer, adapter=args, **how)
         lines += use_fastest(model, ranks.device, layout.name, float8=args.float8)  # in place
         log.say(*lines, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
         engine = Engine(model, args, deepspeed_config, ranks, plan.total_steps, plan.warmup_steps)
@@ -207,7 +206,7 @@ def build(prepared: Prepared) -> Run:
     facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
-    known = engine_scorer.InTraining(model, tokenizer, prepared.contract, rules.for_evaluation(), ranks)
+    known = engine_scorer.InTraining(model, prepared.tokenizer, prepared.contract, rules.for_evaluation(), ranks)
     judge = in_training.Judge.of(args, known, prepared.benchmarks, held_out_pairs, prepared.place.folder, args.seed)
     log.say(*ranks.from_main(judge.check))
     return Run(**vars(prepared), plan=plan, rules=rules, model=model, engine=engine, keeper=keeper, judge=judge)
@@ -297,7 +296,8 @@ def finish(run: Run, tracker: Tracker, progress: Progress) -> None:
 
     def describe() -> None:
         report, facts = run.judge.report(scored, say=log.say), run.facts() | {"total_flops": f"{progress.flops:.3e}"}
-        card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels, report=report)
+        with run_folder.disk_explained(place.folder, run.keeper.committed_step):
+            card.write_card(place, contract, facts, progress.results, data=run.train_pairs.labels, report=report)
         log.say(calibration.describe(statistics), *in_training.lines(report))
 
     def prove_and_push() -> None:
