@@ -202,7 +202,9 @@ class Judge:
         if found is None:
             return None
         try:
-            return self._reported(found)
+            report = self._reported(found)
+            say(f"how far it can be trusted: {Path(self.folder) / FOLDER / document.PAGE}")
+            return report
         except Exception as error:
             say(
                 f"the report could not be made ({type(error).__name__}: {quote_error(error)}); the model is not touched by it"
