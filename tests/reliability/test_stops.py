@@ -175,9 +175,13 @@ def test_the_main_rank_that_is_stopped_while_it_works_for_all_takes_the_others_w
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_one_rank_that_is_stopped_while_all_load_takes_the_others_with_it(nursery, flags_for, tmp_path, asked):
-    waits = "import open_rm.reward_modeling as r, time; r.load_reward_model = lambda *a, **k: time.sleep(600)"
+    waits = (
+        "import open_rm.reward_modeling as r, os, pathlib, time\n"
+        f"mark = pathlib.Path({str(tmp_path)!r}) / ('loads_' + os.environ['RANK'])\n"
+        "r.load_reward_model = lambda *a, **k: (mark.touch(), time.sleep(600))"
+    )
     started = nursery.start(flags_for(tmp_path / "run", 2), tmp_path / "log", processes=2, env={"TEST_PATCH": waits})
-    started.wait_for(lambda: "steps of 16 pairs" in started.output, "the model's turn")
+    started.wait_for(lambda: len(list(tmp_path.glob("loads_*"))) == 2, "both ranks' turn to load")
     sent = time.monotonic()
     started.send(signal.SIGTERM, asked)
     assert started.statuses() == [STOPPED] * 2, started.output
