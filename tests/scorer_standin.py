@@ -8,6 +8,27 @@ import numpy as np
 from open_rm.data import encoding
 from open_rm.data.tokenizer import ending
 
+WORDS = [
+    "river",
+    "meadow",
+    "orchard",
+    "harbor",
+    "lantern",
+    "copper",
+    "gloomy",
+    "joyful",
+    "quiet",
+    "bright",
+    "walks",
+    "sounds",
+    "looks",
+]
+
+
+def words(number: int, count: int = 4) -> str:
+    """A few words, others for each number."""
+    return " ".join(WORDS[(number * 7 + k * (number + 3)) % len(WORDS)] for k in range(count))
+
 
 def reward_of(ids) -> np.float32:
     """A number of its own for each sequence, with all the digits that a float32 may have."""

@@ -32,9 +32,9 @@ from open_rm.evaluation import console
 from open_rm.evaluation.arguments import command_of
 from open_rm.evaluation.page import contestants, document, leaderboard
 from open_rm.evaluation.score_file import aligned, likely_the_datas, order_assumed, read_meta, read_scores
-from open_rm.evaluation.score_folders import says_which, scores_path
+from open_rm.evaluation.score_folders import REPORT, says_which, scores_path
 from open_rm.evaluation.scored import ScoredSet
-from open_rm.evaluation.trust.report import make_report
+from open_rm.evaluation.trust.report import FACTS, make_report
 
 DECIDING = ("truncation length", "dtype")  # what two models' scores should have in common
 
@@ -69,9 +69,7 @@ def main(args: EvaluationArgs) -> dict | None:
     for line in console.summary(report):
         print(line)
     rows = sum(len(scored) for scored in own.sets)
-    print(
-        f"judged {rows:,} rows in {took:.1f} s; the report: {folder / document.PAGE} ({document.REPORT} has every number)"
-    )
+    print(f"judged {rows:,} rows in {took:.1f} s; the report: {folder / document.PAGE} ({REPORT} has every number)")
     return report
 
 
@@ -83,7 +81,7 @@ def _report(args: EvaluationArgs, own: Scores, other: Scores | None) -> dict:
             meta=own.meta,
             command=command_of(args),
             seed=args.seed,
-            invariance=own.meta.get("facts", {}).get("invariance"),
+            invariance=own.meta.get(FACTS, {}).get("invariance"),
             other=(other.model, other.sets) if other else None,
             examples=args.examples,
         )
@@ -129,7 +127,7 @@ def _benchmark_of_other(args: EvaluationArgs) -> str | None:
 def _say_how_the_other_was_made(report: dict, own: Scores, other: Scores) -> None:
     """What decides scores besides the models stands beside the comparison, and is warned of where it differs; so is an order
     of rows that nothing shows to be the same."""
-    made = {label: value for label, value in other.meta.items() if label != "facts"}
+    made = {label: value for label, value in other.meta.items() if label != FACTS}
     report["against"]["made"] = [[label, value] for label, value in made.items()]
     for scored, same in zip(own.sets, aligned(own.sets, other.sets), strict=True):
         if said := order_assumed(scored, same):

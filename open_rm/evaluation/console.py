@@ -7,7 +7,6 @@ from pathlib import Path
 from open_rm.errors import UserError, quote_error
 from open_rm.evaluation.page import inert
 
-LEFT_OUT = "bad rows left out"  # its label in scores.meta.json, and so in the report
 SHOWN_LINES = 8  # of a set's sections, and of what is missing; all are in the report
 
 
@@ -20,20 +19,12 @@ def summary(report: dict) -> list[str]:
         lines += ["", report["against"]["says"]]
     if report["invariance"]:
         lines += ["", report["invariance"]["says"]]
-    return [visible(line) for line in [*lines, *(f"warning: {sentence}" for sentence in _warnings(report))]]
+    return [visible(line) for line in [*lines, *(f"warning: {sentence}" for sentence in report["warnings"])]]
 
 
 def visible(line: str) -> str:
     """A line in which names of others do nothing to a terminal: what is not seen is [U+001B], as in the page."""
     return inert.visible(line, inert.MOST_OF_A_SENTENCE).replace("\n", " ")
-
-
-def _warnings(report: dict) -> list[str]:
-    """The report's, and that rows are missing where it warns of none."""
-    warnings, left_out = report["warnings"], dict(report["made"]).get(LEFT_OUT)
-    if not left_out or any("left out" in sentence for sentence in warnings):
-        return warnings
-    return [*warnings, f"{LEFT_OUT}: {left_out}; they could not be read, and count nowhere."]
 
 
 def _of_set(one: dict) -> Iterator[str]:

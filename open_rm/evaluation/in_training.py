@@ -30,16 +30,17 @@ from open_rm.evaluation.page import document, pictures
 from open_rm.evaluation.rules.reward_bench_2 import TIES
 from open_rm.evaluation.rules.verdict import OVERALL, SUBSET
 from open_rm.evaluation.score_file import META, SCORES, read_scores, row_of
+from open_rm.evaluation.score_folders import OF_A_RUN
 from open_rm.evaluation.scored import ScoredSet
 from open_rm.evaluation.scoring import BLOCK_ROWS, check_invariance, encoder_for, score_set
 from open_rm.evaluation.sets import NamedSet
-from open_rm.evaluation.trust.report import judge, make_report
+from open_rm.evaluation.trust.report import FACTS, judge, make_report
+from open_rm.evaluation.trust.words import LEFT_OUT
 from open_rm.flags import BenchmarkFlags
 from open_rm.scoring.blocks import batched
 from open_rm.scoring.lines import Lines
 from open_rm.scoring.scorer import Scorer
 
-FOLDER, RELIABILITY = "evaluation", "reliability.png"
 HELD_OUT = "held-out pairs"
 BLOCK_PAIRS = 1_000
 # Held-out pairs whose texts are written; of more the numbers alone, since texts take long to decode.
@@ -203,7 +204,7 @@ class Judge:
             return None
         try:
             report = self._reported(found)
-            say(f"how far it can be trusted: {Path(self.folder) / FOLDER / document.PAGE}")
+            say(f"how far it can be trusted: {Path(self.folder) / OF_A_RUN / document.PAGE}")
             return report
         except Exception as error:
             say(
@@ -212,9 +213,9 @@ class Judge:
             return None
 
     def _reported(self, found: Scored) -> dict:
-        folder = Path(self.folder) / FOLDER
+        folder = Path(self.folder) / OF_A_RUN
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"facts": {"invariance": found.invariance}} if found.invariance else {}  # for scores judged again
+        facts = {FACTS: {"invariance": found.invariance}} if found.invariance else {}  # for scores judged again
         held = [] if found.rewards is None else self._held_out_rows(found.rewards)
         with (folder / SCORES).open("wb") as file:
             lines = Lines()
@@ -227,7 +228,7 @@ class Judge:
         report = make_report(read_scores(folder / SCORES), model=self.folder, meta=found.meta, **how)
         document.write_report(report, folder)
         if drawn := next((one for one in report["sets"] if one["calibration"]), None):
-            pictures.reliability_png(drawn["calibration"], Path(self.folder) / RELIABILITY, drawn["title"])
+            pictures.reliability_png(drawn["calibration"], Path(self.folder) / pictures.RELIABILITY, drawn["title"])
         return report
 
     def _held_out_rows(self, rewards: torch.Tensor) -> Iterator[dict]:
@@ -279,7 +280,7 @@ class Judge:
             "command": command,
             "seed": self.seed,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **({"bad rows left out": left_out} if left_out else {}),
+            **({LEFT_OUT: left_out} if left_out else {}),
         }
 
 

@@ -24,10 +24,12 @@ from open_rm.data import tokenizer as tokenizers
 from open_rm.data.preparation import CHARACTERS_PER_TOKEN, LONGEST_TEXT
 from open_rm.errors import UserError
 from open_rm.evaluation.arguments import EvaluationArgs, command_of
-from open_rm.evaluation.console import LEFT_OUT, writing
+from open_rm.evaluation.console import writing
 from open_rm.evaluation.score_file import META, SCORES
 from open_rm.evaluation.scoring import BLOCK_ROWS, ScoreRows, check_invariance, encoder_for
 from open_rm.evaluation.sets import NamedSet
+from open_rm.evaluation.trust.report import FACTS
+from open_rm.evaluation.trust.words import LEFT_OUT
 from open_rm.manifest import sync_folder
 from open_rm.model.contract import CONTRACT
 from open_rm.scoring.opening import UNBOUNDED, Identity, identify, look, open_scorer
@@ -154,7 +156,7 @@ class _How:
             self.sets, checked, seed=self.args.seed, written=lambda keys: _written(parts, keys)
         )
         meta = self._meta([part.tally for part in parts]) | {
-            "facts": {"decided by": self.decided_by, "invariance": invariance}
+            FACTS: {"decided by": self.decided_by, "invariance": invariance}
         }
         with writing(self.folder):
             self._appear(parts, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
@@ -298,7 +300,7 @@ def _written(parts: list[_Part], keys: set[tuple[str, str]]) -> dict[tuple[str, 
 
 def read_facts(path: Path) -> dict[str, object]:
     """What decided the scores beside a meta file; empty where there is none that can be read."""
-    return (_read(path).get("facts") or {}).get("decided by") or {}
+    return (_read(path).get(FACTS) or {}).get("decided by") or {}
 
 
 def _read(path: Path) -> dict:

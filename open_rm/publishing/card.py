@@ -9,12 +9,12 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers.utils.hub import cached_file
 
+from open_rm.evaluation.page.pictures import RELIABILITY
 from open_rm.evaluation.rules.verdict import SUBSET
 from open_rm.model.adapters import ADAPTER_CONFIG
 from open_rm.model.contract import Contract
 from open_rm.publishing.run_folder import Place
 
-RELIABILITY = "reliability.png"
 ON_HUB = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # entity/name
 
 WHOLE = """from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, environment_of_a_process, shared_data
 from sample_report import sample_report
-from scorer_standin import StandIn, reward_of
+from scorer_standin import StandIn, reward_of, words
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from open_rm import command_line
@@ -32,26 +32,6 @@ from open_rm.evaluation.sets import open_sets
 from open_rm.model.contract import Contract
 from open_rm.scoring import computing, open_model
 from open_rm.scoring.opening import open_scorer
-
-WORDS = [
-    "river",
-    "meadow",
-    "orchard",
-    "harbor",
-    "lantern",
-    "copper",
-    "gloomy",
-    "joyful",
-    "quiet",
-    "bright",
-    "walks",
-    "sounds",
-    "looks",
-]
-
-
-def words(number: int, count: int = 4) -> str:
-    return " ".join(WORDS[(number * 7 + k * (number + 3)) % len(WORDS)] for k in range(count))
 
 
 def llmbar_rows(count: int, first: int = 0) -> list[dict]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, environment_of_a_process, read_pairs
 from pyarrow import parquet
-from scorer_standin import StandIn, reward_of
+from scorer_standin import StandIn, reward_of, words
 from transformers import AutoConfig, LlamaForSequenceClassification
 
 from open_rm.data.tokenizer import load_tokenizer
@@ -29,27 +29,6 @@ from open_rm.model.contract import Contract
 from open_rm.scoring import __main__ as command
 from open_rm.scoring import output
 from open_rm.scoring.arguments import BestOfNArgs, PairsArgs, ScoreArgs
-
-WORDS = [
-    "river",
-    "meadow",
-    "orchard",
-    "harbor",
-    "lantern",
-    "copper",
-    "gloomy",
-    "joyful",
-    "quiet",
-    "bright",
-    "walks",
-    "sounds",
-    "looks",
-]
-
-
-def words(number: int, count: int = 4) -> str:
-    return " ".join(WORDS[(number * 7 + k * (number + 3)) % len(WORDS)] for k in range(count))
-
 
 LISTS = [{"id": i, "prompt": words(i), "responses": [words(i + k, 1 + k) for k in range(1, 4)]} for i in range(70)]
 SINGLES = [{"id": i, "prompt": words(i), "response": words(i + 1, 1 + i % 5)} for i in range(70)]

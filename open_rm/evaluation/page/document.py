@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from open_rm.evaluation.page import differences, figures, inert, pictures
+from open_rm.evaluation.score_folders import REPORT
 
 FOLDER = Path(__file__).parent
-REPORT, PAGE = "report.json", "report.html"
+PAGE = "report.html"
 # What a set may leave out, and what stands in a report that has none of it.
 OF_A_SET = {
     "title": None, "benchmark": None, "tied": 0, "unscored": 0, "overlength": 0, "lines": [], "missing": [], "notes": [],

@@ -31,6 +31,7 @@ MARKERS = {
 SVG, PNG = ({name: pair[place] for name, pair in MARKERS.items()} for place in (0, 1))
 WIDTH, HEIGHT = 4.3, 3.1  # inches, of which one is 72 units of the SVG: about a phone's width
 MOST_SOURCES = 40  # boxes in one picture
+RELIABILITY = "reliability.png"  # in a model's folder, for its card
 
 Draw = Callable[[Figure, dict[str, str]], None]
 
