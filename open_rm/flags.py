@@ -45,6 +45,7 @@ SmallShare = Annotated[float, Must("from 0 to below 0.5", lambda x: 0 <= x < 0.5
 Norm = Annotated[float, Must("at least 0", lambda x: x >= 0)]
 Bound = Annotated[float, Must(f"above {BARRIER_EDGE}, and finite", lambda x: BARRIER_EDGE < x < math.inf)]
 Switch = Annotated[list[str], Must("True or False, or NAME::True for one source", lambda given: _is_switch(given))]
+PositiveOrNone = Annotated[float | None, Must("above 0, and finite", lambda x: x is None or 0 < x < math.inf)]
 Recompute = Annotated[str, Must("auto, on, off, or every how many layers", lambda given: _is_recompute(given))]
 Seed = Annotated[int, Must("from 0 to below 2**32", lambda n: 0 <= n < 2**32)]
 
@@ -273,6 +274,34 @@ class BatchFlags:
 
 
 @dataclass(frozen=True)
+class ScaleFlags:
+    """Long sequences, and what fits."""
+
+    sequence_parallel_size: Count = 1
+    """Devices that compute the same sequences together, each a stretch of their tokens (DeepSpeed-Ulysses): for sequences whose
+    activations do not fit on one. It divides the devices and the attention heads; steps, rewards and gradients stay the same."""
+    find_batch_size: bool = False
+    """Before training, try larger and larger micro-batches on the device and keep the largest that fits. Only micro-batches
+    change, not steps."""
+
+
+@dataclass(frozen=True)
+class DryRunFlags:
+    """A run that is only described."""
+
+    dry_run: bool = False
+    """Say what the run would do, and train nothing: steps, memory of a device by part, what would fit, hours, disk. Needs no
+    weights and no GPU; also written to output_dir/plan.json."""
+    world_size: CountOrNone = None
+    """With dry_run: devices to plan for. None: as many as the launcher started."""
+    device_memory_gib: PositiveOrNone = None
+    """With dry_run: plan for GPUs of so much memory. None: for this machine's own device."""
+    tokens_per_second: str | None = None
+    """With dry_run: tokens that a device computes in a second, for the hours: a number, or the folder of an earlier run, whose
+    metrics.jsonl has measured it."""
+
+
+@dataclass(frozen=True)
 class CheckpointFlags:
     """What a run survives: kills, hangs, steps that are no numbers."""
 
@@ -356,6 +385,8 @@ class Args(
     BenchmarkFlags,
     CheckpointFlags,
     RunFlags,
+    DryRunFlags,
+    ScaleFlags,
     BatchFlags,
     ScheduleFlags,
     OptimizerFlags,

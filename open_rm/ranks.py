@@ -22,12 +22,17 @@ AGREEING_SECONDS = 10.0  # in which every rank finds the mistake that one has fo
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. device: the torch device it computes on."""
+    """Where this process stands.
+
+    device: the torch device it computes on.  sequence_size: ranks that compute the same micro-batches together, each a stretch
+        of their positions (model/sequence_parallel.py); neighbours, the first of which has a rank that it divides.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    sequence_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -36,6 +41,21 @@ class Ranks:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def data_rank(self) -> int:
+        """Which of `data_size` shares of the pairs this rank computes; ranks of a sequence group have the same."""
+        return self.rank // self.sequence_size
+
+    @property
+    def data_size(self) -> int:
+        """Number of shares that pairs are dealt into."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank computed of its pairs enters sums over all ranks: of a sequence group the first one's does."""
+        return self.rank % self.sequence_size == 0
 
     def from_main(self, work: Callable[[], Any]) -> Any:
         """Run `work` on the main rank; every rank gets its value (it is pickled: small things only).

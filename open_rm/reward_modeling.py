@@ -28,17 +28,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from open_rm import alive
 from open_rm.batching import feeding
 from open_rm.batching.rules import BatchRules
-from open_rm.data.building import read_both
-from open_rm.data.pairs import PreferenceData
-from open_rm.data.tokenizer import tokenizer_of
 from open_rm.evaluation import calibration, engine_scorer, held_out, in_training, sets
 from open_rm.inspection import look
-from open_rm.model import any_decoder, families
+from open_rm.model import any_decoder
 from open_rm.model.contract import Contract
 from open_rm.model.kernels import capability_of, check_float8, use_fastest
 from open_rm.model.loading import check_trusted_code, compute_dtype, fetch, load_reward_model
@@ -50,6 +46,7 @@ from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.keeper import Keeper
 from open_rm.reliability.signals import Interrupted
 from open_rm.reliability.survival import Survival, surviving
+from open_rm.resolving import Resolved, resolve
 from open_rm.training import best, divergence, ds_config, fitting, memory
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
@@ -61,7 +58,7 @@ from open_rm.training.tracking import Log, Tracker
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Resolved):
     """What is known before there is a model: data, and how everything is to be read and computed."""
 
     args: Args
@@ -70,12 +67,6 @@ class Prepared:
     place: run_folder.Place  # the run's name, its folder, its repository
     found: Checkpoint | None  # what is gone on from
     log: Log
-    config: object  # the model's, of transformers
-    dtype: torch.dtype  # that is computed in
-    tokenizer: PreTrainedTokenizerBase
-    layout: families.Layout
-    train_pairs: PreferenceData
-    held_out_pairs: PreferenceData | None  # None: nothing is evaluated
     contract: Contract  # how a client has to read the saved folder
     checks: list[dict]  # which clients read it as it was trained (clients.ClientCheck)
     benchmarks: list[sets.NamedSet]
@@ -136,28 +127,23 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
         log.say("--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers")
 
     # ---- data: tokenized once, by the main rank, into a cache that the others read
-    def read():
-        config = families.read_config(args, max_token_length=args.max_token_length)
-        how = {"attn_implementation": args.attn_implementation, "max_token_length": args.max_token_length}
-        how |= {"on_gpu": ranks.on_gpu, "bf16": dtype == torch.bfloat16, "capability": capability_of(ranks.device)}
-        layout = families.choose_layout(args.batching, config, **how)
-        tokenizer = tokenizer_of(args)
-        families.check_together(args.model_name_or_path, config, tokenizer, args)
+    def check(config) -> None:
         if trains:  # tokens can be cached on another machine
             check_float8(args, config, ranks.device, dtype, use_peft=args.use_peft)
-        return config, tokenizer, layout, *read_both(args, tokenizer, seed=args.seed, show_progress=ranks.is_main)
 
     with alive.phase("reading data", alive.Kind.BUSY):
         benchmarks = ranks.main_first(lambda: sets.open_sets(args.benchmark)) if trains else []
-        config, tokenizer, layout, train_pairs, held_out_pairs = ranks.main_first(read)
-    log.say(*train_pairs.lines, *(held_out_pairs.lines if held_out_pairs else ["eval: no held-out data was named"]))
+        how = {"on_gpu": ranks.on_gpu, "capability": capability_of(ranks.device), "show_progress": ranks.is_main}
+        read = ranks.main_first(lambda: resolve(args, dtype, check=check, **how))
+    log.say(*read.lines())
+    tokenizer, train_pairs = read.tokenizer, read.train_pairs
     contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
 
     def rehearse() -> tuple[list[dict], list[str]]:
         """What would otherwise fail after hours; then a look at the data, which --strict may end."""
         check_trusted_code(args)
         checks = proof.rehearse(tokenizer, contract)
-        found = look.before_training(train_pairs, held_out_pairs, tokenizer, args, margin_loss=args.margin_loss)
+        found = look.before_training(train_pairs, read.held_out_pairs, tokenizer, args, margin_loss=args.margin_loss)
         return list(map(dataclasses.asdict, checks)), clients.lines(checks) + found
 
     checks, findings = ranks.from_main(rehearse)
@@ -165,8 +151,8 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     if args.cache_dataset_only:
         log.say(f"cached in {args.dataset_local_cache_dir}; stopping (--cache_dataset_only)")
         return None
-    learned = (train_pairs, held_out_pairs, contract, checks, benchmarks)
-    return Prepared(args, ranks, survival, place, found, log, config, dtype, tokenizer, layout, *learned)
+    known = {"args": args, "ranks": ranks, "survival": survival, "place": place, "found": found, "log": log}
+    return Prepared(**vars(read), **known, contract=contract, checks=checks, benchmarks=benchmarks)
 
 
 def build(prepared: Prepared) -> Run:

@@ -26,6 +26,7 @@ ORDER = [
     "data",
     "batching",
     "model",
+    "resolving",
     "scoring",
     "serving",
     "training",
@@ -33,6 +34,7 @@ ORDER = [
     "evaluation",
     "publishing",
     "inspection",
+    "dry_run",
     "checks",
     "command_line",
 ]
@@ -160,9 +162,9 @@ def annotated() -> list[tuple[str, ast.FunctionDef, str, str]]:
     return found
 
 
-def test_only_the_recipe_the_checks_and_the_inspection_take_all_flags():
+def test_only_what_looks_at_a_whole_run_takes_all_flags():
     takers = {name for name, _, _, group in annotated() if group == "Args"}
-    assert takers <= {"reward_modeling.py", "checks.py", "inspection/__main__.py"}
+    assert takers <= {"reward_modeling.py", "checks.py", "inspection/__main__.py", "resolving.py", "dry_run/telling.py"}
 
 
 def attributes_of(function: ast.FunctionDef, parameter: str) -> set[str]:

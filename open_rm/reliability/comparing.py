@@ -51,6 +51,7 @@ FREE = {
     *("num_sample_pairs", "with_tracking", "wandb_project_name", "wandb_entity", "checkpointing_steps"),
     *("checkpointing_minutes", "keep_last_n_checkpoints", "resume_from_checkpoint", "load_best_model_at_end"),
     *("stall_timeout", "max_skipped_steps", "benchmark", "benchmark_rows", "benchmark_max_token_length"),
+    *("sequence_parallel_size", "find_batch_size", "dry_run", "world_size", "device_memory_gib", "tokens_per_second"),
 }
 # Where the best evaluation decides what is saved, or when to stop, these decide too.
 DECIDE_THE_BEST = {"num_evals", "eval_steps", "load_best_model_at_end"}
