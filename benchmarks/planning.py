@@ -5,7 +5,9 @@
 
 Every rank plans every step, in a thread beside training that holds Python's lock meanwhile. Both planners take the same
 steps in one process, in turn, the first of a pair being once the one and once the other; ratios are taken within a step.
-Prints medians with their range, how many steps both deal alike to the last micro-batch, and how even the deals are.
+Prints medians with their range, how many steps both deal alike to the last micro-batch, and how even the deals are: the cost of
+the most loaded rank over the mean, of the median and of the worst step, and what no deal is below: the cost of the longest pair
+alone over the mean of the ranks.
 """
 
 import dataclasses
@@ -63,6 +65,7 @@ def main(args: PlanningArgs) -> None:
             rules = BatchRules(layout, 0, max_tokens, evaluation_tokens=max_tokens, area_cost=area_cost())
             draws = [draw(len(table), args.pairs, np.random.default_rng(seed)) for seed in range(args.steps)]
             title = f"{name}, {layout}, {ranks} ranks, {max_tokens} tokens a micro-batch"
+            title += f", at least {balance([least_imbalance(indices, table, rules, ranks) for indices in draws])}"
             print(f"  {title}: {compare(planners, draws, rules, ranks)}", flush=True)
 
 
@@ -83,15 +86,26 @@ def compare(planners: list[Planner], draws: list[np.ndarray], rules: BatchRules,
             runs[i] = 1e3 * (time.perf_counter() - started), deal
         figures.append([runs[i] for i in range(len(planners))])
     milliseconds = [[took for took, _ in step] for step in figures]
-    uneven = [statistics.median(step[i][1].imbalance for step in figures) for i in range(len(planners))]
+    uneven = [balance([step[i][1].imbalance for step in figures]) for i in range(len(planners))]
     *before, after = [spread(column, 1) for column in zip(*milliseconds, strict=True)]
     if not before:
-        return f"{after}, imbalance {uneven[0]:.3f}"
+        return f"{after}, balance {uneven[0]}"
     same = sum(micro_batches(old) == micro_batches(new) for (_, old), (_, new) in figures)
     return (
         f"before {before[0]}, after {after}, {spread([old / new for old, new in milliseconds], 1)} times as fast; "
-        f"{same} of {len(draws)} steps dealt alike, imbalance {uneven[0]:.3f} and {uneven[1]:.3f}"
+        f"{same} of {len(draws)} steps dealt alike, balance {uneven[0]} and {uneven[1]}"
     )
+
+
+def balance(imbalances: list[float]) -> str:
+    """Of the deals of some steps."""
+    return f"{statistics.median(imbalances):.3f} (worst {max(imbalances):.3f})"
+
+
+def least_imbalance(indices: np.ndarray, table: PairTable, rules: BatchRules, ranks: int) -> float:
+    """Some rank computes the step's longest pair, whatever else; costs as if no two pairs shared anything."""
+    costs = dealing.pair_costs(indices, table, rules.layout, rules.area_cost)
+    return max(1.0, ranks * costs.max() / costs.sum())
 
 
 def micro_batches(deal) -> list[list[tuple[list[int], int]]]:

@@ -17,10 +17,12 @@ from open_rm.flags import (
     BenchmarkFlags,
     CheckpointFlags,
     DataFlags,
+    DryRunFlags,
     Must,
     ObjectiveFlags,
     OptimizerFlags,
     RunFlags,
+    ScaleFlags,
     ScheduleFlags,
     TrackingFlags,
 )
@@ -37,6 +39,8 @@ def check_args(args: Args) -> None:
     check_outputs(run=args, tracking=args, trains=not args.cache_dataset_only)
     check_checkpoints(args, evaluates=bool(args.dataset_mixer_eval_list))
     check_batching(args, attn_implementation=args.attn_implementation)
+    check_scale(args, batch=args)
+    check_dry_run(args, trains=not args.cache_dataset_only)
     check_data(args)
     if args.chat_template_name is not None:
         read_template(args.chat_template_name)
@@ -153,6 +157,21 @@ def check_batching(flags: BatchFlags, *, attn_implementation: str | None) -> Non
         raise UserError(
             f"--attn_implementation chooses attention for padded rows and --batching {flags.batching} has its own; pass one"
         )
+
+
+def check_scale(flags: ScaleFlags, *, batch: BatchFlags) -> None:
+    """A budget that is both found and given."""
+    if flags.find_batch_size and batch.max_tokens_per_micro_batch is not None:
+        raise UserError("--find_batch_size looks for --max_tokens_per_micro_batch; pass one")
+
+
+def check_dry_run(flags: DryRunFlags, *, trains: bool) -> None:
+    """Flags of a run that is only described."""
+    for name in ("world_size", "device_memory_gib", "tokens_per_second"):
+        if getattr(flags, name) is not None and not flags.dry_run:
+            raise UserError(f"--{name} is what --dry_run plans for, and does nothing without it; add or remove it")
+    if flags.dry_run and not trains:
+        raise UserError("--dry_run describes a training, and --cache_dataset_only trains nothing; pass one")
 
 
 def check_data(flags: DataFlags) -> None:

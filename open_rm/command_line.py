@@ -32,8 +32,13 @@ def read(arguments_class: type[T], check: Callable[[T], None], *, prog: str = PR
     try:
         args = parse(arguments_class, sys.argv[1:] if argv is None else argv, prog=prog)
         check(args)
-    except UserError as mistake:  # every rank finds the same one; the first tells it
-        sys.exit(f"error: {mistake}" if _rank() == 0 else 1)
+    except UserError as mistake:  # most are found by every rank, and the first tells them
+        if _rank() == 0:
+            sys.exit(f"error: {mistake}")
+        from open_rm import process_group  # here, since it takes seconds
+
+        process_group.leave_word(mistake)  # of a file that another machine has, for one
+        sys.exit(1)
     return args
 
 

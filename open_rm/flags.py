@@ -297,8 +297,7 @@ class DryRunFlags:
     device_memory_gib: PositiveOrNone = None
     """With dry_run: plan for GPUs of so much memory. None: for this machine's own device."""
     tokens_per_second: str | None = None
-    """With dry_run: tokens that a device computes in a second, for the hours: a number, or the folder of an earlier run, whose
-    metrics.jsonl has measured it."""
+    """With dry_run: tokens a second of a device, for the hours: a number, or the folder of an earlier run that measured it."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import functools
 import itertools
 import logging
 import os
+import platform
 import socket
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -39,6 +41,9 @@ WAITING_TIMEOUT = timedelta(hours=4)
 COLLECTIVE_TIMEOUT = {"nccl": timedelta(minutes=15), "gloo": timedelta(hours=1)}
 MEETING_TIMEOUT = timedelta(minutes=30)  # for the last process to start
 CONNECTING_TIMEOUT = timedelta(minutes=2)  # and then to connect to all others
+LOOKING_AROUND = timedelta(seconds=1)  # meanwhile: how often it is asked whether one said that it does not
+LEAVING_WORD = timedelta(seconds=10)
+WORD = "open_rm/does not come"
 GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 SIOCGIFADDR = 0x8915  # Linux's question for an interface's address
 _GROUP_NUMBERS = itertools.count()  # every rank counts the groups that it has joined alike
@@ -100,13 +105,7 @@ def _form_group(device: torch.device, backend: str) -> None:
     store = dist.PrefixStore(f"open_rm/{next(_GROUP_NUMBERS)}", store)
     here = [f"here/{number}" for number in range(world_size)]
     store.set(here[rank], "")
-    try:
-        store.wait(here, MEETING_TIMEOUT)
-    except RuntimeError as error:
-        raise UserError(
-            f"not all {world_size} processes of the run started within {MEETING_TIMEOUT.total_seconds() / 60:.0f} minutes of "
-            f"rank {rank} ({quote_error(error)}); see what the others print, and that each machine was given the same command"
-        ) from error
+    _wait_for_all(store, here, rank)
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     how = {"store": store, "rank": rank, "world_size": world_size}
@@ -116,6 +115,43 @@ def _form_group(device: torch.device, backend: str) -> None:
     else:
         _connected(lambda: dist.init_process_group(backend, timeout=CONNECTING_TIMEOUT, **how))
         _set_pg_timeout(COLLECTIVE_TIMEOUT[backend])
+
+
+def _wait_for_all(store: dist.Store, here: list[str], rank: int) -> None:
+    """Until every process has come, or one says that it does not."""
+    until = time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    while True:
+        try:
+            return store.wait(here, LOOKING_AROUND)
+        except RuntimeError as error:
+            lost = error
+        try:
+            word = _word_of_one_that_fails()
+        except RuntimeError as error:  # the store went with its process
+            word, lost, until = None, error, 0.0
+        if word:
+            raise UserError(word) if rank == 0 else SystemExit(1)
+        if time.monotonic() > until:
+            raise UserError(
+                f"not all {len(here)} processes of the run started within {MEETING_TIMEOUT.total_seconds() / 60:.0f} minutes of "
+                f"rank {rank} ({quote_error(lost)}); see what the others print, and that each machine was given the same command"
+            ) from lost
+
+
+def leave_word(mistake: object) -> None:
+    """A process that ends before it joins says why, so that those that wait for it do not: the main one tells it.
+
+    A mistake that all make the main process has told by itself by then, and nobody listens.
+    """
+    rank = os.environ["RANK"]
+    with contextlib.suppress(RuntimeError, ValueError):  # nobody to tell
+        store, *_ = next(dist.rendezvous("env://", timeout=LEAVING_WORD))
+        store.set(WORD, f"rank {rank} on {platform.node()}: {mistake}")
+
+
+def _word_of_one_that_fails() -> str | None:
+    store, *_ = _meeting_place()
+    return store.get(WORD).decode() if store.check([WORD]) else None
 
 
 def _connected(form: Callable[[], Any]) -> Any:

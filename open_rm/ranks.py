@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from open_rm import alive, process_group
+from open_rm import alive, node_cache, process_group
 from open_rm.errors import LeftAlone, OneRanksError, UserError
 
 WAITING_SECONDS = 60.0
@@ -33,6 +34,11 @@ class Ranks:
     world_size: int
     device: torch.device
     sequence_size: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its number and its host, as messages call it."""
+        return f"rank {self.rank} on {platform.node()}"
 
     @property
     def is_main(self) -> bool:
@@ -90,21 +96,33 @@ class Ranks:
 
     def main_first(self, build: Callable[[], Any]) -> Any:
         """Run `build` on the main rank, then on one rank of each other node, then on all: they find what it left in the
-        cache. Where it fails on one of these, no rank goes on."""
+        cache, and ask the Hub nothing (node_cache.py). Where it fails on one of them, no rank goes on."""
         kept = []  # a value that is built is not sent around: it may be large
-        self.once_a_node(lambda: kept.append(build()))
-        return kept[0] if kept else build()
+        notes = node_cache.Notes()
+
+        def first() -> dict:
+            with node_cache.noting(notes):
+                kept.append(build())
+            return notes.commits
+
+        notes.commits |= self.from_main(first)
+        with self._ends_all():
+            if not self.is_main and self.local_rank == 0:
+                first()
+        packed = self.gathered(notes.packed() if self.local_rank == 0 or self.is_main else None)
+        with self._ends_all():
+            if not kept:
+                found = node_cache.Notes.unpacked(packed[self.rank - self.local_rank])
+                with node_cache.noting(found), node_cache.as_fetched():
+                    kept.append(build())
+        return kept[0]
 
     def once_a_node(self, work: Callable[[], None]) -> None:
         """Run `work` on the main rank, then on one rank of each other node. Where it fails on one, no rank goes on."""
-        error = None
         self.from_main(work)
-        if not self.is_main and self.local_rank == 0:
-            try:
+        with self._ends_all():
+            if not self.is_main and self.local_rank == 0:
                 work()
-            except Exception as raised:
-                error = raised
-        self._end_with(error)
 
     def gathered(self, value: Any) -> list:
         """The values of all ranks, on every rank (they are pickled: small things only)."""
@@ -157,12 +175,19 @@ class Ranks:
         except RuntimeError:  # the store went with its process
             return False
 
-    def _end_with(self, error: Exception | None) -> None:
-        """Ranks that may fail alone meet here; one that did ends all. A mistake of the user is told by the main rank."""
+    @contextlib.contextmanager
+    def _ends_all(self) -> Iterator[None]:
+        """What ranks do inside some of them may fail at, alone; all meet at its end, and one that did ends all. A mistake of the
+        user is told by the main rank, with the rank and the host that found it."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
         mistake = error is not None and _may_be_of_all(error)
         if error is not None and not mistake:
             self._marked(error, of_all=False)  # told before the others come here, which may take long
-        ends = self.gathered((error is not None, f"rank {self.rank}: {error}" if mistake else None))
+        ends = self.gathered((error is not None, f"{self.name}: {error}" if mistake else None))
         if error is not None and not mistake:
             raise error
         if any(failed and sentence is None for failed, sentence in ends):

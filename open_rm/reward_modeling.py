@@ -29,12 +29,13 @@ from dataclasses import dataclass
 
 import torch
 
-from open_rm import alive
+from open_rm import alike, alive, node_cache
 from open_rm.batching import feeding
 from open_rm.batching.rules import BatchRules
+from open_rm.dry_run import telling
 from open_rm.evaluation import calibration, engine_scorer, held_out, in_training, sets
 from open_rm.inspection import look
-from open_rm.model import any_decoder
+from open_rm.model import any_decoder, sequence_parallel
 from open_rm.model.contract import Contract
 from open_rm.model.kernels import capability_of, check_float8, use_fastest
 from open_rm.model.loading import check_trusted_code, compute_dtype, fetch, load_reward_model
@@ -47,13 +48,14 @@ from open_rm.reliability.keeper import Keeper
 from open_rm.reliability.signals import Interrupted
 from open_rm.reliability.survival import Survival, surviving
 from open_rm.resolving import Resolved, resolve
-from open_rm.training import best, divergence, ds_config, fitting, memory
+from open_rm.training import best, divergence, ds_config, fitting, memory, trying
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
 from open_rm.training.metrics import Meter
 from open_rm.training.plan import Plan, make_plan
 from open_rm.training.plots import draw_curves
 from open_rm.training.progress import Progress
+from open_rm.training.stragglers import Stragglers
 from open_rm.training.tracking import Log, Tracker
 
 
@@ -62,6 +64,7 @@ class Prepared(Resolved):
     """What is known before there is a model: data, and how everything is to be read and computed."""
 
     args: Args
+    pinned: Args  # with the commits that the model's and the tokenizer's revisions stand for now: what all ranks read
     ranks: Ranks  # which process this is
     survival: Survival  # whether a stop was asked for; the claim on the folder
     place: run_folder.Place  # the run's name, its folder, its repository
@@ -94,9 +97,12 @@ class Run(Prepared):
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate, save, check and push; returns the last metrics of training and evaluation."""
     check_args(args)  # again for those who call from Python; it takes milliseconds
-    with joined_ranks() as ranks, surviving(ranks, args.stall_timeout) as survival:
-        prepared = prepare(args, ranks, survival)
-        if prepared is None:
+    if args.dry_run:
+        return telling.tell(args)
+    with joined_ranks() as alone, surviving(alone, args.stall_timeout) as survival:
+        ranks = sequence_parallel.grouped(alone, args.sequence_parallel_size)
+        alike.check(ranks, comparing.plain(args))
+        if (prepared := prepare(args, ranks, survival)) is None:
             return {}
         run = build(prepared)
         progress = run.keeper.resume(run.engine, run.found, len(run.train_pairs), run.plan.total_steps)
@@ -123,25 +129,26 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     if place.finished:
         log.say(f"the run in {place.folder} is finished, there is nothing to do; choose another --output_dir")
         return None
-    if args.use_slow_tokenizer:
-        log.say("--use_slow_tokenizer has no effect: transformers 5 has no slow tokenizers")
 
     # ---- data: tokenized once, by the main rank, into a cache that the others read
+    device = {"on_gpu": ranks.on_gpu, "capability": capability_of(ranks.device)}
+
     def check(config) -> None:
         if trains:  # tokens can be cached on another machine
             check_float8(args, config, ranks.device, dtype, use_peft=args.use_peft)
 
     with alive.phase("reading data", alive.Kind.BUSY):
+        pinned = node_cache.at(args, ranks.from_main(lambda: node_cache.commits_of(args)))
         benchmarks = ranks.main_first(lambda: sets.open_sets(args.benchmark)) if trains else []
-        how = {"on_gpu": ranks.on_gpu, "capability": capability_of(ranks.device), "show_progress": ranks.is_main}
-        read = ranks.main_first(lambda: resolve(args, dtype, check=check, **how))
+        read = ranks.main_first(lambda: resolve(pinned, dtype, check=check, show_progress=ranks.is_main, **device))
+        alike.compare(ranks, read.marks(comparing.data_mark), alike.SAME_FILES)
     log.say(*read.lines())
     tokenizer, train_pairs = read.tokenizer, read.train_pairs
     contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
 
     def rehearse() -> tuple[list[dict], list[str]]:
         """What would otherwise fail after hours; then a look at the data, which --strict may end."""
-        check_trusted_code(args)
+        check_trusted_code(pinned)
         checks = proof.rehearse(tokenizer, contract)
         found = look.before_training(train_pairs, read.held_out_pairs, tokenizer, args, margin_loss=args.margin_loss)
         return list(map(dataclasses.asdict, checks)), clients.lines(checks) + found
@@ -151,8 +158,8 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
     if args.cache_dataset_only:
         log.say(f"cached in {args.dataset_local_cache_dir}; stopping (--cache_dataset_only)")
         return None
-    known = {"args": args, "ranks": ranks, "survival": survival, "place": place, "found": found, "log": log}
-    return Prepared(**vars(read), **known, contract=contract, checks=checks, benchmarks=benchmarks)
+    known = {"args": args, "pinned": pinned, "ranks": ranks, "survival": survival, "place": place, "found": found}
+    return Prepared(**vars(read), **known, log=log, contract=contract, checks=checks, benchmarks=benchmarks)
 
 
 def build(prepared: Prepared) -> Run:
@@ -169,18 +176,22 @@ def build(prepared: Prepared) -> Run:
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
     with alive.phase("loading the model", alive.Kind.BUSY):
-        ranks.once_a_node(lambda: fetch(args))
+        ranks.once_a_node(lambda: fetch(prepared.pinned))
         width, bf16 = prepared.config.get_text_config().hidden_size, dtype == torch.bfloat16
         how = {"width": width, "bf16": bf16, "max_grad_norm": args.max_grad_norm, "world_size": ranks.world_size}
         deepspeed_config = ds_config.fill_config(args, **how)
         how = {"layout": layout.name, "dtype": dtype, "seed": args.seed, "deepspeed_config": deepspeed_config}
-        model, lines = load_reward_model(args, prepared.tokenizer, adapter=args, **how)
+        with node_cache.model_as_fetched(args):
+            model, lines = load_reward_model(prepared.pinned, prepared.tokenizer, adapter=args, **how)
+        lines += sequence_parallel.use(model, ranks)
         lines += use_fastest(model, ranks.device, layout.name, float8=args.float8)  # in place
         log.say(*lines, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
         engine = Engine(model, args, deepspeed_config, ranks, plan.total_steps, plan.warmup_steps)
         how = {"config": deepspeed_config, "optim": args.optim, "table": train_pairs.table}  # what decides what fits
         rules, lines = fitting.fit(args, model, engine, rules, **how)
-        log.say(rules.describe(layout.why_not_shared), *lines)
+        how = {"pairs_per_step": pairs_per_step, "before": found and found.state.get("found_budget")}
+        rules, tried = trying.find(args, args, engine, rules, train_pairs, **how)
+        log.say(rules.describe(layout.why_not_shared), *lines, *tried)
         rules = feeding.with_attention_cost(rules, model_shape(model), on_gpu=ranks.on_gpu)  # long sequences cost more
 
     # ---- checkpoints: room for them, and that this run is the one that a found one was begun as
@@ -190,6 +201,7 @@ def build(prepared: Prepared) -> Run:
     facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
     facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
     facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
+    facts |= {"found_budget": trying.kept(args, rules, ranks)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
     known = engine_scorer.InTraining(model, prepared.tokenizer, prepared.contract, rules.for_evaluation(), ranks)
@@ -201,7 +213,8 @@ def build(prepared: Prepared) -> Run:
 def train(run: Run, tracker: Tracker, progress: Progress) -> None:
     """The loop; `progress` says where it begins, and afterwards how far it came."""
     args, ranks, engine, plan, keeper = run.args, run.ranks, run.engine, run.plan, run.keeper
-    meter = Meter(ranks, model_shape(run.model), engine.dtype)
+    slow = Stragglers(engine.module, ranks, run.log.say)
+    meter = Meter(ranks, model_shape(run.model), engine.dtype, slow)
     margins = run.train_pairs.margins() if args.margin_loss else None
     draws = plan.draw(run.train_pairs.table)  # the pairs of each step, decided by (seed, epoch, step) alone
     steps = feeding.training_steps(draws, run.train_pairs, run.rules, ranks, margins=margins, after=progress.step)
@@ -221,7 +234,7 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
                     engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
                 meter.add(chosen, rejected, terms, micro.batch)
 
-            means = meter.reduce(step.pairs)  # over all ranks
+            means = meter.reduce(step.pairs, waited=step.waited)  # over all ranks
             lr = engine.learning_rate
             grad_norm = engine.step(drop=not math.isfinite(means["loss"]))  # a step that is no number is not applied
             performance = meter.performance(step, flops_before=progress.flops) | keeper.figures()
@@ -237,6 +250,7 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
                 run.log.say(f"no evaluation beat that of step {progress.best_step}: ending at step {step.number}")
                 break
         keeper.after_training(engine, progress, tracker.positions)
+        run.log.say(*slow.report())
 
 
 def evaluate(run: Run, tracker: Tracker, progress: Progress) -> None:

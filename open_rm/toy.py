@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,21 +164,36 @@ class ToyArgs:
 
 
 def main(args: ToyArgs) -> None:
-    """Write model, tokenizer and data."""
+    """Write model, tokenizer and data. Processes that share the folder, on several machines too, may do it at once."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, which would look for a GPU and warn
     disable_progress_bar()
     folder = Path(args.folder)
     marker = folder / "made.json"
     made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what another version made is made again
     recipe = json.dumps({"train": args.train_pairs, "test": args.test_pairs, "seed": args.seed, "made_by": made_by})
-    if marker.is_file() and marker.read_text() == recipe:
+
+    def is_made() -> bool:
+        return marker.is_file() and marker.read_text() == recipe
+
+    if is_made():
         return
-    marker.unlink(missing_ok=True)  # while files of two recipes may lie side by side
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making_") as making:
+        made = Path(making)
+        _make(args, made)
+        if not is_made():  # another process may have been faster
+            marker.unlink(missing_ok=True)  # while files of two recipes may lie side by side
+            put(made, folder)
+            (made / "made.json").write_text(recipe)
+            (made / "made.json").replace(marker)
+
+
+def _make(args: ToyArgs, folder: Path) -> None:
     splits = {
         "train": make_pairs(args.train_pairs, args.seed),
         "test": make_pairs(args.test_pairs, args.seed, held_out=True),
     }
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "data").mkdir()
     for split, rows in splits.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
@@ -188,7 +204,19 @@ def main(args: ToyArgs) -> None:
     tokenizer = make_tokenizer([*words, "<|user|>\n<|assistant|>\n<|system|>\n"])
     make_model(len(tokenizer), args.seed).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    marker.write_text(recipe)
+
+
+def put(made: Path, folder: Path) -> None:
+    """Move the files below made to the same places below folder, each by one rename; one that is there already stays as it
+    is. So a process that has finished may read all of them while another, which made the same, is at it."""
+    for file in sorted(made.rglob("*")):
+        if not file.is_file():
+            continue
+        place = folder / file.relative_to(made)
+        if place.is_file() and place.read_bytes() == file.read_bytes():
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull
 
 # A file is run by one process, so the longest come first: none is left over when the others are done.
 LONGEST = (
+    "slurm",
+    "sequence_parallel",
+    "many_ranks",
+    "two_hosts",
     "kills",
     "stops",
     "faults",

@@ -5,6 +5,7 @@ Started with `python forking.py`: reads a JSON object a line (flags, env, log) a
 alone it waits for that process and prints its exit status.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -15,18 +16,26 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
 LONGEST = 300.0  # seconds that any of these runs may take on a slow machine before it counts as hanging
 
 
 def serve() -> None:
     import transformers
+    from markupsafe import Markup
 
     from open_rm import reward_modeling  # all that a run imports
-    from open_rm.training import plots
+    from open_rm.evaluation.page import pictures
 
     importlib.import_module("deepspeed")
     _ = transformers.get_scheduler, transformers.AutoModelForSequenceClassification  # imported when they are asked for
-    plots.PANELS = plots.PANELS[:2]  # drawing the others is a second of each run
+    # Pictures would be a third of each run; other tests draw them.
+    reward_modeling.draw_curves = lambda record, title: blank(record.with_name("curves.png"))
+    pictures.reliability_png = lambda calibration, path, title: blank(path)
+    pictures._svg = lambda *_, **__: Markup("<svg></svg>")
+    gc.collect()
+    gc.freeze()  # else each run's collections go through all that was imported
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -38,6 +47,11 @@ def serve() -> None:
         if child == 0:
             become_a_rank(reward_modeling, **asked)
         print(child, flush=True)
+
+
+def blank(path: Path) -> Path:
+    Image.new("RGB", (2, 2)).save(path)
+    return path
 
 
 def become_a_rank(recipe, flags: list[str], env: dict, log: str) -> None:

@@ -139,6 +139,13 @@ CONTRADICTIONS = [
     ("--wandb_entity me", "--wandb_entity does nothing without --with_tracking"),
     ("--push_to_hub --cache_dataset_only", "--cache_dataset_only trains no model"),
     ("--dataset_mixer_list", "--dataset_mixer_list is empty"),
+    ("--find_batch_size --max_tokens_per_micro_batch 512", "--find_batch_size looks for --max_tokens_per_micro_batch"),
+    ("--world_size 64", "--world_size is what --dry_run plans for"),
+    ("--device_memory_gib 80", "--device_memory_gib is what --dry_run plans for"),
+    ("--tokens_per_second 1000", "--tokens_per_second is what --dry_run plans for"),
+    ("--dry_run --cache_dataset_only", "--dry_run describes a training"),
+    ("--dry_run --device_memory_gib 0", "--device_memory_gib 0.0: must be above 0"),
+    ("--sequence_parallel_size 0", "--sequence_parallel_size 0: must be at least 1"),
     ("--learning_rate 0", "--learning_rate 0.0: must be above 0, and finite"),
     ("--learning_rate nan", "--learning_rate nan: must be above 0, and finite"),
     ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1"),
@@ -184,7 +191,7 @@ def own_names(group) -> list[str]:
 
 
 def test_the_groups_have_99_flags_together_and_share_none():
-    assert len(BASES) == 11 and set(Args.__bases__) == BASES
+    assert len(BASES) == 13 and set(Args.__bases__) == BASES
     names = [name for group in GROUPS.values() for name in own_names(group)]
     assert len(names) == len(set(names)) == 99
     assert set(own_names(Args)) == set(names)

@@ -3,17 +3,13 @@
 The training is a stand-in that does what a plan says, one line of Python an attempt; torchrun is the real one.
 """
 
-import contextlib
-import functools
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -204,6 +200,59 @@ def test_the_latest_checkpoint_is_the_highest_step_that_was_committed(place):
 )
 def test_the_output_folder_is_the_last_that_the_flags_name(flags, folder):
     assert call("output_folder", *flags) == f"{folder}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--seed", "1"], ""),
+        (["--dry_run"], "true"),
+        (["--seed", "1", "--dry-run", "--world_size", "64"], "true"),
+        (["--dry_run", "False"], "False"),
+        (["--dry_run=True"], "True"),
+        (["--dry_run", "--no_dry_run"], "false"),
+        (["--config", "CONFIG"], "true"),
+        (["--config=CONFIG", "--no-dry-run"], "false"),
+    ],
+)
+def test_a_flag_is_read_as_the_recipe_reads_it(place, flags, value):
+    (place.folder / "config.yaml").write_text("seed: 3\ndry_run: true  # first\n")
+    flags = [flag.replace("CONFIG", str(place.folder / "config.yaml")) for flag in flags]
+    assert call("flag_value", "dry_run", *flags) == f"{value}\n"
+
+
+OF_A_POD = {"WORLD_SIZE": "2", "RANK": "1", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "2"}
+
+
+def test_a_dry_run_is_one_python_that_knows_of_no_group_and_is_not_started_again(place):
+    plan = "print(' '.join(sys.argv[1:]), [name for name in os.environ if name in {group}]); sys.exit(3)"
+    group = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *OF_A_POD)
+    flags = ["--dry_run", "--world_size", "8"]
+    status, out, err = place.run(plan.format(group=group), flags=flags, RESTARTS="2", **OF_A_POD)
+    assert (status, place.attempts, err) == (3, 1, "")
+    step = "-m open_rm.reward_modeling --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
+    assert out == f"{step} --world_size 8 --dry_run --world_size 8 []\n"
+
+
+def test_one_process_in_a_pod_knows_of_no_group(place):
+    plan = "print([name for name in os.environ if name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')]); sys.exit(0)"
+    where = OF_A_POD | {
+        "PET_NNODES": "1",
+        "PET_NODE_RANK": "0",
+        "PET_NPROC_PER_NODE": "auto",
+        "MASTER_ADDR": "a-master-0",
+    }
+    assert place.run(plan, **where) == (0, "[]\n", "")
+
+
+def test_what_a_recipe_needs_is_made_when_nothing_is_left_to_refuse(place):
+    recipe = (place.folder / "recipe.sh").read_text()
+    (place.folder / "recipe.sh").write_text('make_inputs() { echo "made with $PYTHON"; }\n' + recipe)
+    made = f"made with {place.folder}/python\n"
+    assert place.run("print('trained'); sys.exit(0)")[:2] == (0, f"{made}trained\n")
+    assert place.run("print('told'); sys.exit(0)", flags=["--dry_run"])[1].startswith(made)
+    assert place.run(NNODES="2")[:2] == (1, "")
+    assert "made" not in place.run(DRY="1")[1]
 
 
 @pytest.mark.parametrize("status", [0, 1, 75, 76])
@@ -413,6 +462,66 @@ def test_torchruns_ranks_that_do_not_listen_yet_end_at_the_first_signal(place):
     assert time.monotonic() - before < 20 and not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the ranks of torchrun are found in /proc")
+def test_each_rank_has_a_log_of_its_own_for_each_start(place):
+    logs = place.folder / "logs"
+    broken = "print('first', rank, file=sys.stderr); commit(7); assert rank == '0'; sys.exit(1)"
+    process = place.start(
+        broken, "print('second', rank, flush=True); listen(); commit(9); sys.exit(75)",
+        GPUS="2", RESTARTS="1", RANK_LOGS=str(logs),
+    )  # fmt: skip
+    for name in ("attempt_1_0", "attempt_1_1", "ready_0", "ready_1"):  # a slow machine has a minute for each
+        place.wait_for(name)
+    process.send_signal(signal.SIGUSR1)
+    status, out, err = ended(process)
+    assert (status, place.heard(0), place.heard(1)) == (75, ["SIGUSR1"], ["SIGUSR1"])
+    assert err.splitlines()[-1] == "stopped at step_00000009; the same command goes on from there"
+
+    starts = sorted((logs / "node_0").iterdir())
+    assert len(starts) == 2
+
+    def of_rank(start: Path, rank: int, name: str) -> str:
+        [file] = start.glob(f"*/attempt_0/{rank}/{name}.log")
+        return file.read_text()
+
+    for rank in (0, 1):
+        assert f"first {rank}\n" in of_rank(starts[0], rank, "stderr")
+        assert of_rank(starts[1], rank, "stdout") == f"second {rank}\n"
+    assert "AssertionError" in of_rank(starts[0], 1, "stderr") and "[rank 1] AssertionError" in err
+    assert out == "[rank 0] second 0\n"  # each node's first rank; of the others stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "refused"),
+    [
+        ("2", None, None),
+        ("3", None, "has 2 (nvidia-smi -L)"),
+        ("2", "1", "has 1 (CUDA_VISIBLE_DEVICES=1)"),
+        ("3", "0,1,2", None),  # whoever set it knows
+        ("4", "", None),  # computes on its CPU
+        ("1", "", None),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused(place, monkeypatch, gpus, visible, refused):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    place.script(
+        "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: NVIDIA H200 (UUID: GPU-1)\\nGPU 1: NVIDIA H200 (UUID: GPU-2)\\n'\n"
+    )
+    variables = {"GPUS": gpus} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    command = ["bash", "-euc", "source scripts/launch.sh; check_gpus"]
+    status, _, err = ended(place.start(command=command, flags=[], **variables))
+    if refused is None:
+        assert (status, err) == (0, "")
+    else:
+        assert status == 1 and err.startswith(f"error: GPUS={gpus}, but ") and refused in err and err.count("\n") == 1
+
+
+def test_the_launcher_alone_is_refused():
+    done = subprocess.run(["bash", "scripts/launch.sh"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: launch.sh is sourced by recipes; run one of")
+
+
 SRUN = """\
 #!/bin/bash
 # what it was asked, then the task in its place: a signal to srun is one to the task
@@ -551,103 +660,3 @@ def test_a_job_submitted_wrongly_is_refused_in_one_sentence(place, arguments, va
     status, out, err = ended(process)
     assert (status, out) == (1, "")
     assert err.startswith("error: ") and sentence in err and err.count("\n") == 1
-
-
-SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
-
-SLURM = """\
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmUser=root
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/%n.log
-SlurmctldPort={ports[0]}
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-SchedulerParameters=sched_interval=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=main Nodes=n1,n2 Default=YES
-"""
-
-
-def wait_until(true) -> None:
-    until = time.monotonic() + 90
-    while not true():
-        assert time.monotonic() < until, "it did not come to that in 90 s"
-        time.sleep(0.2)
-
-
-def asked_slurm(folder: Path, *command: str, **kwargs) -> str:
-    environment = kwargs.pop("env", dict(os.environ)) | {"SLURM_CONF": str(folder / "slurm.conf")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **kwargs).stdout
-
-
-@pytest.fixture
-def slurm():
-    """A real Slurm of two nodes on this machine; the folder with its slurm.conf."""
-    missing = [name for name in ("slurmctld", "slurmd", "srun", "munged") if shutil.which(name, path=SBIN) is None]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"no Slurm to start here: {f'no {missing[0]}' if missing else 'not root'}")
-    with tempfile.TemporaryDirectory(prefix="slurm_") as name, contextlib.ExitStack() as stack:
-        folder = Path(name)  # a short one, for the socket
-        for part in ("state", "n1", "n2"):
-            (folder / part).mkdir()
-        (folder / "munge.key").write_bytes(os.urandom(1024))
-        (folder / "munge.key").chmod(0o600)
-        conf = folder / "slurm.conf"
-        conf.write_text(SLURM.format(host=socket.gethostname(), folder=folder, ports=free_ports(3)))
-        munge = [
-            "munged",
-            "--foreground",
-            "--force",
-            f"--socket={folder}/munge.socket",
-            f"--key-file={folder}/munge.key",
-        ]
-        munge += [f"--{part}-file={folder}/munge.{part}" for part in ("pid", "log", "seed")]
-        daemons = [
-            munge,
-            ["slurmctld", "-D", "-f", conf],
-            *(["slurmd", "-D", "-f", conf, "-N", n] for n in ("n1", "n2")),
-        ]
-        for command in daemons:
-            daemon = subprocess.Popen(
-                list(map(str, command)),
-                env=os.environ | {"PATH": SBIN},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            stack.callback(daemon.wait)
-            stack.callback(daemon.terminate)
-            if command is munge:
-                wait_until(lambda: (folder / "munge.socket").exists())
-        wait_until(lambda: asked_slurm(folder, "sinfo", "--noheader", "--format=%T:%D") == "idle:2\n")
-        yield folder
-        asked_slurm(folder, "scancel", "--full", "--signal=KILL", "--state=RUNNING")  # what a failed test has left
-        wait_until(lambda: asked_slurm(folder, "squeue", "--noheader", "--states=RUNNING,COMPLETING") == "")
-
-
-def test_a_real_job_on_two_nodes_is_stopped_requeued_and_finishes(place, slurm):
-    log = place.folder / "job.log"
-    ask = functools.partial(asked_slurm, slurm, cwd=REPOSITORY)
-    plan = ["listen(); commit(7, takes=2); sys.exit(75)", "commit(9); sys.exit(0)"]
-    variables = {"PLAN": "\n".join(plan), "MASTER_ADDR": "127.0.0.1", "SLURM_CONF": str(slurm / "slurm.conf")}
-    flags = ["--parsable", "--nodes=2", f"--output={log}", SBATCH, str(place.folder / "recipe.sh")]
-    number = ask("sbatch", *flags, "--output_dir", str(place.output), env=place.environment(variables)).strip()
-    for rank in (0, 1):
-        place.wait_for(f"ready_{rank}")
-    ask("scancel", "--batch", "--signal=USR1", number)  # what --signal=B:USR1@300 does 300 s before the end
-    wait_until(lambda: log.exists() and "finished" in log.read_text())
-    text = log.read_text()
-    assert "status 75, step_00000007: requeued, to go on from there" in text
-    assert f"job {number}, start 2, from step_00000007" in text
-    assert (place.heard(0)[0], place.heard(1)[0], place.attempts) == ("SIGUSR1", "SIGUSR1", 2)
-    for node in (0, 1):
-        assert "stopped at step_00000007" in (place.folder / f"out.logs/node_{node}.log").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import string
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import transformers
+import yaml
 from conftest import REPOSITORY
 
 from open_rm.checks import check_args
@@ -144,14 +146,14 @@ SINGLE_MACHINE = {
     "llama3/reward_modeling_8b.sh": 128,
     "pythia/reward_modeling_1b_sentiment.sh": 32,
     "minilm/reward_modeling.sh": 16,
+    "debug/reward_modeling.sh": 16,
 }
 
 
 @pytest.mark.parametrize("script", SINGLE_MACHINE)
 @pytest.mark.parametrize("gpus", ["1", "2", "8"])
 def test_a_step_is_the_same_pairs_on_any_number_of_devices(script, gpus):
-    per_device = {"PER_DEVICE": "2"} if "minilm" in script or "pythia" in script else {}
-    command = dry(script, GPUS=gpus, **per_device)
+    command = dry(script, GPUS=gpus)
     args = parse(Args, command[command.index("open_rm.reward_modeling") + 1 :])
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * int(gpus) == SINGLE_MACHINE[script]
     assert ("torch.distributed.run" in command) == (gpus != "1")
@@ -169,6 +171,105 @@ def test_a_step_is_the_same_pairs_on_two_nodes(script, name):
         "python -m torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 4"
         " --rdzv_conf timeout=3600 --master_addr 10.0.0.1 --master_port 29501 -m"
     )
+
+
+@pytest.mark.parametrize("script", [*SINGLE_MACHINE, "tulu3/reward_modeling_8b.sh"])
+def test_a_dry_run_of_any_recipe_is_one_process_for_all_devices(script):
+    command = dry(
+        script, "--dry_run", NNODES="2", GPUS="4", SLURM_NODEID="7"
+    )  # no MASTER_ADDR; who is who is no matter
+    args = parse(Args, command[command.index("open_rm.reward_modeling") + 1 :])
+    assert launcher(command) == ["python", "-m"] and args.dry_run and args.world_size == 8
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * 8
+    assert step == SINGLE_MACHINE.get(script, 256)
+
+
+def test_a_dry_run_for_another_number_of_devices_keeps_the_step():
+    args = recipe_args(dry("tulu3/reward_modeling_8b.sh", "--dry_run", "--world_size", "16"))
+    assert (args.world_size, args.per_device_train_batch_size * args.gradient_accumulation_steps) == (16, 16)
+
+
+PYTORCHJOB = REPOSITORY / "scripts/train/kubernetes/pytorchjob.yaml"
+
+
+def of_a_pod(node: int, nodes: int = 2, per_node: str = "8") -> dict[str, str]:
+    """What Kubeflow's training operator puts into the environment of a pod of the job open-rm: setPodEnv in
+    pkg/controller.v1/pytorch/envvar.go and master.go of kubeflow/training-operator, release 1.9, with DefaultNprocPerNode
+    "auto" and PyTorchJobDefaultPort 23456 of pkg/apis/kubeflow.org/v1."""
+    processes = int(per_node) if per_node.isdigit() else 1
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "MASTER_PORT": "23456",
+        "PET_MASTER_PORT": "23456",
+        "MASTER_ADDR": "open-rm-master-0",
+        "PET_MASTER_ADDR": "open-rm-master-0",
+        "WORLD_SIZE": str(nodes * processes),
+        "RANK": str(node),
+        "PET_NODE_RANK": str(node),
+        "PET_NPROC_PER_NODE": per_node,
+        "PET_NNODES": str(nodes),
+    }
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_each_pod_of_the_pytorchjob_starts_its_own_ranks(node):
+    replicas = yaml.safe_load(PYTORCHJOB.read_text())["spec"]["pytorchReplicaSpecs"]
+    [container] = replicas["Worker" if node else "Master"]["template"]["spec"]["containers"]
+    assert container["name"] == "pytorch" and container["command"][0] == "bash"
+    own = {each["name"]: each["value"] for each in container["env"]}
+    script = container["command"][1].removeprefix("scripts/train/")
+    command = dry(script, *container["command"][2:], **own, **of_a_pod(node))
+    assert launcher(command)[:12] == shlex.split(
+        f"python -m torch.distributed.run --nnodes 2 --node_rank {node} --nproc_per_node 8 --rdzv_conf timeout=3600"
+        " --master_addr"
+    )
+    assert (
+        option(command, "--master_addr", "") == "open-rm-master-0" and option(command, "--master_port", "") == "23456"
+    )
+    assert option(command, "--log_dir", "").startswith(f"/output/tulu3.logs/node_{node}/")
+    args = recipe_args(command)
+    assert (args.gradient_accumulation_steps, args.output_dir) == (16, "/output/tulu3")
+
+
+def test_a_pod_whose_job_names_no_count_of_processes_has_the_recipes():
+    command = dry("pythia/reward_modeling_1b_sentiment.sh", **of_a_pod(1, per_node="auto"))
+    assert (option(command, "--nproc_per_node", ""), option(command, "--node_rank", "")) == ("1", "1")
+    command = dry("tulu3/reward_modeling_8b.sh", **of_a_pod(0, nodes=1, per_node="auto"))
+    assert launcher(command) == shlex.split("python -m torch.distributed.run --standalone --nproc_per_node 8 -m")
+
+
+def test_an_elastic_job_is_refused():
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        dry("pythia/reward_modeling_1b_sentiment.sh", PET_NNODES="1:4")
+    assert caught.value.stderr.endswith("NNODES and GPUS are counts of 1 or more, not '1:4'\n")
+
+
+def test_pods_of_the_pytorchjob_start_again_share_memory_and_take_tokens_from_a_secret():
+    job = yaml.safe_load(PYTORCHJOB.read_text())
+    for name, replica in job["spec"]["pytorchReplicaSpecs"].items():
+        pod = replica["template"]["spec"]
+        [container] = pod["containers"]
+        assert (replica["replicas"], replica["restartPolicy"]) == (1, "OnFailure"), name
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(job["spec"]["nprocPerNode"])
+        assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["open-rm-tokens"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounted["/dev/shm"]["emptyDir"]["medium"] == "Memory" and "persistentVolumeClaim" in mounted["/output"]
+
+
+def test_pairs_for_a_forward_are_at_most_a_devices_share_of_the_step():
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "DRY": "1", "GPUS": "4"}
+    command = ["bash", str(REPOSITORY / "scripts/train/debug/reward_modeling.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.stderr == "PER_DEVICE=4 in place of 16: each of 4 devices has 4 of the 16 pairs of a step\n"
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 1" in done.stdout
+
+
+def test_the_debug_recipe_on_one_device_makes_steps_of_16_pairs_by_one_python():
+    command = dry("debug/reward_modeling.sh")
+    args = recipe_args(command)
+    assert launcher(command) == ["python", "-m"]
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.seed) == (16, 1, 1)
 
 
 def test_a_recipe_for_one_device_stays_on_one_in_an_allocation_of_several():
@@ -265,3 +366,24 @@ def test_the_container_has_what_nccl_and_triton_open_at_run_time():
     packages = lines.partition("&&")[0].replace("\\", " ").split()
     assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(packages)  # NCCL over InfiniBand
     assert {"gcc", "python3-dev"} <= set(packages)  # Triton
+
+
+def commands_of_the_docs() -> list[str]:
+    """Those of recipes in docs/cluster.md, what stands in a container included."""
+    text = (REPOSITORY / "docs/cluster.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^    .*?((?:[A-Z_]+=\S+ )*bash scripts/train/\S+\.sh.*)$", text, re.MULTILINE)
+    return [command.partition("#")[0].strip() for command in found]
+
+
+@pytest.mark.parametrize("command", commands_of_the_docs())
+def test_every_command_of_the_docs_is_one(command):
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "DRY": "1", "NNODES": "2"}
+    done = subprocess.run(
+        command, shell=True, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    recipe_args(shlex.split(done.stdout))
+
+
+def test_the_docs_have_a_command_for_each_way():
+    assert len(commands_of_the_docs()) == 8

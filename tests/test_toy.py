@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 from itertools import combinations
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.flags import Args
 from open_rm.inspection.__main__ import main as inspect
-from open_rm.toy import ANSWERS, ASKS, REQUESTS, TOPICS, ToyArgs, main, make_pairs
+from open_rm.toy import ANSWERS, ASKS, REQUESTS, TOPICS, ToyArgs, main, make_pairs, put
 
 # Of every prompt its topic, phrasing and mood word.
 PARTS = {
@@ -135,3 +136,37 @@ def test_what_is_there_is_kept_unless_the_marker_tells_of_something_else(tmp_pat
 
     main(dataclasses.replace(args, test_pairs=6))
     assert len(data.read_text().splitlines()) == 6
+
+
+def make_and_look(folder, seed):
+    """In a process of its own; what it sees as soon as it has made it."""
+    main(ToyArgs(folder=str(folder), train_pairs=40, test_pairs=5, seed=seed))
+    return files_of(folder)
+
+
+def files_of(folder):
+    """All that a run reads."""
+    files = [path for part in ("data", "model") for path in (folder / part).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("before", [None, 8])
+def test_processes_that_make_it_at_once_each_find_all_of_it_when_they_have_finished(tmp_path, before):
+    expected = make_and_look(tmp_path / "alone", seed=7)
+    if before is not None:
+        make_and_look(tmp_path / "shared", seed=before)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.starmap(make_and_look, [(tmp_path / "shared", 7)] * 4, chunksize=1)
+    assert found == [expected] * 4
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["data", "made.json", "model"]
+
+
+def test_a_file_that_is_there_as_it_would_be_made_is_left_alone(tmp_path):
+    made, folder = tmp_path / "made", tmp_path / "folder"
+    for root, text in ((made, "new"), (folder, "old")):
+        (root / "data").mkdir(parents=True)
+        (root / "data/same").write_text("same")
+        (root / "data/other").write_text(text)
+    kept = (folder / "data/same").stat().st_ino
+    put(made, folder)
+    assert (folder / "data/other").read_text() == "new" and (folder / "data/same").stat().st_ino == kept

@@ -52,6 +52,18 @@ class Segments:
         starts = (starts.to(device, non_blocking=True) for starts in (self.query_starts, self.key_starts))
         return Segments(self.bounds, index, *starts, self.longest_query, self.longest_key)
 
+    def extended(self, tokens: int) -> "Segments":
+        """With one more segment of `tokens` tokens at its end, which nothing else sees."""
+        if not tokens:
+            return self
+        end = self.bounds[-1][1]
+        index = self.key_index
+        if index is not None:
+            index = torch.cat((index, torch.arange(end, end + tokens, device=index.device)))
+        starts = (torch.cat((starts, starts[-1:] + tokens)) for starts in (self.query_starts, self.key_starts))
+        longest = (max(length, tokens) for length in (self.longest_query, self.longest_key))
+        return Segments((*self.bounds, (end, end + tokens, 0, 0)), index, *starts, *longest)
+
     def score_area(self) -> int:
         """Query-key products that are needed: the sum over segments of s * p + s (s + 1) / 2."""
         return sum((e - s) * (pe - ps) + (e - s) * (e - s + 1) // 2 for s, e, ps, pe in self.bounds)
@@ -88,6 +100,7 @@ def segment_attention(
     sliding_window=None,
     softcap=None,
     s_aux=None,
+    exchange=None,
     **_,
 ):
     """The attention function that transformers calls in each layer; see the module docstring.
@@ -98,10 +111,15 @@ def segment_attention(
         sliding_window: tokens that a token sees, itself included, or None for all.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
         s_aux: [H] attention sinks (gpt-oss): a score of each head's that takes its share of the softmax and no value, or None.
+        exchange: where tensors hold a stretch of the row, what brings it together with other ranks
+            (model/sequence_parallel.py) and calls this function; else None.
 
     Returns:
         ([1, T, H, D], None), as transformers expects.
     """
+    if exchange is not None:
+        how = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return exchange(module, query, key, value, segments=segments, **how)
     if query.device.type == "cuda":
         if softcap is not None or s_aux is not None:  # families.choose_layout lets neither come here
             raise ValueError("flash attention takes neither soft caps nor sinks")

@@ -105,8 +105,8 @@ def training_steps(
         if ranks.on_gpu:
             torch.cuda.set_device(ranks.device)  # a thread begins with the first one, and pinning would start that
         for number, indices in enumerate(itertools.islice(draws, after, None), start=after + 1):
-            deal = deal_step(indices, data.table, rules, ranks.world_size)
-            own = list(micro_batches(deal.ranks[ranks.rank], data, rules, margins))
+            deal = deal_step(indices, data.table, rules.of_group(ranks.sequence_size), ranks.data_size)
+            own = list(micro_batches(deal.ranks[ranks.data_rank], data, rules, margins))
             if ranks.on_gpu:
                 own = [micro.pinned() for micro in own]
             yield Step(number, len(indices), own, deal.imbalance, indices)

@@ -26,6 +26,11 @@ class BatchRules:
     def for_evaluation(self) -> "BatchRules":
         return dataclasses.replace(self, max_tokens=self.evaluation_tokens)
 
+    def of_group(self, size: int) -> "BatchRules":
+        """For `size` devices that compute a micro-batch together, each its share of the positions."""
+        most = {"max_tokens": size * self.max_tokens, "evaluation_tokens": size * self.evaluation_tokens}
+        return dataclasses.replace(self, **most)
+
     def describe(self, why_not_shared: str | None) -> str:
         """One line for the log. why_not_shared: why auto fell back to padded (families.Layout)."""
         why = f", not shared_prefix: {why_not_shared}" if why_not_shared else ""

@@ -20,6 +20,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
+from open_rm import node_cache
 from open_rm.data.mixer import Source, extension_of
 from open_rm.errors import UserError, quote, quote_error
 from open_rm.manifest import content_hash
@@ -262,7 +263,7 @@ def _open_hub(source: Source) -> Opened:
     name = f"{owner}/{repository}" if repository else owner
     how = {"split": source.split, "revision": revision or None, "data_dir": folder or None}
     try:
-        dataset = datasets.load_dataset(name, config or None, **how)
+        dataset = node_cache.load_dataset(name, config or None, **how)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"dataset {source.name}, split {source.split!r}: cannot be loaded ({_hub_error(error)}); it is no file or folder "

@@ -37,12 +37,12 @@ class EngineComputer:
         """[n] float32 of each micro-batch, in their order, on every rank. A collective call."""
         ranks, ends = self._known.ranks, np.cumsum([len(batch.sequences) for batch in batches])
         found = torch.zeros(int(ends[-1]) if len(ends) else 0, device=ranks.device)
-        for start in range(0, len(batches), ranks.world_size):
-            number = start + ranks.rank
+        for start in range(0, len(batches), ranks.data_size):
+            number = start + ranks.data_rank
             # a rank that has none left computes the last one again, and it does not count
             batch = batches[min(number, len(batches) - 1)]
             rewards = self._computed(batch)
-            if number < len(batches):
+            if number < len(batches) and ranks.counts:
                 found[ends[number] - len(batch.sequences) : ends[number]] = rewards
         found = all_reduce_sum(found).cpu().numpy()
         return np.split(found, ends[:-1]) if len(ends) else []
@@ -83,7 +83,8 @@ class InTraining:
         """
         longest = self._longest(max_token_length)
         positions, rows = positions_of(self.classifier), self.classifier.get_input_embeddings().num_embeddings
-        facts = Facts(self.rules.max_tokens, rows, positions, [], str(self.ranks.device), None)
+        most = self.rules.of_group(self.ranks.sequence_size).max_tokens
+        facts = Facts(most, rows, positions, [], str(self.ranks.device), None)
         layout, pad = self.rules.layout, self.rules.pad_token_id
         rules = SequenceRules(
             chat=self.contract.chat,

@@ -62,10 +62,12 @@ def score_pairs(
     """
     rewards = torch.zeros(len(data), 2, dtype=torch.float64, device=ranks.device)
     for start in range(0, len(indices), DEALT_AT_ONCE):
-        deal = deal_step(indices[start : start + DEALT_AT_ONCE], data.table, rules, ranks.world_size)
-        for micro in feeding.micro_batches(deal.ranks[ranks.rank], data, rules):
+        how = rules.of_group(ranks.sequence_size)
+        deal = deal_step(indices[start : start + DEALT_AT_ONCE], data.table, how, ranks.data_size)
+        for micro in feeding.micro_batches(deal.ranks[ranks.data_rank], data, rules):
             sides = micro.sides(rewards_of(**micro.batch.inputs(ranks.device)).double())
-            rewards[torch.from_numpy(micro.indices).to(ranks.device)] = torch.stack(sides, 1)
+            if ranks.counts:
+                rewards[torch.from_numpy(micro.indices).to(ranks.device)] = torch.stack(sides, 1)
     return all_reduce_sum(rewards)[torch.from_numpy(indices).to(ranks.device)].cpu()
 
 

@@ -13,4 +13,5 @@ flash          which flash attention computes packed rows on a GPU
 float8         the large matrix products of training in 8 bits
 recompute      which layers' activations are computed again in the backward pass; what a forward keeps
 last_layer     the last layer computes only where a reward is read
+sequence_parallel  several devices compute one row together, each a stretch of it
 """

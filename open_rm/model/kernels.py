@@ -18,9 +18,11 @@ def use_fastest(model: RewardModel, device: torch.device, layout: str, *, float8
 
     layout: from `families.choose_layout`.  float8: as --float8 asks, which `check_float8` has let pass.
     """
+    # a sequence group computes padded rows as one row of segments
+    rows = "packed" if model.sequence_group is not None else layout
     lines = [
         apply_fused_kernels(model, device),
-        flash.activate(model.classifier.config, layout, device, capability_of(device)),
+        flash.activate(model.classifier.config, rows, device, capability_of(device)),
     ]
     if float8:
         from open_rm.model import float8 as eight_bits  # here, since it needs Triton

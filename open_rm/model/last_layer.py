@@ -21,7 +21,8 @@ READ_ONLY = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attention.dense")
 def compute_where_read(layer: nn.Module) -> list[nn.Parameter]:
     """Make a backbone's last layer compute at `read_index` only, a keyword that the backbone's forward is then given.
 
-    read_index: [R] int64, the distinct positions among the flattened S * T that the head reads.
+    read_index: [R] int64, the distinct positions among the flattened S * T that the head reads.  read_here: [R] which of
+        them count where a rank has a stretch of a row and others read the rest (sequence_parallel.py); may be left out.
 
     Returns:
         the parameters that are applied at the R read positions from now on, instead of at all.
@@ -42,6 +43,7 @@ class _Rows:
     def remember(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.index, self.positions = kwargs["read_index"], hidden.shape[:2]
+        self.here = kwargs.get("read_here")
 
     def pick(self, module: nn.Module, args: tuple) -> tuple[torch.Tensor]:
         """[S, T, D] to [1, R, D]"""
@@ -51,5 +53,9 @@ class _Rows:
         """[1, R, E] to [S, T, E]; of several outputs the first (gpt-oss's MLP also gives its router's scores)."""
         if isinstance(output, tuple):
             return (self.put_back(module, args, output[0]), *output[1:])
-        full = output.new_zeros(self.positions.numel(), output.shape[-1])
-        return full.index_copy(0, self.index, output[0]).view(*self.positions, -1)
+        full, rows = output.new_zeros(self.positions.numel(), output.shape[-1]), output[0]
+        if self.here is None:
+            full = full.index_copy(0, self.index, rows)
+        else:  # positions of other ranks stand at the stretch's ends, perhaps beside one of its own
+            full = full.index_add(0, self.index, rows.masked_fill(~self.here[:, None], 0.0))
+        return full.view(*self.positions, -1)

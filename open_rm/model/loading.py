@@ -11,7 +11,7 @@ from pathlib import Path
 
 import accelerate
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -34,21 +34,46 @@ WHOLE_WEIGHTS = {"zero_optimization": {"stage": 0}}
 
 
 def fetch(flags: ModelFlags) -> None:
-    """Download a Hub model's weights into the local cache, which `load_reward_model` then reads.
+    """Have a model's weights on this node: download a Hub model's into the local cache, and look at the files.
 
-    Downloading may take long, and under ZeRO-3 loading is a collective that ranks are not to wait in for it.
+    Downloading may take long, and under ZeRO-3 loading is a collective: ranks are not to wait there for one that downloads, nor
+    for one that cannot load.
+
+    Raises:
+        UserError: there are none here, or a file is not whole.
     """
     name, how = flags.model_name_or_path, {"revision": flags.model_revision}
-    if Path(name).expanduser().is_dir():
-        return
     asked = how | {"_raise_exceptions_for_missing_entries": False}
-    with contextlib.suppress(OSError, ValueError):  # what is wrong loading says in a sentence
+    files, why = [], ""
+    try:
         for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-            if cached_file(name, whole, **asked):
-                return
-            if parts := cached_file(name, index, **asked):
-                get_checkpoint_shard_files(name, parts, **how)
-                return
+            if file := cached_file(name, whole, **asked):
+                files = [file]
+            elif parts := cached_file(name, index, **asked):
+                files, _ = get_checkpoint_shard_files(name, parts, **how)
+            if files:
+                break
+    except (OSError, ValueError) as error:
+        why = f" ({quote_error(error)})"
+    if not files:
+        raise UserError(
+            f"--model_name_or_path {name}: no weights are found here{why}; every node needs the model: in its folder, in its Hub "
+            "cache, or from the network"
+        )
+    for file in files:
+        try:
+            with Path(file).open("rb") as opened:
+                if file.endswith(".safetensors"):
+                    # reads the header, and compares the file's length with it
+                    with safe_open(file, framework="pt"):
+                        pass
+                elif not opened.read(1):
+                    raise OSError("an empty file")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--model_name_or_path {name}: cannot be loaded as a reward model, {file} is not whole "
+                f"({quote_error(error)}); copy or download it again"
+            ) from error
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -81,11 +106,11 @@ def load_reward_model(
     Returns:
         the model, and one line for the log on each thing a user would want to know about it.
     """
-    config, loader = _mended_config(flags)
+    config, loader = mended_config(flags)
     torch.manual_seed(seed)  # rows added to the embeddings are random
     with _zero3_loading(deepspeed_config):
         classifier, new = _load(flags, config, loader, adapter, layout, dtype)
-        lines = _fit_embeddings(classifier, tokenizer, frozen=adapter.use_peft or flags.freeze_backbone)
+        lines = fit_embeddings(classifier, tokenizer, frozen=adapter.use_peft or flags.freeze_backbone)
     for part in families.configs_of(classifier.config):
         part.pad_token_id = tokenizer.pad_token_id
     lines += _make_head(classifier, new, seed, flags.score_init)
@@ -97,7 +122,7 @@ def load_reward_model(
     if config.model_type in families.ENCODERS:
         lines.append("an encoder: the reward is read where its own pooling says, not at the last token")
     if flags.freeze_backbone:
-        lines.append(_freeze(classifier, new))
+        lines.append(freeze(classifier, new))
     adapted = None
     if adapter.use_peft:
         name, revision = flags.model_name_or_path, flags.model_revision
@@ -108,7 +133,7 @@ def load_reward_model(
     return model, lines
 
 
-def _mended_config(flags: ModelFlags):
+def mended_config(flags: ModelFlags):
     """The checkpoint's config as that of a reward model (one label, no dropout, no pad yet, no code unless it is trusted), and
     the class that loads it."""
     how = {"revision": flags.model_revision, "trust_remote_code": flags.trust_remote_code}
@@ -131,7 +156,7 @@ def _mended_config(flags: ModelFlags):
 
 
 @dataclass(frozen=True)
-class _New:
+class New:
     """Names of the weights that the checkpoint did not bring. head: the score head's.  pooling: an encoder's."""
 
     head: list[str]
@@ -140,7 +165,7 @@ class _New:
 
 def _load(
     flags: ModelFlags, config, loader, adapter: AdapterFlags, layout: str, dtype: torch.dtype
-) -> tuple[PreTrainedModel, _New]:
+) -> tuple[PreTrainedModel, New]:
     """The classifier with the checkpoint's weights, and what is new in it."""
     name, attn_implementation = flags.model_name_or_path, flags.attn_implementation
     if layout != "padded":
@@ -169,10 +194,10 @@ def _load(
             f"--model_name_or_path {name}: the checkpoint lacks weights such as {lost[0]}; is it this architecture?"
         )
     of_head = [key for key in new if key.startswith(("score.", "classifier."))]
-    return classifier, _New(of_head, [key for key in new if key not in of_head])
+    return classifier, New(of_head, [key for key in new if key not in of_head])
 
 
-def _fit_embeddings(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, frozen: bool) -> list[str]:
+def fit_embeddings(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, frozen: bool) -> list[str]:
     """Rows for tokens that the tokenizer has and the checkpoint has not. frozen: they would not be trained."""
     before = _rows(classifier.get_input_embeddings())
     if len(tokenizer) <= before:
@@ -189,7 +214,7 @@ def _fit_embeddings(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return [f"embeddings resized from {before} to {len(tokenizer)} rows for added tokens"]
 
 
-def _make_head(classifier: PreTrainedModel, new: _New, seed: int, score_init: str) -> list[str]:
+def _make_head(classifier: PreTrainedModel, new: New, seed: int, score_init: str) -> list[str]:
     """Initialise the head, unless the checkpoint brought one."""
     if not any(key.endswith(".weight") for key in new.head):
         ignored = ", and --score_init zeros does nothing" if score_init == "zeros" else ""
@@ -198,7 +223,7 @@ def _make_head(classifier: PreTrainedModel, new: _New, seed: int, score_init: st
     return lines + ([f"new besides the score head: {', '.join(new.pooling)}"] if new.pooling else [])
 
 
-def _freeze(classifier: PreTrainedModel, new: _New) -> str:
+def freeze(classifier: PreTrainedModel, new: New) -> str:
     """Leave gradients to the head and to what is new, an encoder's pooling included: frozen, it would stay random."""
     own = f"{classifier.base_model_prefix}."
     for key, parameter in classifier.named_parameters():

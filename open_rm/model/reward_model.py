@@ -45,6 +45,7 @@ class RewardModel(nn.Module):
         self.head.__class__ = ScoreHead
         # A family that is not known to pass keywords down to its layers computes its last layer in full.
         self.read_only_parameters = 0
+        self.sequence_group = None  # the ranks that compute a row with this one (sequence_parallel.use)
         if classifier.config.get_text_config().model_type in families.SEGMENTS:
             backbone = getattr(classifier, self.backbone_name)
             layers = getattr(getattr(backbone, "language_model", backbone), "layers", None)
@@ -73,17 +74,31 @@ class RewardModel(nn.Module):
         if self.is_encoder:
             logits = self.classifier(input_ids=input_ids, **layout).logits.squeeze(-1)  # [S]
             return logits[reward_index // input_ids.shape[1]]
-        backbone = getattr(self.classifier, self.backbone_name)
+        if self.sequence_group is not None:
+            return self._by_stretches(self.sequence_group.stretch(input_ids, reward_index, read_index, **layout))
+        layout["input_ids"] = input_ids
         if self.read_only_parameters:
             layout["read_index"] = read_index
-        hidden = backbone(input_ids=input_ids, use_cache=False, **layout).last_hidden_state
+        return self._read(reward_index, layout)
+
+    def _read(self, reward_index: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """[N] float32 what the head makes of these positions. inputs: the backbone's."""
+        hidden = getattr(self.classifier, self.backbone_name)(use_cache=False, **inputs).last_hidden_state
         return self.head(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
+
+    def _by_stretches(self, stretch) -> torch.Tensor:
+        """[N] float32, the rewards of the whole row on every rank of the group. stretch: this rank's part of it."""
+        reads = {}
+        if self.read_only_parameters:
+            reads = {"read_index": stretch.read_index, "read_here": stretch.read_here}
+        rewards = self._read(stretch.reward_index, stretch.inputs | reads)
+        return self.sequence_group.summed(rewards.masked_fill(~stretch.reward_here, 0.0))
 
     @contextlib.contextmanager
     def padded_rows(self) -> Iterator[None]:
         """While entered padded rows can be computed, by transformers' attention, whatever layout the model was loaded for."""
         own = self.classifier.config._attn_implementation
-        if own != attention.NAME:
+        if own != attention.NAME or self.sequence_group is not None:  # whose stretches are of padded rows, too
             yield
             return
         # sdpa, which keeps no scores, unless they are soft-capped or beside sinks

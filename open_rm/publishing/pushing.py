@@ -31,7 +31,7 @@ PUSHED = [
 MODELS = ("config.json", "adapter_config.json")  # a folder that holds one of these holds a model or an adapter
 NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", ".claim*"]
 # Nothing of a model lies in a folder below; reports of open_rm.evaluation hold texts, wherever they were written.
-NOT_PUSHED += ["*/*", "report.json", "scores.meta.json"]
+NOT_PUSHED += ["*/*", "report.json", "scores.meta.json", "plan.json"]
 
 
 def check_access(*, entity: str | None, repo_id: str | None, revision: str, private: bool) -> str:

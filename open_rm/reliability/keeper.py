@@ -29,6 +29,7 @@ from open_rm.reliability.shards import Shards, Snapshot
 from open_rm.reliability.signals import Stop
 from open_rm.training.engine import Engine
 from open_rm.training.engine_state import trained_sizes
+from open_rm.training.footprint import SAVED_MOMENT_BYTES
 from open_rm.training.progress import Progress
 
 DEFAULT_MINUTES = 30.0
@@ -102,7 +103,7 @@ class Keeper:
                 self._ranks.fail(f"{where}, and checkpoints need a folder that all nodes share; choose one")
             self.enabled = False
             return [f"checkpoints: off, since {where}; a run that is killed begins anew"]
-        size = self._bytes(engine, moments={"adamw": 8, "adamw_8bit": 2, "adafactor": 1}[optim])
+        size = self._bytes(engine, moments=SAVED_MOMENT_BYTES[optim])
 
         def look() -> list[str]:
             there = checkpoints.committed(self._output_dir)

@@ -14,6 +14,9 @@ plots       curves.png
 divergence  a step that is no number
 best        the best evaluation, early stopping
 footprint   bytes of weights, gradients and moments on each device
+activations  bytes that a forward keeps of each position
 fitting     how large a micro-batch is and what is recomputed, from the memory that is left
+trying      micro-batch budgets tried on the device
 memory      out of memory, explained
+stragglers  each rank's own seconds; which one is slow
 """

@@ -4,6 +4,7 @@ DeepSpeed is imported only to have a named file checked, since that takes second
 """
 
 import json
+import os
 from pathlib import Path
 
 from open_rm.errors import UserError
@@ -22,8 +23,12 @@ OWNED_BY_FLAGS = {
     "torch_autocast": "--dtype",
     "data_types": "--dtype",
 }
-# Those whose "auto" follows from the model's width.
-FILLED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+HPZ = "zero_hpz_partition_size"
+# Those whose "auto" follows from the model's width, and from the devices of a node.
+FILLED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", HPZ)
+# The other parts of ZeRO++.
+ROUNDING = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+USUAL_NODE = 8  # devices, where no launcher says how many a node has
 
 
 def read_config(path: str | None) -> dict:
@@ -60,6 +65,20 @@ def _check_values(path: str, zero: dict) -> None:
     """Values that DeepSpeed takes now and trips over later."""
     if zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
         raise UserError(f'--deepspeed {path}: "stage" is {zero["stage"]!r}; it must be a number, 0, 1, 2 or 3')
+    for key in ROUNDING:
+        if zero.get(key):
+            raise UserError(
+                f'--deepspeed {path}: "{key}" rounds numbers to 8 bits or fewer, so that rewards and gradients would not be those '
+                f"of the flags; remove it ({HPZ}, which rounds nothing, may stay)"
+            )
+    node = zero.get(HPZ, 1)
+    if node != "auto" and (not isinstance(node, int) or isinstance(node, bool) or node < 0):
+        raise UserError(f'--deepspeed {path}: "{HPZ}" is {node!r}; it must be a number of devices, or "auto"')
+    if node not in (0, 1) and zero.get("stage", 0) != 3:
+        raise UserError(
+            f'--deepspeed {path}: "{HPZ}" is of ZeRO stage 3, and stage {zero.get("stage", 0)} divides no weights; set "stage" '
+            "to 3, or remove it"
+        )
     for key, value in zero.items():
         inside = value.values() if isinstance(value, dict) else ()
         if "auto" in (value, *inside) and key not in FILLED:
@@ -90,6 +109,34 @@ def _check_with_deepspeed(path: str, zero: dict) -> None:
         raise UserError(f"--deepspeed {path}: DeepSpeed refuses zero_optimization ({what})") from error
 
 
+def node_partition(path: str | None, zero: dict, world_size: int) -> int:
+    """Devices that hold a second copy of all weights among them (ZeRO++'s hierarchical partitioning,
+    https://arxiv.org/abs/2306.10209, section 4.2); 1 for none.
+
+    Weights are then gathered over the network once a step, in its first forward pass, and from then on inside a node.
+    "auto" is the devices of a node. Where that is all of them the copy would be what each device holds anyway.
+
+    Args:
+        zero: zero_optimization of the file `path`.
+
+    Raises:
+        UserError: the nodes do not divide so.
+    """
+    wanted, node = zero.get(HPZ) or 1, int(os.environ.get("LOCAL_WORLD_SIZE", min(USUAL_NODE, world_size)))
+    size = node if wanted == "auto" else wanted
+    if world_size % size:
+        raise UserError(
+            f'--deepspeed {path}: "{HPZ}" is {size}, which does not divide the {world_size} devices of the run; give the number '
+            "of devices on a node"
+        )
+    if size % node and node % size:
+        raise UserError(
+            f'--deepspeed {path}: "{HPZ}" is {size}, and nodes have {node} devices: some copies would lie across two nodes; give '
+            f"{node}"
+        )
+    return 1 if size == world_size else size
+
+
 def fill_config(flags: BatchFlags, *, width: int, bf16: bool, max_grad_norm: float, world_size: int = 1) -> dict:
     """All of DeepSpeed's settings: those of the file `flags.deepspeed`, and what flags decide.
 
@@ -109,6 +156,8 @@ def fill_config(flags: BatchFlags, *, width: int, bf16: bool, max_grad_norm: flo
         "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": 10 * width,
     }
+    if HPZ in zero:
+        zero[HPZ] = node_partition(flags.deepspeed, zero, world_size)
     zero.update({key: value for key, value in automatic.items() if zero.get(key) == "auto"})
     if bf16 and zero["stage"] == 0:
         # DeepSpeed's stage 0 would sum gradients and their norm in bfloat16. Stage 1 on one rank holds the same bytes; on
@@ -134,4 +183,8 @@ def fill_config(flags: BatchFlags, *, width: int, bf16: bool, max_grad_norm: flo
 def describe(config: dict, device_type: str, world_size: int) -> str:
     """One line on where and how the run computes; `config` is from `fill_config`."""
     dtype = "bfloat16 with float32 master weights" if config["bf16"]["enabled"] else "float32"
-    return f"{world_size} x {device_type}, {dtype}, ZeRO stage {config['zero_optimization']['stage']}"
+    zero = config["zero_optimization"]
+    line = f"{world_size} x {device_type}, {dtype}, ZeRO stage {zero['stage']}"
+    if zero.get(HPZ, 1) > 1:
+        line += f", a copy of the weights on every {zero[HPZ]} devices"
+    return line

@@ -8,6 +8,7 @@ What it holds between two steps is read and filled as flat tensors (engine_state
 import contextlib
 import gc
 import math
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -92,6 +93,20 @@ class Engine:
         norm = self._plain_step(drop) if self.stage == 0 else self._zero_step(drop)
         self._schedule.step()
         return norm
+
+    def forget_gradients(self, loss_of: Callable[[], torch.Tensor]) -> None:
+        """Drop what `backward` added since the last step, also where a pass broke off in its middle; all else stays as it is.
+
+        loss_of: computes the loss of a small micro-batch, since DeepSpeed puts its buffers in order at the end of a whole pass.
+        """
+        zero = self._engine.optimizer
+        if self.stage in (1, 2) and hasattr(zero, "params_already_reduced"):
+            zero.params_already_reduced = [False] * len(zero.params_already_reduced)
+            zero._release_ipg_buffers()
+            for bucket in zero.ipg_buckets.values():
+                bucket.clear()
+        self.backward(loss_of(), last=True)
+        self._plain_step(drop=True) if self.stage == 0 else self._zero_step(drop=True)
 
     def _plain_step(self, drop: bool) -> float:
         # ZeRO's optimizers clip and report the norm; plain data-parallel training reports none, every rank has all

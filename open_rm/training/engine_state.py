@@ -131,6 +131,7 @@ def weights_changed(deepspeed_engine, stage: int) -> None:
             zero._reassign_or_swap_out_partitioned_parameters(number)
         if zero.persistent_parameters:  # small ones, which every rank keeps whole
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()  # zero_hpz_partition_size: a node's copies are made anew by the next forward
 
 
 def trained_sizes(module: torch.nn.Module) -> dict[str, int]:

@@ -28,8 +28,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """left: bytes for activations, on the rank that has least.  kept: bytes that one position keeps over all layers, in the
-    longest sequence.  passed: bytes of a layer's input at one position."""
+    """left: bytes for activations, on the rank that has least.  kept: bytes that one position keeps over all layers of the
+    device that computes it, in the longest sequence.  passed: bytes of a layer's input at one position."""
 
     left: float
     kept: float
@@ -66,10 +66,11 @@ def fit(
         return rules, [recompute.describe(model.classifier, every)] if every else []
     state = sum(footprint.state_bytes(footprint.sizes_of(model), config, optim, ranks.world_size).values())
     longest = _longest(table)
+    largest = -(-2 * longest // ranks.sequence_size)  # positions of a pair on each device that computes it
     memory = measure(model, engine, rules, table=table, state=state)
     layers = len(recompute.layers_of(model.classifier))
     asked = flags.max_tokens_per_micro_batch
-    found = choose(memory, layers, every=every, asked=asked, at_least=rules.max_tokens, largest=2 * longest)
+    found = choose(memory, layers, every=every, asked=asked, at_least=rules.max_tokens, largest=largest)
     recompute.recompute(model.classifier, found.every)
     return dataclasses.replace(rules, max_tokens=found.max_tokens), [
         f"memory: {max(memory.left, 0.0) / GIB:.1f} GiB left beside weights, gradients and optimizer; a position keeps "
@@ -113,7 +114,8 @@ def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: Pai
 
     Two lengths tell what a token keeps by itself and what it keeps for each token beside it: some attention keeps scores.
     """
-    ranks, longest = engine.ranks, _longest(table)
+    ranks, devices = engine.ranks, engine.ranks.sequence_size
+    longest = -(-_longest(table) // devices)  # tokens of a sequence on each device of a sequence group
     tokens = recompute.measured_tokens(longest)
     kept = _kept(engine, rules, tokens)
     if (fewer := recompute.measured_tokens(tokens // 2)) < tokens:
@@ -122,7 +124,9 @@ def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: Pai
     itemsize, text = engine.dtype.itemsize, model.classifier.config.get_text_config()
     if rules.layout == "shared_prefix":  # keys and values of a prompt are gathered for each of its answers
         _, key_heads, width = families.attention_shape(text)
-        kept += text.num_hidden_layers * 2 * key_heads * width * itemsize * (_keys_of_a_position(table) - 1)
+        most = keys_of_positions(table)[1].max()
+        # In a sequence group a device has its share of the heads, one at least, at the positions of all.
+        kept += text.num_hidden_layers * 2 * max(key_heads, devices) * width * itemsize * (most - 1)
     everywhere = ranks.gathered((_left(ranks, state), kept))
     passed = model.width * itemsize
     # A forward without gradients, of a frozen backbone, has a few tensors of its own at work.
@@ -130,7 +134,8 @@ def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: Pai
 
 
 def _kept(engine: Engine, rules: BatchRules, tokens: int) -> float:
-    row = np.full(tokens, rules.pad_token_id, np.int64)
+    """Bytes that a position keeps. tokens: on each device; a sequence group has a row of so many times its size."""
+    row = np.full(tokens * engine.ranks.sequence_size, rules.pad_token_id, np.int64)
     batch = lay_out_sequences(rules.layout, [row], pad_token_id=rules.pad_token_id, prompt_of=[0])
     with recompute.Saved(tokens) as saved:
         engine(**batch.inputs(engine.ranks.device))
@@ -141,13 +146,13 @@ def _longest(table: PairTable) -> int:
     return int(max(table.chosen_length.max(), table.rejected_length.max()))
 
 
-def _keys_of_a_position(table: PairTable) -> float:
-    """Keys that are gathered for each position of a row, where a prompt's sequences are all in it; of the prompt with most."""
+def keys_of_positions(table: PairTable) -> tuple[np.ndarray, np.ndarray]:
+    """[prompts] their ids; keys that are gathered for each position of a row in which all of a prompt's sequences are."""
     ids, lengths = (
         np.concatenate(sides)
         for sides in ((table.chosen_id, table.rejected_id), (table.chosen_length, table.rejected_length))
     )
-    _, prompt, pairs = np.unique(table.prompt_id, return_inverse=True, return_counts=True)
+    prompts, prompt, pairs = np.unique(table.prompt_id, return_inverse=True, return_counts=True)
     of_pair = np.where(pairs[prompt] == 1, table.shared_length, np.minimum(table.prompt_length, table.shared_length))
     prompt = np.tile(prompt, 2)
     _, first = np.unique(np.stack((prompt, ids)), axis=1, return_index=True)  # each sequence of a prompt once
@@ -155,7 +160,7 @@ def _keys_of_a_position(table: PairTable) -> float:
     answers = np.bincount(prompt[first])
     shared = np.full(len(keys), lengths.max())
     np.minimum.at(shared, prompt, np.tile(of_pair, 2))
-    return float((keys / (keys - shared * (answers - 1))).max())
+    return prompts, keys / (keys - shared * (answers - 1))
 
 
 def _left(ranks: Ranks, state: float) -> float:

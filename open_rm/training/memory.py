@@ -1,7 +1,10 @@
-"""Out of memory, in a sentence that says at which pair and which flag to turn."""
+"""Memory: what a rank has held at most and may still take; out of memory, in a sentence that says at which pair and which flag to
+turn."""
 
 import contextlib
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -9,9 +12,11 @@ from open_rm.batching.feeding import MicroBatch
 from open_rm.batching.rules import BatchRules
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import OneRanksError
+from open_rm.training import footprint
 
 # Allocators of devices have a class of their own; the CPU's says it in words.
 IN_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+KIB = 1024
 
 
 @contextlib.contextmanager
@@ -20,9 +25,7 @@ def explained(micro: MicroBatch, data: PreferenceData, rules: BatchRules) -> Ite
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-            words in str(error).lower() for words in IN_WORDS
-        ):
+        if not is_shortage(error):
             raise
         positions = micro.batch.positions
         names = "--gradient_checkpointing on, or --deepspeed configs/ds/zero3.json"
@@ -33,9 +36,97 @@ def explained(micro: MicroBatch, data: PreferenceData, rules: BatchRules) -> Ite
         ) from error
 
 
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in IN_WORDS)
+
+
 def _longest(micro: MicroBatch, data: PreferenceData) -> str:
     if not len(micro.indices):
         return "which only keeps this rank in step"
     lengths = data.table.chosen_length[micro.indices] + data.table.rejected_length[micro.indices]
     index = micro.indices[lengths.argmax()]
     return f"the longest pair being {data.places([index])[0]} with {lengths.max()} tokens"
+
+
+class GpuMemory:
+    """Of tensors on this process's GPU, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def left(self) -> int:
+        """That tensors may still take."""
+        return footprint.free_bytes(self._device)
+
+    def reset(self) -> None:
+        """`peak` counts from now on."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        """Most that was held."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class CpuMemory:
+    """Of this process, in bytes, under Linux. sharing: processes like it that take from the same machine, itself among them."""
+
+    def __init__(self, sharing: int):
+        self._sharing = sharing
+
+    def held(self) -> int:
+        return KIB * _status("VmRSS")
+
+    def left(self) -> int:
+        """That this process may still take: its share of what the machine and its control group have, and its own limits."""
+        machine = KIB * _number_of("/proc/meminfo", "MemAvailable")
+        shared = [machine, *_left_of_control_group()]
+        own = [
+            limit - KIB * _status(name)
+            for which, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
+            if (limit := resource.getrlimit(which)[0]) != resource.RLIM_INFINITY
+        ]
+        return min(min(shared) // self._sharing, *own) if own else min(shared) // self._sharing
+
+    def reset(self) -> None:
+        """`peak` counts from now on; where the system forbids it, from the start of the process."""
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Most that was held."""
+        return KIB * _status("VmHWM")
+
+    def give_back(self) -> None:
+        """What was freed goes back by itself."""
+
+
+def _status(name: str) -> int:
+    return _number_of("/proc/self/status", name)
+
+
+def _number_of(file: str, name: str) -> int:
+    """From lines such as `VmRSS:  1234 kB`."""
+    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1])
+
+
+def _left_of_control_group() -> list[int]:
+    """What a container's limit leaves (cgroup v2, then v1), pages that the system can drop counted as free; [] without one."""
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            most, held = (int(Path(folder, name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            return [most - held + int(stat.get("inactive_file", 0))]
+    return []

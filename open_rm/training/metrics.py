@@ -11,6 +11,7 @@ import torch
 
 from open_rm.batching.feeding import Step
 from open_rm.ranks import Ranks, all_reduce_sum
+from open_rm.training.stragglers import Stragglers
 
 PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "reward_margin")
 COUNTS = (
@@ -45,9 +46,10 @@ def pair_means(sums: torch.Tensor, pairs: int) -> dict[str, float]:
 class Meter:
     """Sums over the pairs of one optimizer step on this rank; `reduce` makes one all-reduce for everything."""
 
-    def __init__(self, ranks: Ranks, shape, dtype: torch.dtype):
-        """shape: the model's sizes, for counting FLOPs (reward_model.Shape).  dtype: that it computes in."""
-        self._ranks, self._shape = ranks, shape
+    def __init__(self, ranks: Ranks, shape, dtype: torch.dtype, stragglers: Stragglers | None = None):
+        """shape: the model's sizes, for counting FLOPs (reward_model.Shape).  dtype: that it computes in.
+        stragglers: who hears of each rank's seconds; None where ranks are not compared."""
+        self._ranks, self._shape, self._stragglers, self._slots = ranks, shape, stragglers, []
         self._peak_flops = matmul_flops(ranks, dtype)
         self._totals: dict[str, float] = {}
         self._start()
@@ -56,28 +58,39 @@ class Meter:
         self._pairs = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=self._ranks.device)
         self._counts = [0.0] * len(COUNTS)  # plain numbers: copying each one to the device would wait for it
         self._terms: dict[str, torch.Tensor] = {}
+        self._positions = 0  # of this rank alone
 
     def add(self, chosen: torch.Tensor, rejected: torch.Tensor, terms: dict[str, torch.Tensor], batch) -> None:
-        """Add one micro-batch: [B] rewards and losses.loss_terms of its counted pairs, and the layouts.Batch of them."""
+        """Add one micro-batch: [B] rewards and losses.loss_terms of its counted pairs, and the layouts.Batch of them.
+
+        Of a sequence group, whose ranks all have the same pairs and rewards, the first one's are counted.
+        """
+        self._positions += batch.positions
+        positions = batch.positions if self._ranks.counts else 0
+        if not self._ranks.counts:
+            chosen, rejected = chosen[:0], rejected[:0]
+            terms = {name: term[:0] for name, term in terms.items()}
         losses = sum(terms.values())
         # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
         counted = (batch.tokens, batch.computed, batch.area, len(batch.read_index)) if len(losses) else (0, 0, 0, 0)
         tokens, computed, area, read = counted
-        counts = (tokens, computed, batch.positions, training_flops(computed, area, self._shape, read=read))
+        counts = (tokens, computed, positions, training_flops(computed, area, self._shape, read=read))
         self._pairs += pair_sums(chosen, rejected, losses)
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         for name, term in terms.items():  # the same names in the same order on every rank: the flags decide them
             self._terms[name] = self._terms.get(name, 0.0) + term.detach().double().sum()
 
-    def reduce(self, pairs: int) -> dict[str, float]:
+    def reduce(self, pairs: int, *, waited: float = 0.0) -> dict[str, float]:
         """The step's means per pair over all ranks, those of the loss's terms as loss_<name> among them.
 
-        pairs: of the step on all ranks. The next `add` begins another step.
+        pairs: of the step on all ranks. The next `add` begins another step.  waited: this rank, for its batches, in seconds.
         """
-        counts = torch.tensor(self._counts, dtype=torch.float64, device=self._ranks.device)
+        own = self._stragglers.own(waited, self._positions) if self._stragglers else []
+        counts = torch.tensor(self._counts + own, dtype=torch.float64, device=self._ranks.device)
         parts = (self._pairs, counts, torch.stack(list(self._terms.values())))
         sums, counts, terms = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
-        self._totals = dict(zip(COUNTS, counts.tolist(), strict=True))
+        counts = counts.tolist()
+        self._totals, self._slots = dict(zip(COUNTS, counts, strict=False)), counts[len(COUNTS) :]
         means = dict(zip((f"loss_{name}" for name in self._terms), (terms / pairs).tolist(), strict=True))
         self._start()
         return pair_means(sums, pairs) | means
@@ -87,10 +100,12 @@ class Meter:
 
         mfu = FLOPs of the model that the step needed (training_flops: nothing for padding, for what a shared prefix saves,
         or for recomputation) / (step_seconds * the matrix-product rate of all devices together).  data_seconds: this rank's
-        wait for batches.  memory_gib: this rank's peak.  flops_before: of the run's earlier steps.
+        wait for batches.  memory_gib: this rank's peak.  rank_seconds_max, slowest_rank: see stragglers.py.
+        flops_before: of the run's earlier steps.
         """
         counts, seconds = self._totals, time.perf_counter() - step.asked
-        return {
+        of_ranks = self._stragglers.step(self._slots, seconds) if self._stragglers else {}
+        return of_ranks | {
             "perf/pairs_per_second": step.pairs / seconds,
             "perf/tokens_per_second": counts["tokens"] / seconds,
             "perf/step_seconds": seconds,

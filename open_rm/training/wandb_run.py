@@ -149,7 +149,7 @@ def start_wandb(folder: Path, settings: dict, flags: TrackingFlags, run_id: str 
     # Its own console capture would copy everything printed into the run file. It gives up a little before we do.
     quiet = {"console": "off", "silent": True, "finish_timeout": 0.9 * FINISH_SECONDS, "finish_timeout_raises": True}
     mode = os.environ.get("WANDB_MODE")
-    if mode is None and not _has_wandb_key():
+    if mode is None and not has_wandb_key():
         mode, reason = "offline", "there is no API key (set WANDB_API_KEY)"
     elif mode in ("offline", "disabled"):
         reason = f"WANDB_MODE={mode}"
@@ -166,7 +166,7 @@ def start_wandb(folder: Path, settings: dict, flags: TrackingFlags, run_id: str 
     return run, f"wandb: {mode}, because {reason}; send it later with: wandb sync {folder}/wandb/offline-run-*"
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

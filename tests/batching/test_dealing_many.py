@@ -1,10 +1,13 @@
 """Dealing many units at once is dealing them one by one, and takes time that grows with their number."""
 
 import itertools
+import json
+import os
 import sys
 
 import numpy as np
 import pytest
+from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dealing import check_plan, preferences, real_batch, table_of
@@ -12,6 +15,8 @@ from test_dealing import check_plan, preferences, real_batch, table_of
 from open_rm.batching import dealing
 from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.data.pairs import PairTable
+from open_rm.flags import ScheduleFlags
+from open_rm.training.plan import make_plan
 
 repeatable = settings(max_examples=100, deadline=None, derandomize=True)
 amounts = st.integers(1, 30).map(float) | st.floats(0.01, 30)
@@ -327,3 +332,66 @@ def test_a_held_out_set_of_many_pairs_is_dealt_in_one_call(layout):
     deal = dealing.deal_step(np.arange(50_000), table, rules(layout, 1536), 8)
     check_plan(deal, np.arange(50_000))
     assert deal.imbalance < 1.01
+
+
+# ---------------------------------------------------------------- many ranks
+
+
+@pytest.fixture(scope="module", params=["hh_harmless", "alpaca_eval"])
+def real_table(request) -> PairTable:
+    """Lengths of real pairs, a token for every four letters, up to 1,024; the pairs of a prompt know each other."""
+    sides = []
+    for line in (shared_data(request.param) / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt, *answers = (
+            "".join(m["content"] for m in part) if isinstance(part, list) else part
+            for part in (row.get("prompt", ""), row["chosen"], row["rejected"])
+        )
+        chosen, rejected = (prompt + answer for answer in answers)
+        shared = len(os.path.commonprefix([chosen, rejected]))
+        if max(map(len, (chosen, rejected))) <= 4096:
+            sides.append((chosen, rejected, shared, prompt or chosen[:shared]))
+    chosen, rejected, shared, prompts = zip(*sides, strict=True)
+    ids: dict[str, int] = {}
+    known = [np.array([ids.setdefault(text, len(ids)) for text in column]) for column in (prompts, chosen, rejected)]
+    lengths = [np.maximum(2, [len(text) // 4 for text in column]) for column in (chosen, rejected)]
+    return PairTable(
+        chosen_length=lengths[0],
+        rejected_length=lengths[1],
+        shared_length=np.minimum(np.array(shared) // 4, np.minimum(*lengths) - 1),
+        prompt_length=np.minimum(np.array(list(map(len, prompts))) // 4, np.minimum(*lengths) - 1),
+        prompt_id=known[0],
+        chosen_id=known[1],
+        rejected_id=known[2],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sixty_four_ranks_are_loaded_as_evenly_as_the_longest_pair_allows(real_table, layout):
+    """Of 256 pairs a rank has four, and the longest of a step may be more than the mean of all ranks: no deal is below that.
+    Of 512 a rank has eight."""
+    how, rng = rules(layout, 8192, 6e-5), np.random.default_rng(0)
+    for pairs in (256, 512):
+        draws = [rng.permutation(len(real_table))[:pairs] for _ in range(9)]
+        deals = [dealing.deal_step(indices, real_table, how, 64) for indices in draws]
+        costs = [dealing.pair_costs(indices, real_table, layout, 6e-5) for indices in draws]
+        least = [max(1.0, 64 * cost.max() / cost.sum()) for cost in costs]
+        over = [deal.imbalance / bound for deal, bound in zip(deals, least, strict=True)]
+        assert np.median(over) <= 1.05
+        if pairs == 512:
+            assert np.median([deal.imbalance for deal in deals]) <= 1.05
+
+
+def test_one_seed_gives_the_same_steps_to_any_number_of_ranks(real_table):
+    """Each pair of a step is dealt once, and the step is not asked how many ranks there are."""
+    listed = []
+    for world_size in (1, 2, 8, 64):
+        plan = make_plan(ScheduleFlags(num_train_epochs=1.3), real_table, 256, seed=5)
+        steps = []
+        for indices in plan.draw(real_table):
+            deal = dealing.deal_step(indices, real_table, rules("shared_prefix", 8192, 6e-5), world_size)
+            dealt = [part.indices for rank in deal.ranks for part in rank if part.counted]
+            assert sorted(np.concatenate(dealt).tolist()) == sorted(indices.tolist())
+            steps.append(indices.tolist())
+        listed.append(steps)
+    assert len(listed[0]) > 8 and all(steps == listed[0] for steps in listed)

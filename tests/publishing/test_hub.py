@@ -452,6 +452,7 @@ sys.path.insert(0, args[1])
 import shutil
 from huggingface_hub import HfApi, scan_cache_dir
 from transformers import AutoModelForCausalLM
+from open_rm.errors import UserError
 from open_rm.flags import ModelFlags
 from open_rm.model.loading import fetch
 
@@ -461,7 +462,10 @@ for name, how in {"whole": {}, "parts": {"max_shard_size": "200KB"}}.items():
     api.create_repo(f"standin/{name}", private=True)
     api.upload_folder(repo_id=f"standin/{name}", folder_path=name)
     fetch(ModelFlags(model_name_or_path=f"standin/{name}"))
-fetch(ModelFlags(model_name_or_path="standin/missing"))  # loading says what is wrong
+try:
+    fetch(ModelFlags(model_name_or_path="standin/missing"))
+except UserError as error:
+    out["said"] = str(error)
 fetch(ModelFlags(model_name_or_path=args[0]))
 for repo in scan_cache_dir().repos:
     out[repo.repo_id] = sorted(file.file_name for revision in repo.revisions for file in revision.files)
@@ -472,4 +476,4 @@ def test_a_models_weights_are_downloaded_before_ranks_load_them_together(hub, to
     found = client(hub, tmp_path, FETCH, toy / "model", REPOSITORY)
     assert found["standin/whole"] == ["model.safetensors"]
     assert found["standin/parts"][-1] == "model.safetensors.index.json" and len(found["standin/parts"]) > 3
-    assert "standin/missing" not in found
+    assert "standin/missing" not in found and "no weights are found here" in found["said"]

@@ -230,10 +230,10 @@ def test_the_keys_that_answers_share_are_counted_where_a_prompt_has_most():
     pairs = [(answers[i], answers[j]) for i in range(6) for j in range(i)]  # each answer stands in five pairs
     alone = [(ROW[:50] + [9] * 10, [3] * 60)]  # and a pair that shares nothing
     data = as_data(pairs + alone, [100] * len(pairs) + [0])
-    assert fitting._keys_of_a_position(data.table) == pytest.approx(6 * 110 / (100 + 6 * 10))
-    assert fitting._keys_of_a_position(as_data(alone, [0]).table) == 1.0
+    assert fitting.keys_of_positions(data.table)[1].max() == pytest.approx(6 * 110 / (100 + 6 * 10))
+    assert fitting.keys_of_positions(as_data(alone, [0]).table)[1].max() == 1.0
     one = as_data([(answers[0], answers[1])], [0])  # without a prompt a pair still shares
-    assert fitting._keys_of_a_position(one.table) == pytest.approx(220 / 120)
+    assert fitting.keys_of_positions(one.table)[1].max() == pytest.approx(220 / 120)
 
 
 def test_recomputation_that_saves_nothing_is_no_choice():

@@ -5,16 +5,17 @@
 #
 # MODEL, DATASET and EVAL_DATASET put your own in place (Hub name, file or folder); any flag overrides: "$@" comes last.
 #   MODEL=my/model DATASET=pairs.jsonl EVAL_DATASET=held_out.jsonl bash scripts/train/debug/reward_modeling.sh
-# DRY=1 prints the command instead of running it.
+# A step is 16 pairs on any number of devices that divides it: GPUS=2 for several in one machine. DRY=1 prints the command.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
-source scripts/environment.sh
+source scripts/launch.sh
 
 TOY=${TOY:-output/toy}
 MODEL=${MODEL:-$TOY/model}
 DATASET=${DATASET:-$TOY/data}
 EVAL_DATASET=${EVAL_DATASET:-$TOY/data}
-
+GLOBAL_BATCH=${GLOBAL_BATCH:-16}
+PER_DEVICE=${PER_DEVICE:-16}
 flags=(
     --exp_name debug
     --model_name_or_path "$MODEL"
@@ -22,8 +23,6 @@ flags=(
     --dataset_mixer_eval_list "$EVAL_DATASET" 1.0
     --max_token_length 1024
     --max_prompt_token_length 1024
-    --per_device_train_batch_size 16      # pairs per step: 16 on one device
-    --gradient_accumulation_steps 1
     --per_device_eval_batch_size 32
     --learning_rate 5e-4                  # high, because the toy model starts from random weights
     --warmup_ratio 0.05
@@ -32,13 +31,7 @@ flags=(
     --seed 1
 )
 
-command=(-m open_rm.reward_modeling "${flags[@]}" "$@")
-if [[ ${DRY:-0} == 1 ]]; then
-    printf '%q ' python "${command[@]}"; echo
-    exit
-fi
-set_up_python requirements.txt
-if [[ "$MODEL $DATASET $EVAL_DATASET" == *"$TOY"* ]]; then
-    "$PYTHON" -m open_rm.toy --folder "$TOY"
-fi
-exec "$PYTHON" "${command[@]}"
+make_inputs() {
+    if [[ "$MODEL $DATASET $EVAL_DATASET" == *"$TOY"* ]]; then "$PYTHON" -m open_rm.toy --folder "$TOY"; fi
+}
+launch "${flags[@]}" "$@"

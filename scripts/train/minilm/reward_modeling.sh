@@ -30,15 +30,16 @@ flags=(
     --num_train_epochs 1                  # a second one overfits: 0.755 after it
     --num_evals 3
 )
-case $VARIANT in
-    encoder) ;;
-    decoder)
-        flags+=(--exp_name decoder_rm --model_name_or_path "$DECODER" --learning_rate 3e-4 --group_by_prompt)
-        if [[ ${DRY:-0} != 1 ]]; then
-            set_up_python requirements.txt
-            "$PYTHON" - "$MODEL" "$DECODER" <<'PY'
+make_inputs() {
+    [[ $VARIANT == decoder ]] || return 0
+    "$PYTHON" - "$MODEL" "$DECODER" <<'PY'
 import sys
+import tempfile
+from pathlib import Path
+
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+from open_rm.toy import put
 
 try:
     encoder, tokenizer = AutoConfig.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
@@ -51,10 +52,18 @@ config = LlamaConfig(
     bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
 )
 set_seed(1)
-LlamaForCausalLM(config).save_pretrained(sys.argv[2])
-tokenizer.save_pretrained(sys.argv[2])
+decoder = Path(sys.argv[2])
+decoder.mkdir(parents=True, exist_ok=True)
+with tempfile.TemporaryDirectory(dir=decoder, prefix=".making_") as made:  # several nodes may make it at the same time
+    LlamaForCausalLM(config).save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    put(Path(made), decoder)
 PY
-        fi ;;
+}
+case $VARIANT in
+    encoder) ;;
+    decoder)
+        flags+=(--exp_name decoder_rm --model_name_or_path "$DECODER" --learning_rate 3e-4 --group_by_prompt) ;;
     *) echo "error: VARIANT is encoder or decoder, not '$VARIANT'" >&2; exit 1 ;;
 esac
 launch "${flags[@]}" "$@"

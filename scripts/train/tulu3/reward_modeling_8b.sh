@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What:  allenai/Llama-3.1-Tulu-3-8B-RM again: Tulu-3 8B SFT on the Tulu-3 preference mixture (about 270 K pairs).
 # Needs: 8 nodes of 8 GPUs by default; run it once on every node. One node works too: NNODES=1.
-#        NNODES, NODE_RANK and MASTER_ADDR say who is who; under Slurm (srun, one task per node) its variables do.
+#        NNODES, NODE_RANK and MASTER_ADDR say who is who; under Slurm and Kubernetes their variables do (docs/cluster.md).
 #        HF_TOKEN and WANDB_API_KEY in the environment for push and tracking.
 # Gives: output/<run name>/ on the first node, pushed to a private repository on the Hub.
 #
@@ -12,7 +12,7 @@ source scripts/launch.sh
 
 GLOBAL_BATCH=${GLOBAL_BATCH:-256}
 PER_DEVICE=${PER_DEVICE:-1}               # pairs per forward: 2 x 4096 tokens
-NNODES=${NNODES:-${SLURM_NNODES:-8}}
+NNODES=${NNODES:-8}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 flags=(
     --exp_name tulu3_8b_rm

@@ -1,0 +1,70 @@
+"""That all ranks of a run are one program on one set of data: the same code, libraries and flags, the same pairs.
+
+Each node starts its ranks by a command and from a checkout of its own, and may read files of its own. Where these differ, ranks deal
+steps differently or wait in different collectives, hours later or for ever; so they compare short marks.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from open_rm.errors import quote
+from open_rm.ranks import Ranks
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
+OF_A_NODE = ("dataset_local_cache_dir",)  # flags by which every node may name a disk of its own
+MOST_NAMED = 3
+SAME_FILES = "give every node the same files, or a folder that all see"
+
+
+def check(ranks: Ranks, flags: Mapping[str, object]) -> None:
+    """Refuse ranks that are not started alike. A collective call.
+
+    Args:
+        flags: all of them, by name.
+
+    Raises:
+        UserError: some rank's differ: which, where, and how.
+    """
+    compare(
+        ranks,
+        marks(flags),
+        "give every node the same command, the same commit of this repository and the same packages",
+    )
+
+
+def compare(ranks: Ranks, own: Mapping[str, str | None], advice: str) -> None:
+    """Refuse ranks whose marks are not the main rank's. A collective call.
+
+    Args:
+        own: this rank's marks, by what messages call them.  advice: how to have them alike.
+
+    Raises:
+        UserError: some rank's differ: which, where, and how.
+    """
+    if ranks.world_size == 1:
+        return
+    both = ranks.gathered((ranks.name, own))
+    main, expected = both[0]
+    for name, found in both:
+        differ = [
+            f"{what} is {quote(found.get(what))} there and {quote(mark)} on {main}"
+            for what, mark in expected.items()
+            if found.get(what) != mark
+        ]
+        if differ:
+            more = f"; and {len(differ) - MOST_NAMED} more differ" if len(differ) > MOST_NAMED else ""
+            ranks.fail(f"{name} is not like the others: {'; '.join(differ[:MOST_NAMED])}{more}; {advice}")
+
+
+def marks(flags: Mapping[str, object]) -> dict[str, str]:
+    """What has to be the same on all ranks, by what messages call it."""
+    code = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    found = {"the code of open_rm": code.hexdigest()[:12], "Python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return found | {f"--{name}": str(value) for name, value in flags.items() if name not in OF_A_NODE}

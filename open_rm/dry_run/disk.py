@@ -1,0 +1,40 @@
+"""What a run writes: checkpoints, by the count of reliability/keeper.py, and the final model."""
+
+from pathlib import Path
+
+from open_rm.dry_run.sizes import Planned
+from open_rm.dry_run.told import Told
+from open_rm.flags import CheckpointFlags
+from open_rm.reliability import checkpoints
+from open_rm.reliability.checkpoints import gib
+from open_rm.reliability.keeper import DEFAULT_MINUTES
+from open_rm.training.footprint import SAVED_MOMENT_BYTES
+
+WEIGHT_BYTES = 4  # float32, as the optimizer steps them
+
+
+def told(flags: CheckpointFlags, model: Planned, optim: str, folder: str) -> Told:
+    """folder: of the run."""
+    size = model.sizes.trained * (WEIGHT_BYTES + SAVED_MOMENT_BYTES[optim])
+    minutes = flags.checkpointing_minutes
+    if minutes is None:
+        minutes = 0.0 if flags.checkpointing_steps else DEFAULT_MINUTES
+    often = [f"every {flags.checkpointing_steps} steps"] if flags.checkpointing_steps else []
+    often += [f"every {minutes:g} minutes"] if minutes else []
+    at_once = flags.keep_last_n_checkpoints + 1 + (flags.metric_for_best_model is not None) if often else 0
+    held = sum(map(checkpoints.size_of, checkpoints.committed(folder)))
+    needed, free = max(at_once * size - held, 0) + model.saved, checkpoints.free_bytes(Path(folder))
+    enough = free >= needed
+    if often:
+        best = " and the best" if flags.metric_for_best_model else ""
+        kept = f"{flags.keep_last_n_checkpoints}{best} kept while one is written"
+        line = f"checkpoints of {gib(size)} {' and '.join(often)}, {kept}: {gib(at_once * size)}"
+    else:
+        line = "checkpoints: off; a run that is killed begins anew"
+    lines = [
+        f"{line}; the final model {gib(model.saved)}",
+        f"{gib(free)} are free where {folder} will be: {'enough' if enough else f'{gib(needed - free)} TOO LITTLE'}",
+    ]
+    numbers = {"checkpoint_bytes": size if often else 0, "checkpoints_at_once": at_once, "model_bytes": model.saved}
+    numbers |= {"needed_bytes": needed, "free_bytes": free, "enough": enough, "output_dir": folder}
+    return Told("disk", lines, numbers)

@@ -1,0 +1,77 @@
+"""What the Hub and wandb will say, asked without making anything there."""
+
+import os
+import threading
+from collections.abc import Callable
+
+from huggingface_hub import HfApi, constants, get_token
+
+from open_rm.dry_run.told import Told
+from open_rm.flags import RunFlags, TrackingFlags
+from open_rm.publishing.hub_calls import HUB_ERRORS, reason, status
+from open_rm.training.wandb_run import has_wandb_key
+
+SECONDS = 8.0  # most that the Hub is waited for
+DEFAULT_REPO = "open_rm_dev"
+
+
+def hub(flags: RunFlags, name: str) -> Told:
+    """name: of the run."""
+    token, offline = get_token() is not None, bool(constants.HF_HUB_OFFLINE)
+    branch, repo = flags.hf_repo_revision or name, flags.hf_repo_id or DEFAULT_REPO
+    numbers = {"push": flags.push_to_hub, "token_found": token, "offline": offline}
+    if not flags.push_to_hub:
+        return Told("hub", [f"nothing is pushed ({'a' if token else 'no'} token is found)"], numbers)
+    numbers |= {"repo": repo, "branch": branch, "user": None, "repo_exists": None}
+    if offline or not token:
+        why = "HF_HUB_OFFLINE is set: unset it" if offline else "there is no token: set HF_TOKEN or run `hf auth login`"
+        return Told("hub", [f"the push to {repo} would be refused before training: {why}"], numbers)
+    said, found = _asked(repo, flags.hf_entity)
+    numbers |= found
+    where = f"{found['repo']}, branch {branch}"
+    return Told("hub", [f"pushes to {where}: {said}"], numbers)
+
+
+def _asked(repo: str, entity: str | None) -> tuple[str, dict]:
+    """Who the token is and whether the repository is there: a clause, and numbers."""
+    api, found = HfApi(), {"repo": repo, "user": None, "repo_exists": None}
+
+    def ask() -> str:
+        try:
+            found["user"] = api.whoami()["name"]
+            found["repo"] = repo if "/" in repo else f"{entity or found['user']}/{repo}"
+            found["repo_exists"] = api.repo_exists(found["repo"])
+        except HUB_ERRORS as error:
+            wrong = "the Hub refuses the token (401); check HF_TOKEN" if status(error) == 401 else reason(error)
+            return f"{wrong}, and training would not start"
+        except ValueError as error:
+            return f"not a name that the Hub accepts ({error})"
+        there = "which exists" if found["repo_exists"] else "which will be made"
+        return f"the token is {found['user']}'s, {there}; whether it may write shows when the run starts"
+
+    return _within(SECONDS, ask) or f"the Hub did not answer within {SECONDS:.0f} s", found
+
+
+def _within(seconds: float, work: Callable[[], str]) -> str | None:
+    """Its value; None where it takes longer, in a thread that does not keep the process."""
+    values: list[str] = []
+    thread = threading.Thread(target=lambda: values.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return values[0] if values else None
+
+
+def wandb(flags: TrackingFlags) -> Told:
+    """As wandb_run.start_wandb decides."""
+    mode, key = os.environ.get("WANDB_MODE"), has_wandb_key()
+    numbers = {"tracked": flags.with_tracking, "key_found": key, "mode": None}
+    if not flags.with_tracking:
+        return Told("wandb", ["not used (--with_tracking); metrics.jsonl and TensorBoard are written anyway"], numbers)
+    if mode is None and not key:
+        mode, why = "offline", "there is no API key (WANDB_API_KEY)"
+    elif mode in ("offline", "disabled"):
+        why = f"WANDB_MODE={mode}"
+    else:
+        mode, why = "online", "a key is found; offline if the server does not answer"
+    owner = f"{flags.wandb_entity}/" if flags.wandb_entity else ""
+    return Told("wandb", [f"{mode}, project {owner}{flags.wandb_project_name}: {why}"], numbers | {"mode": mode})

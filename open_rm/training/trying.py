@@ -1,0 +1,309 @@
+"""--find_batch_size: the largest micro-batch that fits, found by computing larger and larger ones on the device.
+
+Budgets double from the largest pair upwards. Each is computed for real, forward and backward through the engine with the run's
+loss, on the worst that the data can fill it with; the peak of memory is measured. The next one is tried only where a line
+through the peaks so far, and the moments that the first step will make, leave it room ON ALL RANKS: one that ran out of memory
+in a collective would leave the others waiting.
+
+Afterwards all is as before: gradients are dropped, and learning rate and random numbers stand where they stood, so a run that
+found a budget equals one that was given it with --max_tokens_per_micro_batch.
+"""
+
+import dataclasses
+import gc
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from open_rm import alive
+from open_rm.batching.dealing import pair_costs
+from open_rm.batching.feeding import MicroBatch
+from open_rm.batching.layouts import lay_out
+from open_rm.batching.rules import BatchRules
+from open_rm.data.pairs import PreferenceData
+from open_rm.errors import OneRanksError, UserError
+from open_rm.flags import ObjectiveFlags, ScaleFlags
+from open_rm.ranks import Ranks
+from open_rm.training import fitting, footprint, memory
+from open_rm.training.engine import Engine
+from open_rm.training.losses import loss_terms
+
+SHARE = fitting.SHARE
+GIB = fitting.GIB
+STEP = 256  # budgets are multiples of it
+FASTER = 1.1  # by so much a smaller micro-batch has to be faster a position to be mentioned
+KEYS = 1.5  # so many times the keys a position of a pair alone, and a prompt with many answers is tried too
+T = TypeVar("T")
+MOMENTS = {"AdamW": "adamw", "AdamW8bit": "adamw_8bit", "Adafactor": "adafactor"}  # optimizers by --optim
+
+
+@dataclass(frozen=True)
+class Try:
+    """budget: positions a device.  pairs, positions: of the micro-batch, of a sequence group's devices together.
+    peak: bytes that this rank held at most.  seconds: forward and backward."""
+
+    budget: int
+    pairs: int
+    positions: int
+    peak: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Positions a second."""
+        return self.positions / self.seconds
+
+
+def kept(flags: ScaleFlags, rules: BatchRules, ranks: Ranks) -> dict | None:
+    """What a checkpoint keeps, so that a run which goes on cuts its steps as before on the same devices."""
+    if not flags.find_batch_size:
+        return None
+    device = torch.cuda.get_device_name(ranks.device) if ranks.on_gpu else "cpu"
+    return {"max_tokens": rules.max_tokens, "device": device, "world_size": ranks.world_size}
+
+
+def find(
+    flags: ScaleFlags,
+    objective: ObjectiveFlags,
+    engine: Engine,
+    rules: BatchRules,
+    data: PreferenceData,
+    *,
+    pairs_per_step: int,
+    before: dict | None,
+) -> tuple[BatchRules, list[str]]:
+    """The rules with the largest budget that fits, and lines for the log. A collective call, before the first step.
+
+    pairs_per_step: of all ranks.  before: what the checkpoint that is gone on from has of `kept`.
+
+    Raises:
+        OneRanksError: memory ran out where that cannot be taken back.
+    """
+    if not flags.find_batch_size:
+        return rules, []
+    ranks = engine.ranks
+    if before is not None:
+        same = dataclasses.replace(rules, max_tokens=before["max_tokens"])
+        if kept(flags, same, ranks) == before:
+            return same, [f"micro-batches of up to {same.max_tokens} positions, as --find_batch_size found them before"]
+    fill = Filling(rules, data, ranks.sequence_size, margins=objective.margin_loss)
+    climb = _Climb(engine, objective, fill, most_pairs=-(-pairs_per_step // ranks.data_size))
+    schedule, started = engine.schedule_state(), time.perf_counter()
+    devices = [ranks.device] if ranks.on_gpu else []
+    with alive.phase("trying micro-batches", alive.Kind.BUSY), torch.random.fork_rng(devices):
+        tries, why = climb.to_the_top()
+        climb.forget()
+    engine.set_schedule(schedule)
+    best = tries[-1]
+    lines = [_line(tried) for tried in tries]
+    lines.append(
+        f"micro-batches of up to {best.budget} positions (--find_batch_size, {time.perf_counter() - started:.1f} s): {why}"
+    )
+    rates = np.min(
+        ranks.gathered([tried.rate for tried in tries]), axis=0
+    )  # the slowest rank's: the others wait for it
+    fastest = int(rates.argmax())
+    if rates[fastest] > FASTER * rates[-1]:
+        lines.append(
+            f"--max_tokens_per_micro_batch {tries[fastest].budget} was {rates[fastest] / rates[-1]:.1f} times as fast a position "
+            f"as {best.budget}"
+        )
+    return dataclasses.replace(rules, max_tokens=best.budget), lines
+
+
+def _line(tried: Try) -> str:
+    return f"tried {tried.budget} positions: {_size(tried.peak)} at most, {tried.seconds:.2f} s, {tried.rate:.0f} positions/s"
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= 10 * GIB else f"{count / 2**20:.0f} MiB"
+
+
+class Filling:
+    """The worst micro-batches that the data can fill a budget with.
+
+    The longest pairs, each as if its prompt were its own; and in shared_prefix, where keys and values of a prompt are gathered
+    for each of its answers, copies of the prompt that has most of them.
+    """
+
+    def __init__(self, rules: BatchRules, data: PreferenceData, devices: int, *, margins: bool):
+        """devices: that compute a micro-batch together.  margins: whether the loss takes them."""
+        self._rules, self._data, self._devices = rules, data, devices
+        self._margins = data.margins() if margins else None
+        costs = pair_costs(np.arange(len(data.table.chosen_length)), data.table, rules.layout, 0.0)
+        self._longest = np.argsort(-costs, kind="stable")
+        self._positions = costs[self._longest].astype(np.int64)
+        ids, keys = fitting.keys_of_positions(data.table)
+        worst = int(keys.argmax())
+        alone = data.table.chosen_length + data.table.rejected_length
+        shared = rules.layout == "shared_prefix" and keys[worst] > KEYS * (alone / np.maximum(costs, 1)).max()
+        self._answers = np.flatnonzero(data.table.prompt_id == ids[worst]) if shared else None
+
+    @property
+    def smallest(self) -> int:
+        """The least budget: the largest pair's, rounded up."""
+        return -(-int(self._positions[0]) // (STEP * self._devices)) * STEP
+
+    def micro_batches(self, budget: int) -> list[MicroBatch]:
+        """What to compute for a budget of a device, the longest pairs last."""
+        room = budget * self._devices
+        copies = -(-room // int(self._positions.sum()))
+        positions = np.tile(self._positions, copies)
+        if self._rules.layout == "padded":
+            count = room // int(positions[0])
+        else:
+            count = int(np.searchsorted(np.cumsum(positions), room, side="right"))
+        longest = np.resize(self._longest, max(count, 1))
+        made = [self._laid_out(longest, np.arange(len(longest)))]
+        if self._answers is not None:
+            made.insert(0, self._copies_of_a_prompt(room))
+        return made
+
+    def least(self) -> MicroBatch:
+        """The smallest pair."""
+        return self._laid_out(self._longest[-1:], np.zeros(1, int))
+
+    def _copies_of_a_prompt(self, room: int) -> MicroBatch:
+        pairs = self._answers
+        while (one := self._laid_out(pairs, np.zeros(len(pairs), int))).batch.positions > room and len(pairs) > 1:
+            pairs = pairs[: len(pairs) // 2]
+        copies = max(1, room // one.batch.positions)
+        return self._laid_out(np.tile(pairs, copies), np.repeat(np.arange(copies), len(pairs)))
+
+    def _laid_out(self, indices: np.ndarray, prompts: np.ndarray) -> MicroBatch:
+        rules = self._rules
+        pairs = self._data.pairs(indices)
+        batch = lay_out(rules.layout, pairs, pad_token_id=rules.pad_token_id, prompt_ids=prompts.tolist())
+        margins = None if self._margins is None else torch.from_numpy(self._margins[indices])
+        return MicroBatch(indices, batch, margins, last=False)
+
+
+class _Climb:
+    """Tries, one after another, on all ranks together."""
+
+    def __init__(self, engine: Engine, objective: ObjectiveFlags, fill: Filling, *, most_pairs: int):
+        """most_pairs: that a rank, or a sequence group, has of a step."""
+        self._engine, self._objective, self._fill, self._most_pairs = engine, objective, fill, most_pairs
+        self._ranks = engine.ranks
+        hosts = self._ranks.gathered(socket.gethostname())
+        sharing = hosts.count(hosts[self._ranks.rank])
+        self._memory = memory.GpuMemory(self._ranks.device) if self._ranks.on_gpu else memory.CpuMemory(sharing)
+        self._moments = coming_moments(engine)
+
+    def to_the_top(self) -> tuple[list[Try], str]:
+        """Those that fitted, smallest first, and why there is no larger one."""
+        tries: list[Try] = []
+        budget = self._fill.smallest
+        # The first pass makes gradients, which the later ones find there, and what else is made once.
+        first = self._pass(self._fill.micro_batches(budget)[-1], f"a micro-batch of {budget} positions")
+        base = self._memory.held()
+        while first and (tried := self._try(budget, tries)) is not None:
+            tries.append(tried)
+            if tried.pairs >= self._most_pairs:
+                return tries, "it holds all pairs of a step that a device has"
+            budget *= 2
+            if why := self._no_room(expected_peak(tries, budget, base), budget):
+                return tries, why
+        if not tries:
+            self._ranks.fail(
+                f"--find_batch_size: the largest pair alone, {budget} positions, runs out of memory; pass --gradient_checkpointing "
+                "on, --deepspeed configs/ds/zero3.json, or a smaller --max_token_length"
+            )
+        return tries, f"{budget} ran out of memory"
+
+    def _try(self, budget: int, before: list[Try]) -> Try | None:
+        """Compute the micro-batches of a budget; None where memory ran out on some rank."""
+        flag = f"--max_tokens_per_micro_batch {before[-1].budget}" if before else "--gradient_checkpointing on"
+        self._memory.reset()
+        for micro in self._fill.micro_batches(budget):
+            self._wait()
+            started = time.perf_counter()
+            if not self._pass(micro, f"a micro-batch of {budget} positions; pass {flag} in place of --find_batch_size"):
+                return None
+            self._wait()
+            seconds = time.perf_counter() - started
+        return Try(budget, len(micro.indices), micro.batch.positions, self._memory.peak(), seconds)
+
+    def _wait(self) -> None:
+        if self._ranks.on_gpu:
+            torch.cuda.synchronize(self._ranks.device)
+
+    def _pass(self, micro: MicroBatch, what: str) -> bool:
+        """Forward and backward; False where memory ran out on some rank while no other waits for it. what: for the sentence."""
+        stage, together = self._engine.stage, self._ranks.sequence_size > 1
+
+        def backward(rewards: torch.Tensor) -> bool:
+            self._engine.backward(self._loss(micro, rewards), last=False)
+            return True
+
+        rewards = self._unless_short(lambda: self._forward(micro), what, others_wait=stage == 3 or together)
+        done = self._on_all(rewards is not None) and self._on_all(
+            self._unless_short(lambda: backward(rewards), what, others_wait=stage > 0 or together) is not None
+        )
+        if not done:
+            del rewards
+            gc.collect()
+            self._memory.give_back()
+        return done
+
+    def _forward(self, micro: MicroBatch) -> torch.Tensor:
+        return self._engine(**micro.batch.inputs(self._ranks.device))
+
+    def _loss(self, micro: MicroBatch, rewards: torch.Tensor) -> torch.Tensor:
+        terms = loss_terms(*micro.sides(rewards), micro.margins, self._objective)
+        return sum(terms.values()).sum() / max(1, len(micro.indices))
+
+    def _unless_short(self, work: Callable[[], T], what: str, *, others_wait: bool) -> T | None:
+        """What `work` gives; None where memory ran out."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_shortage(error):
+                raise
+            if others_wait and self._ranks.world_size > 1:
+                raise OneRanksError(f"out of memory in {what}") from error
+        return None
+
+    def _on_all(self, here: bool) -> bool:
+        return all(self._ranks.gathered(here))
+
+    def _no_room(self, expected: float, budget: int) -> str | None:
+        """Why the next budget is not tried; None where it is expected to fit on all ranks."""
+        most = self._memory.held() + SHARE * max(0.0, self._memory.left() - self._moments)
+        for rank, (needed, there) in enumerate(self._ranks.gathered((expected, most))):
+            if needed > there:
+                return f"{budget} would take {_size(needed)}, and rank {rank} has {_size(there)} beside the moments to come"
+        return None
+
+    def forget(self) -> None:
+        """Leave the engine as it was before."""
+        least = self._fill.least()
+        self._engine.forget_gradients(lambda: self._loss(least, self._forward(least)))
+        self._memory.give_back()
+        self._memory.reset()
+
+
+def expected_peak(tries: list[Try], budget: int, base: float) -> float:
+    """Bytes at the peak of a larger budget: on the line through the last two tries; after the first one in proportion to what it
+    took beside `base`, which is held between tries."""
+    last = tries[-1]
+    slope = (last.peak - base) / last.budget
+    if len(tries) > 1:
+        slope = (last.peak - tries[-2].peak) / (last.budget - tries[-2].budget)
+    return last.peak + max(0.0, slope) * (budget - last.budget)
+
+
+def coming_moments(engine: Engine) -> float:
+    """Bytes on this rank's device that the first step will make for the optimizer's moments."""
+    kind = footprint.MOMENT_BYTES[MOMENTS[type(engine.optimizer).__name__]]
+    try:
+        flats = engine.flats()
+    except UserError:  # they are on a disk
+        return 0.0
+    here = engine.ranks.device.type
+    return sum(kind * flat.weights.numel() for flat in flats if not flat.state and flat.weights.device.type == here)

@@ -1,0 +1,278 @@
+"""Ranks that train a toy, for test_trying.py and test_stragglers.py: one process imports all that they need and forks them.
+
+`python ranks_that_train.py CASES FOLDER`: FOLDER is the toy's model; prints what each case found, case -> the ranks' values, as JSON.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import resource
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from pairs_of_ids import as_data
+
+from open_rm.batching import feeding
+from open_rm.batching.dealing import Deal, Part
+from open_rm.batching.rules import BatchRules
+from open_rm.data.tokenizer import load_tokenizer
+from open_rm.flags import AdapterFlags, BatchFlags, ModelFlags, ObjectiveFlags, OptimizerFlags, ScaleFlags
+from open_rm.model.loading import load_reward_model
+from open_rm.model.reward_model import model_shape
+from open_rm.ranks import Ranks, joined_ranks
+from open_rm.training import memory, metrics, trying
+from open_rm.training.ds_config import fill_config
+from open_rm.training.engine import Engine
+from open_rm.training.losses import loss_terms
+from open_rm.training.metrics import Meter
+from open_rm.training.stragglers import Stopwatch, Stragglers
+
+STEP = 12  # pairs
+FIND = ScaleFlags(find_batch_size=True)
+DROPOUT = AdapterFlags(use_peft=True, lora_r=4, lora_dropout=0.2)
+
+
+def tokens(n: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(5, 90, n).tolist()
+
+
+def pairs(count: int = 24, shortest: int = 40, longest: int = 120):
+    """Of different lengths, each with a prompt of 20 tokens."""
+    lengths = np.random.default_rng(0).integers(shortest, longest, (count, 2))
+    prompts = [tokens(20, n) for n in range(count)]
+    both = [
+        (prompt + tokens(chosen, n), prompt + tokens(rejected, -n - 1 + 10_000))
+        for n, (prompt, (chosen, rejected)) in enumerate(zip(prompts, lengths.tolist(), strict=True))
+    ]
+    return as_data(both, [20] * count)
+
+
+def made(ranks: Ranks, folder: str, stage: int, layout: str = "packed", adapter: AdapterFlags | None = None) -> Engine:
+    torch.manual_seed(1)
+    how = {"layout": layout, "adapter": adapter or AdapterFlags()}
+    if stage == 3:
+        how |= {"dtype": torch.float32, "seed": 1, "deepspeed_config": config_of(stage, ranks)}
+    model, _ = load_reward_model(ModelFlags(model_name_or_path=folder), load_tokenizer(folder), **how)
+    return Engine(
+        model, OptimizerFlags(learning_rate=1e-3), config_of(stage, ranks), ranks, total_steps=4, warmup_steps=1
+    )
+
+
+def config_of(stage: int, ranks: Ranks) -> dict:
+    config = fill_config(BatchFlags(), width=128, bf16=False, max_grad_norm=1.0, world_size=ranks.world_size)
+    return config | {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}
+
+
+def rules(budget: int, layout: str = "packed") -> BatchRules:
+    return BatchRules(layout, pad_token_id=2, max_tokens=budget, evaluation_tokens=512)
+
+
+def trained(engine: Engine, data, how: BatchRules, steps: int = 2, meter: Meter | None = None) -> list:
+    """Losses, norms and the sum of all weights, step by step; or a meter's numbers."""
+    found, draws = [], itertools.cycle([np.arange(STEP), np.arange(STEP, 2 * STEP)])
+    for step in itertools.islice(feeding.training_steps(draws, data, how, engine.ranks), steps):
+        total = 0.0
+        for micro in step.micro_batches:
+            chosen, rejected = micro.sides(engine(**micro.batch.inputs(engine.ranks.device)))
+            terms = loss_terms(chosen, rejected, None, ObjectiveFlags())
+            loss = sum(terms.values()).sum() / step.pairs
+            engine.backward(loss, last=micro.last)
+            total += loss.item()
+            if meter:
+                meter.add(chosen, rejected, terms, micro.batch)
+        if meter:
+            # Waits are of the wall clock: with others on this machine's cores they are not what is tested.
+            meter.reduce(step.pairs)
+            found.append(meter.performance(step, flops_before=0.0))
+        norm = engine.step()
+        if not meter:
+            found.append(
+                (total, norm, engine.learning_rate, [flat.weights.double().sum().item() for flat in engine.flats()])
+            )
+    return found
+
+
+def find(engine: Engine, data, layout: str = "packed", *, before: dict | None = None, each: int = STEP):
+    return trying.find(FIND, ObjectiveFlags(), engine, rules(512, layout), data, pairs_per_step=each, before=before)
+
+
+def limited(ranks: Ranks, mib: float) -> None:
+    """As if this process might take so much more than now."""
+    end = memory.CpuMemory(1).held() + mib * 2**20
+    memory.CpuMemory.left = lambda self: int(end - self.held())
+
+
+# ---------------------------------------------------------------- cases, each computed by every rank
+
+
+def a_run_that_found_equals_one_that_was_given(
+    ranks: Ranks, folder: str, stage: int, adapter=None, layout="packed"
+) -> dict:
+    """The main rank has plenty, the last one 130 MiB."""
+    limited(ranks, 130.0 if ranks.rank == ranks.world_size - 1 else 4000.0)
+    engine, data = made(ranks, folder, stage, layout, adapter), pairs()
+    before = torch.get_rng_state()
+    found, lines = find(engine, data, layout)
+    same_numbers = torch.equal(before, torch.get_rng_state())
+    after = trained(engine, data, found)
+    given = trained(made(ranks, folder, stage, layout, adapter), data, rules(found.max_tokens, layout))
+    return {
+        "budget": found.max_tokens,
+        "lines": lines,
+        "numbers": same_numbers,
+        "equal": after == given,
+        "steps": given,
+    }
+
+
+def memory_runs_out(ranks: Ranks, folder: str, stage: int) -> dict:
+    """No try is foreseen not to fit, and the process is held to 100 MiB more."""
+    trying.expected_peak = lambda *_: 0.0
+    engine, data = made(ranks, folder, stage), pairs()
+    status = memory._status("VmData") * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (status + 100 * 2**20, resource.RLIM_INFINITY))
+    found, lines = find(engine, data, each=10_000)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    after = trained(engine, data, found)
+    given = trained(made(ranks, folder, stage), data, found)
+    return {"budget": found.max_tokens, "lines": lines, "equal": after == given}
+
+
+def under_a_real_limit(ranks: Ranks, folder: str, mib: int) -> dict:
+    """What is found is trained with; then twice as much is computed under the same limit."""
+    engine, data = made(ranks, folder, 0), pairs()
+    status = memory._status("VmData") * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (status + mib * 2**20, resource.RLIM_INFINITY))
+    found, lines = find(engine, data, each=10_000)
+    trained(engine, data, found, steps=1)
+    fill = trying.Filling(found, data, 1, margins=False)
+    try:
+        for micro in fill.micro_batches(2 * found.max_tokens):
+            engine(**micro.batch.inputs(ranks.device)).sum().backward()
+        next_one = "fits"
+    except RuntimeError as error:
+        next_one = str(error)
+    return {"budget": found.max_tokens, "lines": lines, "next": next_one}
+
+
+TRYING = {
+    1: {
+        "dropout": (a_run_that_found_equals_one_that_was_given, {"stage": 0, "adapter": DROPOUT, "layout": "padded"}),
+        "runs out, 2": (memory_runs_out, {"stage": 2}),
+        "runs out, 3": (memory_runs_out, {"stage": 3}),
+        "real": (under_a_real_limit, {"mib": 110}),
+    },
+    2: {
+        "2": (a_run_that_found_equals_one_that_was_given, {"stage": 2, "layout": "shared_prefix"}),
+        "3": (a_run_that_found_equals_one_that_was_given, {"stage": 3}),
+    },
+}
+
+
+# ---------------------------------------------------------------- stragglers
+
+
+def watched(
+    ranks: Ranks, folder: str, stage: int, *, steps: int = 4, clock=time.perf_counter, slowed: bool = False
+) -> dict:
+    """What is said of some steps. clock: of the stopwatch.  slowed: the last rank computes each product six times."""
+    Stopwatch.clock = clock
+    engine, said = made(ranks, folder, stage), []
+    if slowed and ranks.rank == ranks.world_size - 1:
+        for module in engine.module.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.forward = several_times(module.forward)
+    stragglers = Stragglers(engine.module, ranks, lambda *lines: said.extend(lines))
+    meter = Meter(ranks, model_shape(engine.module), torch.float32, stragglers)
+    rows = trained(engine, pairs(), rules(4096), steps, meter)
+    with engine.evaluating():  # is no step's time
+        engine(**trying.Filling(rules(512), pairs(), 1, margins=False).least().batch.inputs(ranks.device))
+    left = len(stragglers._stopwatch._spans)
+    return {"rows": rows, "report": stragglers.report(), "said": said, "left": left}
+
+
+def several_times(forward):
+    def again(*inputs):
+        for _ in range(5):
+            forward(*inputs)
+        return forward(*inputs)
+
+    return again
+
+
+def a_slow_rank(ranks: Ranks, folder: str) -> dict:
+    return {stage: watched(ranks, folder, stage, slowed=True) for stage in (0, 2, 3)}
+
+
+def even_ranks(ranks: Ranks, folder: str) -> dict:
+    """By processor time: other processes that take this machine's cores are not what is tested."""
+    return {stage: watched(ranks, folder, stage, clock=time.thread_time) for stage in (0, 3)}
+
+
+def an_uneven_deal(ranks: Ranks, folder: str) -> dict:
+    """The first rank has three quarters of each step's pairs."""
+
+    def deal(indices, table, rules, count) -> Deal:
+        first = len(indices) * 3 // 4
+        shares = [Part(share, len(share)) for share in (indices[:first], indices[first:])]
+        return Deal(indices, [[share] for share in shares], 1.5)
+
+    feeding.deal_step = deal
+    return {0: watched(ranks, folder, 0, clock=time.thread_time)}
+
+
+STRAGGLERS = {2: {"slow": (a_slow_rank, {}), "even": (even_ranks, {}), "uneven": (an_uneven_deal, {})}}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def main(cases: str, folder: str) -> None:
+    importlib.import_module("deepspeed")
+    metrics.matmul_flops = lambda *_: 1e9
+    named, found = {"trying": TRYING, "stragglers": STRAGGLERS}[cases], {}
+    for world, of_world in named.items():
+        for name, (compute, how) in of_world.items():
+            found[f"{world}: {name}"] = forked(
+                world, lambda ranks, compute=compute, how=how: compute(ranks, folder, **how)
+            )
+    print(json.dumps(found))
+
+
+def forked(world: int, compute) -> list:
+    """What `compute` gives on each rank of a group of processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as folder:
+        pids = []
+        for rank in range(world):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                os.environ.update(
+                    {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+                )
+                os.dup2(2, 1)
+                status = 1
+                try:
+                    with joined_ranks() as ranks:
+                        Path(folder, str(rank)).write_text(json.dumps(compute(ranks)))
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(status)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+        assert statuses == [0] * world, statuses
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,190 @@
+"""--find_batch_size: what is found fits, the next does not, and nothing but micro-batches is changed by looking for it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import alone, in_a_process
+from pairs_of_ids import as_data
+
+from open_rm.batching.rules import BatchRules
+from open_rm.flags import ObjectiveFlags, ScaleFlags
+from open_rm.training import memory, trying
+from open_rm.training.trying import Filling, Try, expected_peak
+
+FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+OF_RANKS = f"import sys; sys.path[:0] = {FOLDERS}; import ranks_that_train; ranks_that_train.main(*sys.argv[1:])"
+ROW = [5 + i % 90 for i in range(400)]
+
+
+# ---------------------------------------------------------------- ranks that train
+
+
+@pytest.fixture(scope="module")
+def found(toy):
+    """What real ranks found."""
+    return in_a_process(OF_RANKS, "trying", toy / "model")
+
+
+def test_a_run_that_found_a_budget_equals_bit_for_bit_one_that_was_given_it(found):
+    """LoRA's dropout among them; losses, gradient norms, learning rates and weights of two steps."""
+    for name in ("1: dropout", "2: 2", "2: 3"):
+        for of_rank in found[name]:
+            assert of_rank["equal"] and of_rank["numbers"], name
+            assert len(of_rank["steps"]) == 2 and of_rank["steps"][0] != of_rank["steps"][1]
+
+
+def test_the_rank_with_the_least_memory_decides_for_all(found):
+    for name in ("2: 2", "2: 3"):
+        here, there = found[name]
+        assert here["budget"] == there["budget"] < 4096
+        assert "and rank 1 has" in here["lines"][-1] + here["lines"][-2]
+
+
+def test_what_is_found_under_a_real_limit_trains_under_it_and_twice_as_much_does_not(found):
+    [here] = found["1: real"]
+    assert here["budget"] >= 1024
+    assert memory.is_shortage(RuntimeError(here["next"]))
+    assert any(f"{2 * here['budget']} would take" in line for line in here["lines"])
+
+
+def test_memory_that_runs_out_is_taken_back_and_the_last_that_fitted_is_kept(found):
+    for stage in (2, 3):
+        [here] = found[f"1: runs out, {stage}"]
+        assert here["equal"] and here["budget"] >= 512, stage
+        assert any(f"{2 * here['budget']} ran out of memory" in line for line in here["lines"])
+
+
+def test_every_try_says_positions_memory_seconds_and_speed(found):
+    [here] = found["1: real"]
+    tried = [line for line in here["lines"] if line.startswith("tried ")]
+    assert [int(line.split()[1]) for line in tried] == [256 * 2**n for n in range(len(tried))]
+    assert all(" MiB at most, " in line and " positions/s" in line for line in tried)
+    assert any(
+        f"micro-batches of up to {here['budget']} positions (--find_batch_size, " in line for line in here["lines"]
+    )
+
+
+# ---------------------------------------------------------------- what is tried
+
+
+def rules(layout: str) -> BatchRules:
+    return BatchRules(layout, 0, max_tokens=1024, evaluation_tokens=1024)
+
+
+@pytest.mark.parametrize(("layout", "largest"), [("padded", 600), ("packed", 580), ("shared_prefix", 580 - 279)])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_budget_is_filled_with_the_longest_pairs_and_never_exceeded(layout, largest, devices):
+    pairs = [(ROW[:300], [*ROW[:279], 3]), (ROW[:30], ROW[5:40]), (ROW[:90], ROW[9:100])]
+    fill = Filling(rules(layout), as_data(pairs, [0, 0, 0]), devices, margins=False)
+    assert fill.smallest == -(-largest // (256 * devices)) * 256
+    for budget in (fill.smallest, 2 * fill.smallest, 8 * fill.smallest):
+        [micro] = fill.micro_batches(budget)
+        room = budget * devices
+        assert room - largest < micro.batch.positions <= room
+        assert micro.indices[0] == 0 and set(micro.indices) >= (
+            {0} if layout == "padded" else {0, 1, 2} if len(micro.indices) > 2 else {0}
+        )
+    assert fill.least().indices.tolist() == [1]
+
+
+def test_the_prompt_whose_answers_gather_most_keys_is_tried_too_where_prefixes_are_shared():
+    answers = [ROW[:200] + [7 + i] * 5 for i in range(8)]
+    many = [(answers[i], answers[j]) for i in range(8) for j in range(i)]
+    data = as_data([*many, (ROW[:390], ROW[3:])], [200] * len(many) + [0])
+    few, longest = Filling(rules("shared_prefix"), data, 1, margins=False).micro_batches(2048)
+    assert set(few.indices) <= set(range(len(many))) and few.batch.positions <= 2048
+    assert len(few.batch.segments.key_index) > 3 * few.batch.positions
+    assert longest.indices[0] == len(many)
+    assert len(Filling(rules("packed"), data, 1, margins=False).micro_batches(2048)) == 1
+
+
+def test_a_peak_is_foreseen_on_the_line_through_the_last_two():
+    first = Try(512, 2, 500, peak=150.0, seconds=1.0)
+    assert expected_peak([first], 1024, base=100.0) == 200.0
+    assert expected_peak([first, Try(1024, 4, 1000, peak=170.0, seconds=1.0)], 2048, base=100.0) == 210.0
+    falling = [first, Try(1024, 4, 1000, peak=140.0, seconds=1.0)]
+    assert expected_peak(falling, 2048, base=100.0) == 140.0
+
+
+class Climb:
+    """In place of the ranks' tries."""
+
+    def __init__(self, tries):
+        self.tries = tries
+
+    def to_the_top(self):
+        return self.tries, "for a test"
+
+    def forget(self):
+        pass
+
+
+def find(monkeypatch, tries, **how):
+    monkeypatch.setattr(trying, "_Climb", lambda *_, **__: Climb(tries))
+    monkeypatch.setattr(trying, "Filling", lambda *_, **__: None)
+    ranks = alone()
+    monkeypatch.setattr(type(ranks), "gathered", lambda self, value: [value])
+    engine = SimpleNamespace(ranks=ranks, schedule_state=dict, set_schedule=lambda state: None)
+    flags = ScaleFlags(find_batch_size=how.pop("flag", True))
+    return trying.find(flags, ObjectiveFlags(), engine, rules("packed"), None, pairs_per_step=8, **how)
+
+
+TRIES = [Try(512, 2, 500, 1e9, 0.5), Try(1024, 4, 1000, 2e9, 1.5), Try(2048, 8, 2000, 3e9, 3.2)]
+
+
+def test_a_smaller_budget_that_was_clearly_faster_is_said_and_the_largest_kept(monkeypatch):
+    found, lines = find(monkeypatch, TRIES, before=None)
+    assert found.max_tokens == 2048
+    assert lines[-1] == "--max_tokens_per_micro_batch 512 was 1.6 times as fast a position as 2048"
+    _, lines = find(monkeypatch, TRIES[1:], before=None)
+    assert lines[-1].startswith("micro-batches of up to 2048 positions")
+
+
+def test_without_the_flag_nothing_is_tried(monkeypatch):
+    same = rules("packed")
+    assert find(monkeypatch, [], flag=False, before=None) == (same, [])
+    assert trying.kept(ScaleFlags(), same, alone()) is None
+
+
+def test_a_run_that_goes_on_cuts_its_steps_as_before_on_the_same_devices_alone(monkeypatch):
+    flags = ScaleFlags(find_batch_size=True)
+    before = trying.kept(flags, BatchRules("packed", 0, 768, 1024), alone())
+    assert before == {"max_tokens": 768, "device": "cpu", "world_size": 1}
+    found, [line] = find(monkeypatch, TRIES, before=before)
+    assert found.max_tokens == 768 and "as --find_batch_size found them before" in line
+    for other in ({"world_size": 2}, {"device": "NVIDIA H200"}):
+        found, _ = find(monkeypatch, TRIES, before=before | other)
+        assert found.max_tokens == 2048
+
+
+# ---------------------------------------------------------------- memory of this process
+
+
+def test_the_peak_is_that_since_the_reset_and_what_is_freed_counts_as_left():
+    here = memory.CpuMemory(1)
+    block = torch.ones(64 * 2**18)  # 64 MiB
+    assert here.peak() >= here.held() >= 64 * 2**20
+    with_it = here.held()
+    del block
+    here.reset()
+    if here.peak() < with_it:  # not where the system forbids it
+        before = here.held()
+        assert torch.ones(32 * 2**18).sum() and 24 * 2**20 < here.peak() - before < 48 * 2**20
+    assert 0 < memory.CpuMemory(4).left() <= here.left() + 2**30
+
+
+def test_words_of_an_allocator_are_a_shortage_and_other_errors_are_not():
+    assert memory.is_shortage(MemoryError()) and memory.is_shortage(torch.OutOfMemoryError("x"))
+    assert memory.is_shortage(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not memory.is_shortage(RuntimeError("shapes differ")) and not memory.is_shortage(OSError("out of memory"))
+
+
+def test_the_share_of_a_machine_is_divided_by_its_processes(monkeypatch):
+    monkeypatch.setattr(memory, "_left_of_control_group", list)
+    monkeypatch.setattr(memory, "_number_of", lambda file, name: 8 * 2**20)  # KiB
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (memory.resource.RLIM_INFINITY, 0))
+    assert memory.CpuMemory(4).left() == 2 * 2**30
+    monkeypatch.setattr(memory, "_left_of_control_group", lambda: [4 * 2**30])
+    assert memory.CpuMemory(4).left() == 2**30
