@@ -4,6 +4,7 @@ One function a concern. Each sentence names the flags and the way on. What only 
 where those are read (data/, model/families.py).
 """
 
+import os
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from open_rm.data.mixer import parse_mixer
@@ -207,7 +208,9 @@ def check_benchmarks(flags: BenchmarkFlags, *, evaluates: bool, trains: bool) ->
 
 def check_memory_layout(args: Args) -> None:
     """The DeepSpeed file, and what its stage does not go with."""
-    stage = ds_config.read_config(args.deepspeed)["zero_optimization"].get("stage", 0)
+    zero = ds_config.read_config(args.deepspeed)["zero_optimization"]
+    ds_config.node_partition(args.deepspeed, zero, args.world_size or int(os.environ.get("WORLD_SIZE", 1)))
+    stage = zero.get("stage", 0)
     if args.optim == "adafactor" and (stage > 0 or _computes_in_bfloat16(args.dtype)):
         raise UserError(
             "--optim adafactor needs whole matrices, and ZeRO (which bfloat16 needs for its float32 master weights) makes "

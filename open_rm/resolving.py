@@ -27,7 +27,7 @@ class Resolved:
     tokenizer: PreTrainedTokenizerBase
     train_pairs: PreferenceData
     held_out_pairs: PreferenceData | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
     def marks(self, mark_of: Callable[[PreferenceData | None], str | None]) -> dict[str, str | None]:
         """What all ranks have to have read alike (alike.py). mark_of: the content of pairs in a hash."""

@@ -145,7 +145,11 @@ fill_by() {
         sleep "$LOOK_SECONDS"
     done
     wait $child || status=$?
-    (( status == 0 )) || exit $status
+    if (( status != 0 )); then
+        echo "error: '$*' failed ($status), and no python here has the packages that are asked for; see above why (no network?)" \
+            "and start again; in a container, build the image again" >&2
+        exit $status
+    fi
 }
 
 end_fill() {

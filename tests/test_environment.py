@@ -268,7 +268,9 @@ def test_one_that_was_killed_between_two_packages_is_gone_on_with(house):
 
 def test_a_failed_install_ends_with_its_status_and_the_next_run_starts_clean(house):
     (house.folder / "fails").write_text("3")
-    assert house.run() == (3, "", SAYS)
+    status, out, err = house.run()
+    assert (status, out) == (3, "") and err.startswith(SAYS)
+    assert "error: '.venv/bin/python -m pip install" in err and "failed (3)" in err and "build the image again" in err
     assert house.fills == ["torn"]
     (house.folder / "fails").unlink()
     assert house.run() == (0, ".venv/bin/python\n", SAYS)

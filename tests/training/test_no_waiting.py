@@ -14,6 +14,7 @@ from conftest import alone, in_a_process, on_gpu
 from open_rm.batching.layouts import lay_out
 from open_rm.training import metrics
 from open_rm.training.metrics import Meter
+from open_rm.training.stragglers import Stragglers
 
 MICRO_BATCHES = """
 import contextlib, json, sys, torch
@@ -58,7 +59,8 @@ with joined_ranks() as ranks:
     file = None if stage == "none" else stage
     config = fill_config(BatchFlags(deepspeed=file), width=model.width, bf16=dtype == torch.bfloat16, max_grad_norm=1.0)
     engine = Engine(model, OptimizerFlags(), config, ranks, total_steps=4)
-    meter, objective = Meter(ranks, model_shape(model), dtype), ObjectiveFlags(margin_loss=True)
+    meter = Meter(ranks, model_shape(model), dtype, Stragglers(engine.module, ranks, print))
+    objective = ObjectiveFlags(margin_loss=True)
     pairs = [([*range(5, 45), 7], [*range(5, 30), 9]), ([*range(50, 70)], [*range(50, 60), 3, 4])]
     for number in range(4):
         batch = lay_out(layout, pairs, pad_token_id=tokenizer.pad_token_id, prompt_ids=[0, 1])
