@@ -14,7 +14,6 @@ from conftest import alone, in_a_process, on_gpu
 from open_rm.batching.layouts import lay_out
 from open_rm.training import metrics
 from open_rm.training.metrics import Meter
-from open_rm.training.stragglers import Stragglers
 
 MICRO_BATCHES = """
 import contextlib, json, sys, torch
