@@ -7,6 +7,10 @@ ARG BASE_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 FROM ${BASE_IMAGE}
 # Who owns what a run writes to a folder of the host's: your number, since the folder is yours.
 ARG USER_ID=1000
+RUN if [ "${USER_ID}" = 0 ]; then \
+        echo "error: USER_ID=0 is root, whom a run must not be; build with another number, and chown it the folders that you mount" >&2; \
+        exit 1; \
+    fi
 
 # gcc with libc's and Python's headers: Triton compiles what launches its kernels at the first forward on a GPU. DeepSpeed
 # compiles nothing at a start.

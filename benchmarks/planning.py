@@ -65,7 +65,7 @@ def main(args: PlanningArgs) -> None:
             rules = BatchRules(layout, 0, max_tokens, evaluation_tokens=max_tokens, area_cost=area_cost())
             draws = [draw(len(table), args.pairs, np.random.default_rng(seed)) for seed in range(args.steps)]
             title = f"{name}, {layout}, {ranks} ranks, {max_tokens} tokens a micro-batch"
-            title += f", at least {balance([least_imbalance(indices, table, rules, ranks) for indices in draws])}"
+            title += f", no deal's balance is below {balance([least_imbalance(indices, table, rules, ranks) for indices in draws])}"
             print(f"  {title}: {compare(planners, draws, rules, ranks)}", flush=True)
 
 

@@ -68,8 +68,7 @@ class OurTraining:
         args = dataclasses.replace(args, gradient_checkpointing="on" if recomputes else "off")
         where = {"max_token_length": args.max_token_length, "on_gpu": on_gpu}
         rules = feeding.rules_of(args, self.contestant["layout"], self.tokenizer.pad_token_id, **where)
-        how = {"config": self.deepspeed_config, "optim": args.optim, "table": data.table}
-        rules, lines = fitting.fit(args, self.model, self.engine, rules, **how)
+        rules, lines = fitting.fit(args, self.model, self.engine, rules, optim=args.optim, table=data.table)
         self.rules = feeding.with_attention_cost(rules, model_shape(self.model), on_gpu=on_gpu)
         if lines:
             print(*lines, sep="\n", flush=True)

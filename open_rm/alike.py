@@ -14,6 +14,8 @@ from open_rm.errors import quote
 from open_rm.ranks import Ranks
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "numpy")
+OF_KERNELS = ("liger-kernel", "peft", "bitsandbytes", "flash-attn")  # which need not be there
+READ_BY_ALL = ("deepspeed",)  # flags whose file every node reads; what others name is compared when it has been read
 OF_A_NODE = ("dataset_local_cache_dir",)  # flags by which every node may name a disk of its own
 MOST_NAMED = 3
 SAME_FILES = "give every node the same files, or a folder that all see"
@@ -65,6 +67,16 @@ def marks(flags: Mapping[str, object]) -> dict[str, str]:
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
         code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    found = {"the code of open_rm": code.hexdigest()[:12], "Python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found = {"the code of open_rm": code.hexdigest()[:12], "Python": ".".join(platform.python_version_tuple()[:2])}
+    found |= {name: _version(name) for name in (*LIBRARIES, *OF_KERNELS)}
+    for name in READ_BY_ALL:
+        if flags[name] is not None:
+            found[f"the file of --{name}"] = hashlib.sha256(Path(str(flags[name])).read_bytes()).hexdigest()[:12]
     return found | {f"--{name}": str(value) for name, value in flags.items() if name not in OF_A_NODE}
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -32,7 +32,7 @@ from open_rm.publishing.run_folder import Place, disk_explained
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import Checkpoint
 from open_rm.reliability.shards import Shards
-from open_rm.training.engine_state import Flat, Stretch, frozen_mark, trained_sizes
+from open_rm.training.engine_state import Flat, Slice, frozen_mark, trained_sizes
 from open_rm.training.plots import draw_curves
 from open_rm.training.progress import Progress
 from open_rm.training.sinks import copy_start
@@ -124,7 +124,7 @@ def fill(model: RewardModel, found: Checkpoint) -> None:
     shards = Shards(found.shards(), trained_sizes(model))
     for name, p in model.named_parameters():
         if p.requires_grad:
-            flat = Flat(name, (Stretch(name, 0, p.numel(), 0),), p.data.view(-1), {}, written=True, shape=p.shape)
+            flat = Flat(name, (Slice(name, 0, p.numel(), 0),), p.data.view(-1), {}, written=True, shape=p.shape)
             shards.load(flat, None)
 
 

@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import functools
 import itertools
+import json
 import logging
 import os
 import platform
@@ -104,8 +105,9 @@ def _form_group(device: torch.device, backend: str) -> None:
     # processes, would look for its ranks there and wait for ever. So each group has names of its own.
     store = dist.PrefixStore(f"open_rm/{next(_GROUP_NUMBERS)}", store)
     here = [f"here/{number}" for number in range(world_size)]
-    store.set(here[rank], "")
+    store.set(here[rank], json.dumps([platform.node(), _kind_of(device)]))
     _wait_for_all(store, here, rank)
+    _check_devices(store, here, rank)
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
     how = {"store": store, "rank": rank, "world_size": world_size}
@@ -136,6 +138,37 @@ def _wait_for_all(store: dist.Store, here: list[str], rank: int) -> None:
                 f"not all {len(here)} processes of the run started within {MEETING_TIMEOUT.total_seconds() / 60:.0f} minutes of "
                 f"rank {rank} ({quote_error(lost)}); see what the others print, and that each machine was given the same command"
             ) from lost
+
+
+def _kind_of(device: torch.device) -> str:
+    """What ranks compute on, as messages call it: ranks of one run choose kernels and collectives alike."""
+    if device.type != "cuda":
+        return "a CPU"
+    return "a GPU of compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _check_devices(store: dist.Store, here: list[str], rank: int) -> None:
+    """Refuse ranks that compute on another kind of device than the main one: gloo would wait for nccl, and nccl for gloo.
+
+    Raises:
+        UserError: on the main rank; the others end with it.
+    """
+    found = [json.loads(store.get(name)) for name in here]
+    kinds = [kind for _, kind in found]
+    other = next((number for number, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is None:
+        return
+    read = [f"read/{number}" for number in range(len(here))]
+    store.set(read[rank], "")
+    if rank != 0:
+        raise SystemExit(1)
+    with contextlib.suppress(RuntimeError):  # the store may go with this process, and all have to have read
+        store.wait(read, LEAVING_WORD)
+    raise UserError(
+        f"rank {other} on {found[other][0]} computes on {kinds[other]}, and rank 0 on {found[0][0]} on {kinds[0]}; give all "
+        "ranks devices of one kind: see nvidia-smi, CUDA_VISIBLE_DEVICES and `python -c 'import torch; torch.cuda.init()'` on "
+        "both"
+    )
 
 
 def leave_word(mistake: object) -> None:

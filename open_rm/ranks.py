@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from open_rm import alive, node_cache, process_group
+from open_rm import alive, process_group
 from open_rm.errors import LeftAlone, OneRanksError, UserError
 
 WAITING_SECONDS = 60.0
@@ -97,6 +97,8 @@ class Ranks:
     def main_first(self, build: Callable[[], Any]) -> Any:
         """Run `build` on the main rank, then on one rank of each other node, then on all: they find what it left in the
         cache, and ask the Hub nothing (node_cache.py). Where it fails on one of them, no rank goes on."""
+        from open_rm import node_cache  # here, since it imports datasets
+
         kept = []  # a value that is built is not sent around: it may be large
         notes = node_cache.Notes()
 
@@ -178,23 +180,29 @@ class Ranks:
     @contextlib.contextmanager
     def _ends_all(self) -> Iterator[None]:
         """What ranks do inside some of them may fail at, alone; all meet at its end, and one that did ends all. A mistake of the
-        user is told by the main rank, with the rank and the host that found it."""
+        user is told by the main rank, with the rank and the host that found it; a stop ends the others as it ends this one."""
         error = None
         try:
             yield
-        except Exception as raised:
+        except LeftAlone:
+            raise  # the watchdog tells the others
+        except (Exception, SystemExit) as raised:
             error = raised
-        mistake = error is not None and _may_be_of_all(error)
-        if error is not None and not mistake:
+        alone = error is not None and not _may_be_of_all(error)
+        if alone:
             self._marked(error, of_all=False)  # told before the others come here, which may take long
-        ends = self.gathered((error is not None, f"{self.name}: {error}" if mistake else None))
-        if error is not None and not mistake:
+        stop = error.code if isinstance(error, SystemExit) else None
+        mistake = f"{self.name}: {error}" if isinstance(error, UserError) and not alone else None
+        ends = [end for end in self.gathered((error is not None, stop, mistake)) if end[0]]
+        if alone:
             raise error
-        if any(failed and sentence is None for failed, sentence in ends):
+        if any(stop is None and mistake is None for _, stop, mistake in ends):
             raise self._marked(SystemExit(1), of_all=False)
-        for failed, sentence in ends:
-            if failed:
-                self.fail(sentence)
+        for _, _, mistake in ends:
+            if mistake is not None:
+                self.fail(mistake)
+        if ends:
+            raise self._marked(SystemExit(ends[0][1]), of_all=True)
 
     @contextlib.contextmanager
     def _waiting_for(self, whom: str) -> Iterator[None]:

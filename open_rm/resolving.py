@@ -3,6 +3,7 @@
 The recipe and a dry run read it alike, so that what the one says is what the other does.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,7 +32,9 @@ class Resolved:
 
     def marks(self, mark_of: Callable[[PreferenceData | None], str | None]) -> dict[str, str | None]:
         """What all ranks have to have read alike (alike.py). mark_of: the content of pairs in a hash."""
-        marks = {"the tokenizer": fingerprint(self.tokenizer), "the training data": mark_of(self.train_pairs)}
+        config = hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        marks = {"the model's config": config, "the tokenizer": fingerprint(self.tokenizer)}
+        marks |= {"the training data": mark_of(self.train_pairs)}
         return marks | {"the held-out data": mark_of(self.held_out_pairs)}
 
     def lines(self) -> list[str]:

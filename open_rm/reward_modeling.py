@@ -91,7 +91,7 @@ class Run(Prepared):
         derived = {"run_name": self.place.name, "output_dir": self.place.folder, "hf_repo_id": self.place.repo_id}
         derived |= {"world_size": self.ranks.world_size, "layout": self.rules.layout, "clients": self.checks}
         derived |= {"max_tokens_per_micro_batch": self.rules.max_tokens, "plan": self.plan.numbers()}
-        return dataclasses.asdict(self.args) | derived
+        return dataclasses.asdict(self.args) | derived | {"commits": node_cache.kept(self.args, self.pinned)}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -138,10 +138,10 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
             check_float8(args, config, ranks.device, dtype, use_peft=args.use_peft)
 
     with alive.phase("reading data", alive.Kind.BUSY):
-        pinned = node_cache.at(args, ranks.from_main(lambda: node_cache.commits_of(args)))
+        pinned = node_cache.at(args, ranks.from_main(lambda: resuming.commits(args, found, place.begun)))
         benchmarks = ranks.main_first(lambda: sets.open_sets(args.benchmark)) if trains else []
         read = ranks.main_first(lambda: resolve(pinned, dtype, check=check, show_progress=ranks.is_main, **device))
-        alike.compare(ranks, read.marks(comparing.data_mark), alike.SAME_FILES)
+        alike.compare(ranks, read.marks(comparing.data_mark) | sets.marks(benchmarks), alike.SAME_FILES)
     log.say(*read.lines())
     tokenizer, train_pairs = read.tokenizer, read.train_pairs
     contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)
@@ -187,7 +187,7 @@ def build(prepared: Prepared) -> Run:
         lines += use_fastest(model, ranks.device, layout.name, float8=args.float8)  # in place
         log.say(*lines, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
         engine = Engine(model, args, deepspeed_config, ranks, plan.total_steps, plan.warmup_steps)
-        how = {"config": deepspeed_config, "optim": args.optim, "table": train_pairs.table}  # what decides what fits
+        how = {"optim": args.optim, "table": train_pairs.table, "sought": args.find_batch_size}
         rules, lines = fitting.fit(args, model, engine, rules, **how)
         how = {"pairs_per_step": pairs_per_step, "before": found and found.state.get("found_budget")}
         rules, tried = trying.find(args, args, engine, rules, train_pairs, **how)
@@ -200,8 +200,9 @@ def build(prepared: Prepared) -> Run:
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
     facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
+    facts |= {"commits": node_cache.kept(args, prepared.pinned)}
     facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
-    facts |= {"found_budget": trying.kept(args, rules, ranks)}
+    facts |= {"found_budget": trying.kept(args, rules, engine)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
     known = engine_scorer.InTraining(model, prepared.tokenizer, prepared.contract, rules.for_evaluation(), ranks)
@@ -234,11 +235,10 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
                     engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
                 meter.add(chosen, rejected, terms, micro.batch)
 
-            means = meter.reduce(step.pairs, waited=step.waited)  # over all ranks
-            lr = engine.learning_rate
+            means = meter.reduce(step.pairs, waited=step.waited) | {"lr": engine.learning_rate}  # over all ranks
             grad_norm = engine.step(drop=not math.isfinite(means["loss"]))  # a step that is no number is not applied
             performance = meter.performance(step, flops_before=progress.flops) | keeper.figures()
-            means |= {"lr": lr, "grad_norm": grad_norm}
+            means["grad_norm"] = grad_norm
             if not math.isfinite(grad_norm):
                 divergence.skip_or_end(args, step, means, progress, tracker, data=run.train_pairs, ranks=ranks)
             progress.advance(step, means, performance)

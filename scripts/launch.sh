@@ -25,7 +25,7 @@ source scripts/nodes.sh
 source scripts/supervise.sh
 
 launch() {
-    local devices asked is_dry=0 command
+    local devices source="NNODES x GPUS" asked="" is_dry=0 command
     NNODES=${NNODES:-1}
     GPUS=${GPUS:-${GPUS_PER_NODE:-1}}     # recipes preset GPUS_PER_NODE, so that either name from the user wins
     GPUS=${GPUS##*:}                      # Slurm may write gpu:8
@@ -33,14 +33,14 @@ launch() {
     check_counts
     devices=$((NNODES * GPUS))
     command=(-m)
-    if [[ $(flag_value dry_run "$@") =~ ^([Tt]rue|[Yy]es|[Oo]n)$ ]]; then
+    if is_true "$(flag_value dry_run "$@")"; then
         is_dry=1
         asked=$(flag_value world_size "$@")
-        if [[ $asked =~ ^[1-9][0-9]*$ ]]; then devices=$asked; fi
+        if [[ $asked =~ ^[1-9][0-9]*$ ]]; then devices=$asked source=--world_size; fi
     else
         check_node_rank
     fi
-    share_the_step "$devices"
+    share_the_step "$devices" "$source"
     if (( ! is_dry && NNODES * GPUS > 1 )); then start_ranks; fi
     command+=(open_rm.reward_modeling --per_device_train_batch_size "$PER_DEVICE")
     command+=(--gradient_accumulation_steps $((GLOBAL_BATCH / (PER_DEVICE * devices))))
@@ -54,7 +54,11 @@ launch() {
     forget_the_group
     set_up_python requirements.txt
     if [[ $(type -t make_inputs) == function ]]; then make_inputs; fi
-    if (( is_dry )); then exec "$PYTHON" "${command[@]}"; fi
+    if (( is_dry )); then
+        # the devices of a node, as torchrun says them; beside --world_size a GPUS of 1 is no word about nodes
+        if [[ -z $asked ]] || (( GPUS > 1 )); then export LOCAL_WORLD_SIZE=$((GPUS < devices ? GPUS : devices)); fi
+        exec "$PYTHON" "${command[@]}"
+    fi
     if [[ ${command[1]} == torch.distributed.run ]]; then prepare_ranks; fi
     train_to_the_end "$(output_folder "$@")" "${command[@]}"
 }
@@ -73,14 +77,15 @@ check_counts() {
     fi
 }
 
-share_the_step() {  # lowers PER_DEVICE to what is left for each of $1 devices; refuses what has no whole share
+# Lowers PER_DEVICE to what is left for each of $1 devices, a count that comes from $2; refuses what has no whole share.
+share_the_step() {
     local share=$((GLOBAL_BATCH / $1))
     if (( GLOBAL_BATCH % $1 == 0 && PER_DEVICE > share )); then
         echo "PER_DEVICE=$share in place of $PER_DEVICE: each of $1 devices has $share of the $GLOBAL_BATCH pairs of a step" >&2
         PER_DEVICE=$share
     fi
     if (( GLOBAL_BATCH % (PER_DEVICE * $1) != 0 )); then
-        echo "error: GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of PER_DEVICE x NNODES x GPUS = $((PER_DEVICE * $1))" >&2
+        echo "error: GLOBAL_BATCH=$GLOBAL_BATCH is not a multiple of PER_DEVICE x $2 = $PER_DEVICE x $1" >&2
         exit 1
     fi
 }
@@ -144,6 +149,10 @@ flag_value() {
         value=${value//[\"\']/}
     fi
     echo "$value"
+}
+
+is_true() {  # is this a flag's value other than false, in whatever case? What is neither is refused by the recipe itself.
+    [[ -n $1 && ! $1 =~ ^([Ff][Aa][Ll][Ss][Ee]|[Nn][Oo]|[Oo][Ff][Ff])$ ]]
 }
 
 output_folder() {  # of these flags, or nothing

@@ -3,7 +3,8 @@
 #
 # TERM, INT and USR1 are passed on to the training, which saves a checkpoint and ends. The status is 75 where the same
 # command goes on from there, else the training's own. Under torchrun that is 1 for all that goes wrong, so what counts is
-# the checkpoint.
+# the checkpoint. A node that is told leaves the mark `.stopped` in the output folder, by which the others, whose ranks end
+# too, know that it was a stop: none of them starts again and waits for one that does not.
 
 latest_checkpoint() {  # prints the name of output folder $1's newest checkpoint, or nothing
     find_latest "$1"
@@ -37,7 +38,11 @@ train_to_the_end() {
         echo "RESTARTS=$RESTARTS has no effect without --output_dir: a second attempt would not find the first one" >&2
         RESTARTS=0
     fi
-    child="" child_status=1 told="" uses_torchrun=0
+    child="" child_status=1 told="" uses_torchrun=0 mark=""
+    if (( NNODES > 1 )) && [[ -n $folder ]]; then
+        mark=$folder/.stopped
+        rm -f "$mark"    # the last run's
+    fi
     if [[ $2 == torch.distributed.run ]]; then uses_torchrun=1; fi
     trap 'stop TERM' TERM HUP  # a closed terminal is no reason to lose the run
     trap 'stop INT' INT
@@ -50,7 +55,7 @@ train_to_the_end() {
         run_child "${arguments[@]}"
         status=$child_status
         (( status != 0 )) || exit 0
-        if [[ -n $told ]]; then
+        if [[ -n $told || ( -n $mark && -e $mark ) ]]; then
             # Torchrun turns the 75 of a run that was stopped while it loaded into 1; it goes on from what it found.
             if newer_checkpoint "$folder" "$at_first"; then status=75
             elif (( uses_torchrun )) && [[ -n $latest ]]; then status=75; fi
@@ -104,6 +109,8 @@ stop() {
         echo "SIG$1: passed on to the training, which saves a checkpoint and ends; a second signal ends it at once" >&2
     fi
     told=$1
+    # before the ranks can end; the folder is there once they listen
+    if [[ -n $mark ]]; then : 2>/dev/null > "$mark" || true; fi
     pass_on "$1"
 }
 

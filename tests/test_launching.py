@@ -234,6 +234,42 @@ def test_a_dry_run_is_one_python_that_knows_of_no_group_and_is_not_started_again
     assert out == f"{step} --world_size 8 --dry_run --world_size 8 []\n"
 
 
+@pytest.mark.parametrize("word", ["TRUE", "True", "true"])
+def test_a_dry_run_is_asked_for_in_any_case(place, word):
+    plan = "print('WORLD_SIZE' in os.environ); sys.exit(0)"
+    assert place.run(plan, flags=["--dry_run", word], GPUS="2")[:2] == (0, "False\n")
+
+
+@pytest.mark.parametrize("word", ["FALSE", "False", "false"])
+def test_no_dry_run_is_said_in_any_case(place, word):
+    flags = ["--dry_run", word]
+    assert "-m torch.distributed.run" in place.run(flags=flags, GPUS="2", DRY="1")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "node"),
+    [
+        ([], {"GPUS": "4", "NNODES": "2"}, "4"),
+        ([], {"GPUS": "1", "NNODES": "8"}, "1"),
+        (["--world_size", "8"], {"GPUS": "4"}, "4"),
+        (["--world_size", "2"], {"GPUS": "4"}, "2"),
+        (["--world_size", "8"], {}, "None"),  # GPUS is 1 by default: no word about nodes
+    ],
+)
+def test_a_dry_run_plans_with_the_devices_that_torchrun_would_have_on_a_node(place, flags, variables, node):
+    plan = "print(os.environ.get('LOCAL_WORLD_SIZE')); sys.exit(0)"
+    assert place.run(plan, flags=["--dry_run", *flags], **variables)[:2] == (0, f"{node}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [(["--world_size", "3"], "--world_size = 1 x 3"), ([], "NNODES x GPUS = 1 x 6")],
+)
+def test_a_dry_run_that_shares_no_step_says_whose_count_it_is(place, flags, why):
+    expected = f"error: GLOBAL_BATCH=8 is not a multiple of PER_DEVICE x {why}\n"
+    assert place.run(flags=["--dry_run", *flags], NNODES="2", GPUS="3") == (1, "", expected)
+
+
 def test_one_process_in_a_pod_knows_of_no_group(place):
     plan = "print([name for name in os.environ if name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')]); sys.exit(0)"
     where = OF_A_POD | {
@@ -365,6 +401,22 @@ def test_two_nodes_start_again_though_one_is_late(place):
     for status, _, err in map(ended, nodes):
         assert (status, place.attempts) == (0, 2)
         assert "ended with status 1 after step_00000007; restart 1 of 2" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the ranks of torchrun are found in /proc")
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_node_that_was_not_told_stops_with_the_one_that_was(place, told):
+    place.output.mkdir()
+    (place.output / ".stopped").touch()  # by the run before
+    # of the ranks, which agree on it, the told one's hears it; all end with the checkpoint
+    plan = [f"rank == '{told}' and listen(); commit(7, takes=0.5); sys.exit(75)", "sys.exit(98)"]
+    where = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "RESTARTS": "2"}
+    nodes = [place.start(*plan, NODE_RANK=node, **where) for node in "01"]
+    place.wait_for(f"ready_{told}")
+    nodes[told].send_signal(signal.SIGUSR1)
+    for status, _, err in map(ended, nodes):
+        assert (status, place.attempts) == (75, 1)
+        assert err.splitlines()[-1] == "stopped at step_00000007; the same command goes on from there"
 
 
 # torchrun, which writes down how long each node waits for the others
@@ -567,7 +619,9 @@ def test_a_job_that_finishes_is_done(job):
     assert (status, job.requeued, out.splitlines()[-1]) == (0, [], "finished")
     logs = f"{job.output}.logs"
     asked = (job.folder / "srun.args").read_text().splitlines()
-    assert asked[:3] == ["--kill-on-bad-exit=1", "--output", f"{logs}/node_%n.log"] and Path(logs).is_dir()
+    assert (
+        asked[:4] == ["--kill-on-bad-exit=0", "--wait=300", "--output", f"{logs}/node_%n.log"] and Path(logs).is_dir()
+    )
     assert f"job 77, start 1, from the beginning; logs in {logs}" in out
 
 

@@ -43,6 +43,7 @@ def test_the_recipe_trains_on_a_gpu_as_on_a_cpu(toy, tmp_path, on_the_cpu, name)
 MEMORY = """
 import json, sys, torch
 import numpy as np
+from pairs_of_ids import as_data
 from transformers import LlamaConfig, LlamaForCausalLM
 from open_rm.batching.layouts import lay_out
 from open_rm.batching.rules import BatchRules
@@ -66,7 +67,7 @@ rng = np.random.default_rng(0)
 def pair():
     prompt = rng.integers(5, len(tokenizer), 900)
     return tuple(np.concatenate((prompt, rng.integers(5, len(tokenizer), 100))) for _ in range(2))
-given = [pair() for _ in range(pairs)]
+given = [tuple(side.tolist() for side in pair()) for _ in range(pairs)]
 with joined_ranks() as ranks:
     dtype = torch.bfloat16
     model, _ = load_reward_model(ModelFlags(model_name_or_path=scratch), tokenizer, layout=layout, dtype=dtype)
@@ -75,7 +76,7 @@ with joined_ranks() as ranks:
     engine = Engine(model, OptimizerFlags(), ds, ranks, total_steps=4)
     state = sum(footprint.state_bytes(footprint.sizes_of(model), ds, "adamw", 1).values())
     rules = BatchRules(layout, tokenizer.pad_token_id, max_tokens=4096, evaluation_tokens=4096)
-    memory = fitting.measure(model, engine, rules, longest=1000, state=state)
+    memory = fitting.measure(model, engine, rules, table=as_data(given, [900] * pairs).table, state=state)
     recompute.recompute(model.classifier, every)
     batch = lay_out(layout, given, pad_token_id=tokenizer.pad_token_id, prompt_ids=range(pairs))
     estimated = state + batch.positions * fitting.bytes_of_position(memory, 8, every)

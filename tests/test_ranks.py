@@ -56,7 +56,7 @@ def group_of_two(script: str, folder, *, nodes: int = 1, own=({}, {}), first: st
 
 
 SCRIPT = """
-import json, os, sys, time
+import dataclasses, json, os, sys, time
 import torch.distributed as dist
 from open_rm import process_group
 from open_rm.errors import UserError
@@ -77,9 +77,14 @@ value = ranks.from_main(work)
 first = ranks.main_first(lambda: f"built by {ranks.rank}")
 once = []
 ranks.once_a_node(lambda: once.append(ranks.rank))
+two_nodes = dataclasses.replace(ranks, local_rank=0)
+def stop():
+    if ranks.rank == 1:
+        raise SystemExit(75)
 calls = {
     "from_main": lambda: ranks.from_main(refuse), "main_first": lambda: ranks.main_first(refuse),
     "fail": lambda: ranks.fail("mend this"), "bug": lambda: ranks.main_first(lambda: 1 / 0),
+    "stop": lambda: two_nodes.once_a_node(stop),
 }
 for name, call in calls.items():
     try:
@@ -126,8 +131,12 @@ def test_main_first_leaves_no_rank_waiting_for_a_build_that_failed(together):
     assert [one["ended"]["bug"] for one in together] == ["ZeroDivisionError division by zero", "SystemExit 1"]
 
 
+def test_a_stop_of_another_nodes_first_rank_ends_all_with_its_status(together):
+    assert [one["ended"]["stop"] for one in together] == ["SystemExit 75", "SystemExit 75"]
+
+
 @pytest.mark.parametrize(
-    ("call", "in_order"), [("from_main", True), ("main_first", True), ("fail", True), ("bug", False)]
+    ("call", "in_order"), [("from_main", True), ("main_first", True), ("fail", True), ("bug", False), ("stop", True)]
 )
 def test_ranks_leave_in_order_by_a_mistake_of_the_user_and_by_no_other_error(together, call, in_order):
     assert [one["ended"][f"{call} in order"] for one in together] == [in_order] * 2
@@ -222,22 +231,32 @@ def test_ranks_that_wait_say_so(monkeypatch, capsys):
         assert f"[rank {rank}] waiting for somebody, 0 s so far" in capsys.readouterr().err
 
 
-def test_on_a_gpu_the_allocators_segments_grow_unless_the_user_chose():
-    """Said in the environment, which CUDA reads at its first allocation."""
-    script = """
-import importlib, json, os, torch
-import open_rm.process_group
+@pytest.fixture(scope="module")
+def imported() -> dict:
+    """What a process says that has imported the ranks, and the process group again with a GPU in sight."""
+    return in_a_process("""
+import importlib, json, os, sys, torch
+import open_rm.process_group, open_rm.ranks
+heavy = sorted({"datasets", "deepspeed"} & set(sys.modules))
 torch.cuda.is_available = lambda: True
 found = []
 for chosen in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
     os.environ.update(chosen)
     importlib.reload(open_rm.process_group)
     found.append({name: os.environ.pop(name) for name in list(os.environ) if name.endswith("ALLOC_CONF")})
-print(json.dumps(found))
-"""
+print(json.dumps({"environment": found, "heavy": heavy}))
+""")
+
+
+def test_who_imports_the_ranks_alone_does_not_wait_for_datasets(imported):
+    assert imported["heavy"] == []
+
+
+def test_on_a_gpu_the_allocators_segments_grow_unless_the_user_chose(imported):
+    """Said in the environment, which CUDA reads at its first allocation."""
     ours = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     theirs = [{"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}]
-    assert in_a_process(script) == [ours, *theirs]
+    assert imported["environment"] == [ours, *theirs]
 
 
 # ---------------------------------------------------------------- ranks that fail
@@ -278,10 +297,10 @@ import open_rm.publishing.card as c
 c.write_card = lambda *given, **named: fails({error})
 """
 WHILE_READING = """
-import open_rm.reward_modeling as r
+import open_rm.resolving as v
 if rank == 1:
     os.environ["LOCAL_RANK"] = "0"  # the first of another node
-    r.read_both = lambda *given, **named: fails({error})
+    v.read_both = lambda *given, **named: fails({error})
 """
 CLOSING = """
 import open_rm.training.tracking as t
@@ -402,6 +421,24 @@ def test_under_torchrun_all_processes_end_in_time_and_say_why(flags_for, tmp_pat
     done = launch(script, *flags_for(tmp_path / "run", 2), processes=2, timeout=TIMEOUT)
     assert seconds_since_the_failure(tmp_path) < within, done.stderr
     assert done.returncode == 1 and done.stderr.count(said) == 1, done.stderr
+
+
+def test_a_rank_that_computes_on_another_kind_of_device_is_told_before_groups_of_two_backends_wait(
+    nursery, flags_for, tmp_path
+):
+    """A node whose CUDA does not start would take gloo, and the others nccl."""
+    other = """
+import os, open_rm.process_group as p
+if os.environ["RANK"] == "1":
+    p._kind_of = lambda device: "a GPU of compute capability 9.0"
+"""
+    started = nursery.start(flags_for(tmp_path / "run", 2), tmp_path / "log", processes=2, env={"TEST_PATCH": other})
+    assert started.statuses(timeout=90) == [1, 1], started.output
+    host = platform.node()
+    [sentence] = started.output.strip().splitlines()
+    assert sentence.startswith(
+        f"error: rank 1 on {host} computes on a GPU of compute capability 9.0, and rank 0 on {host} on a CPU; "
+    )
 
 
 def test_two_machines_whose_names_stand_for_themselves_alone_wait_over_the_way_to_the_main_one(tmp_path, two_hosts):

@@ -254,6 +254,8 @@ def test_pods_of_the_pytorchjob_start_again_share_memory_and_take_tokens_from_a_
         assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["open-rm-tokens"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        labels, annotations = (replica["template"]["metadata"][part] for part in ("labels", "annotations"))
+        assert labels["sidecar.istio.io/inject"] == annotations["sidecar.istio.io/inject"] == "false"
         assert mounted["/dev/shm"]["emptyDir"]["medium"] == "Memory" and "persistentVolumeClaim" in mounted["/output"]
 
 
@@ -368,11 +370,24 @@ def test_the_container_has_what_nccl_and_triton_open_at_run_time():
     assert {"gcc", "python3-dev"} <= set(packages)  # Triton
 
 
-def commands_of_the_docs() -> list[str]:
-    """Those of recipes in docs/cluster.md, what stands in a container included."""
-    text = (REPOSITORY / "docs/cluster.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"^    .*?((?:[A-Z_]+=\S+ )*bash scripts/train/\S+\.sh.*)$", text, re.MULTILINE)
-    return [command.partition("#")[0].strip() for command in found]
+def commands_of_the_docs() -> list:
+    """Those of recipes, each with its place: what stands in a container included, and what Slurm is given, by bash."""
+    found = []
+    for page in [
+        REPOSITORY / "README.md",
+        *sorted(REPOSITORY.glob("docs/*.md")),
+        REPOSITORY / "scripts/train/README.md",
+    ]:
+        in_code = False
+        for line in page.read_text().replace("\\\n", " ").splitlines():
+            if line.startswith("```"):
+                in_code = not in_code
+            elif (in_code or line.startswith("    ")) and re.search(r"scripts/train/\S+\.sh\b", line):
+                command = re.sub(r"sbatch .*?(?=scripts/train/slurm)", "bash ", line.partition("#")[0]).strip()
+                if " open_rm " in command:  # the image
+                    command = command.partition(" open_rm ")[2].strip()
+                found.append(pytest.param(command, id=f"{page.relative_to(REPOSITORY)}:{len(found)}"))
+    return found
 
 
 @pytest.mark.parametrize("command", commands_of_the_docs())
@@ -381,9 +396,29 @@ def test_every_command_of_the_docs_is_one(command):
     done = subprocess.run(
         command, shell=True, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=30
     )
-    assert done.returncode == 0, done.stderr
-    recipe_args(shlex.split(done.stdout))
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    words = shlex.split(done.stdout, comments=True)
+    args = parse(Args, words[words.index("open_rm.reward_modeling") + 1 :])
+    if "DATASET=" not in command:  # the reader's own file
+        check_args(args)
 
 
 def test_the_docs_have_a_command_for_each_way():
-    assert len(commands_of_the_docs()) == 8
+    pages = [command.id.partition(":")[0] for command in commands_of_the_docs()]
+    assert pages.count("docs/cluster.md") == 9
+    assert {"README.md", "docs/dry_run.md", "docs/long_sequences.md"} < set(pages)
+
+
+def test_every_script_that_a_page_names_is_there():
+    for page in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), REPOSITORY / "scripts/train/README.md"]:
+        for name in re.findall(r"\bscripts/[\w./-]+\.(?:sh|sbatch|yaml)\b", page.read_text()):
+            assert (REPOSITORY / name).is_file(), f"{page.name}: {name}"
+
+
+def test_an_image_is_not_built_for_root():
+    """The number of whoever builds it may be 0, and a run of the image's must not be root's."""
+    text = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ")
+    first = next(line.removeprefix("RUN ") for line in text.splitlines() if line.startswith("RUN "))
+    for number, status in (("0", 1), ("1000", 0)):
+        done = subprocess.run(["sh", "-c", first], env={"USER_ID": number}, capture_output=True, text=True, timeout=30)
+        assert done.returncode == status and done.stderr.startswith("error: USER_ID=0 is root") == bool(status)

@@ -9,5 +9,6 @@ memory         a device's memory by part, and what is recomputed
 alternatives   which DeepSpeed files would fit instead
 hours          how long it takes, from a rate that was measured or given
 disk           checkpoints and the final model
+output_dir     what the run would make of its folder as it is
 hub_and_wandb  what the Hub and wandb will say
 """

@@ -8,23 +8,26 @@ from open_rm.dry_run.memory import Fitted, Needs, fitted
 from open_rm.dry_run.sizes import Planned
 from open_rm.dry_run.target import Target
 from open_rm.dry_run.told import Told, size, thousands
+from open_rm.errors import UserError
 from open_rm.flags import AdapterFlags, BatchFlags
-from open_rm.training import ds_config
+from open_rm.training import ds_config, footprint
 
 FOLDER = Path("configs/ds")
 # From what sends least to what sends most; of those that fit, an earlier one is faster.
 FILES = ("zero0.json", "zero2.json", "zero3_hpz.json", "zero3.json", "zero3_offload.json")
-HOST_BYTES = 16  # of a weight: float32 masters, gradients and moments
+MASTER_AND_GRADIENT = 4 + 4  # bytes of a trained weight on the host, beside moments and the weight itself
 OFFLOADED = "zero3_offload.json"
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """file: below configs/ds.  found: None where the run cannot have it, and why_not says it."""
+    """file: below configs/ds.  found: None where the run cannot have it, and why_not says it.  node: devices that hold a copy of
+    all weights among them (ds_config.node_partition)."""
 
     file: str
     found: Fitted | None
     why_not: str = ""
+    node: int = 1
 
 
 def alternatives(
@@ -37,7 +40,12 @@ def alternatives(
         if not (where / file).is_file():
             continue
         how = {"width": model.model.width, "bf16": target.bf16, "max_grad_norm": 1.0, "world_size": target.world_size}
-        config = ds_config.fill_config(dataclasses.replace(flags, deepspeed=str(where / file)), **how)
+        try:
+            config = ds_config.fill_config(dataclasses.replace(flags, deepspeed=str(where / file)), **how)
+        except UserError as error:  # of this file alone, which the run need not take
+            why = str(error).partition(f"{where / file}: ")[2]
+            done.append(Alternative(file, None, why or str(error)))
+            continue
         zero, why_not = config["zero_optimization"], ""
         if adapter.load_in_4bit and zero["stage"] == 3:
             why_not = "4-bit weights cannot be divided"
@@ -48,7 +56,7 @@ def alternatives(
         elif file == "zero0.json" and target.bf16 and target.world_size > 1:
             why_not = "bfloat16 on several devices: the same as zero2.json"
         found = None if why_not else fitted(needs, model, config, optim, target, share=share)
-        done.append(Alternative(file, found, why_not))
+        done.append(Alternative(file, found, why_not, node=zero.get(ds_config.HPZ, 1)))
     return done
 
 
@@ -60,9 +68,15 @@ def recommended(options: list[Alternative]) -> Alternative | None:
     return min(on_device or fit, key=lambda option: option.found.recomputed, default=None)
 
 
-def told(options: list[Alternative], model: Planned) -> Told:
-    """A table, and the one to take."""
-    lines = [f"{'configs/ds/':20s}{'fits':6s}{'at the peak':>12s}{'computed again':>16s}{'positions':>11s}"]
+def host_bytes(model: Planned, optim: str) -> float:
+    """What zero3_offload.json moves to the CPU, of all devices together."""
+    sizes = model.sizes
+    return sizes.frozen + (MASTER_AND_GRADIENT + footprint.MOMENT_BYTES[optim] + sizes.itemsize) * sizes.trained
+
+
+def told(options: list[Alternative], model: Planned, optim: str) -> Told:
+    """A table, and the one to take. limit: --max_tokens_per_micro_batch as the run would choose it."""
+    lines = [f"{'configs/ds/':20s}{'fits':6s}{'peak':>10s}{'of positions':>14s}{'computed again':>16s}{'limit':>9s}"]
     for option in options:
         found = option.found
         if found is None:
@@ -70,24 +84,31 @@ def told(options: list[Alternative], model: Planned) -> Told:
             continue
         again = f"{found.recomputed}/{found.layers} layers"
         lines.append(
-            f"{option.file:20s}{'yes' if found.fits else 'no':6s}{size(found.peak):>12s}{again:>16s}"
-            f"{thousands(found.fit.max_tokens):>11s}"
+            f"{option.file:20s}{'yes' if found.fits else 'no':6s}{size(found.peak):>10s}{thousands(found.positions):>14s}"
+            f"{again:>16s}{thousands(found.fit.max_tokens):>9s}"
+            + (f"  nodes of {option.node}" if option.node > 1 else "")
         )
     best = recommended(options)
-    if best is None:
+    tried = [option.file for option in options if option.found is not None]
+    if not tried:
+        lines.append("none goes with these flags")
+    elif best is None:
         lines.append("none fits: take more devices, a smaller model, --use_peft, or shorter sequences")
     else:
         why = "; nothing else fits, and it is much slower" if best.file == OFFLOADED else ""
         lines.append(f"take --deepspeed {FOLDER / best.file}{why}")
-    host = (HOST_BYTES + model.sizes.itemsize) * model.sizes.trained
-    lines.append(f"{OFFLOADED} takes {size(host)} of the hosts' memory, all together")
+    if OFFLOADED in tried:
+        lines.append(f"{OFFLOADED} takes {size(host_bytes(model, optim))} of the hosts' memory, all together")
     rows = [_row(option) | {"recommended": option is best} for option in options]
     return Told("alternatives", lines, rows)
 
 
 def _row(option: Alternative) -> dict:
     found, row = option.found, {"file": str(FOLDER / option.file), "why_not": option.why_not or None}
+    row |= {"node": option.node}
     if found is None:
-        return row | {"fits": None}
+        names = ("stage", "fits", "peak_bytes", "positions", "recompute_every", "recomputed_layers")
+        return row | dict.fromkeys((*names, "max_tokens_per_micro_batch"))
+    row |= {"positions": found.positions}
     row |= {"stage": found.stage, "fits": found.fits, "peak_bytes": found.peak, "recompute_every": found.fit.every}
     return row | {"recomputed_layers": found.recomputed, "max_tokens_per_micro_batch": found.fit.max_tokens}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from open_rm.dry_run.sizes import Planned
-from open_rm.dry_run.told import Told
+from open_rm.dry_run.told import Told, counted
 from open_rm.flags import CheckpointFlags
 from open_rm.reliability import checkpoints
 from open_rm.reliability.checkpoints import gib
@@ -19,12 +19,12 @@ def told(flags: CheckpointFlags, model: Planned, optim: str, folder: str) -> Tol
     minutes = flags.checkpointing_minutes
     if minutes is None:
         minutes = 0.0 if flags.checkpointing_steps else DEFAULT_MINUTES
-    often = [f"every {flags.checkpointing_steps} steps"] if flags.checkpointing_steps else []
+    often = [f"every {counted(flags.checkpointing_steps, 'step')}"] if flags.checkpointing_steps else []
     often += [f"every {minutes:g} minutes"] if minutes else []
     at_once = flags.keep_last_n_checkpoints + 1 + (flags.metric_for_best_model is not None) if often else 0
     held = sum(map(checkpoints.size_of, checkpoints.committed(folder)))
     needed, free = max(at_once * size - held, 0) + model.saved, checkpoints.free_bytes(Path(folder))
-    enough = free >= needed
+    enough, room = free >= needed, f"{gib(free)} are free on this machine where {folder} will be"
     if often:
         best = " and the best" if flags.metric_for_best_model else ""
         kept = f"{flags.keep_last_n_checkpoints}{best} kept while one is written"
@@ -33,8 +33,12 @@ def told(flags: CheckpointFlags, model: Planned, optim: str, folder: str) -> Tol
         line = "checkpoints: off; a run that is killed begins anew"
     lines = [
         f"{line}; the final model {gib(model.saved)}",
-        f"{gib(free)} are free where {folder} will be: {'enough' if enough else f'{gib(needed - free)} TOO LITTLE'}",
+        f"{room}: {'enough' if enough else f'{gib(needed - free)} TOO LITTLE'}",
     ]
+    # As Keeper.check_room counts, which leaves the final model out: that one fails at the end, with a sentence.
+    missing = max(at_once * size - held, 0) - free if often else 0
+    refused = [f"--output_dir {folder}: {gib(missing)} too little for the checkpoints are free"] if missing > 0 else []
+
     numbers = {"checkpoint_bytes": size if often else 0, "checkpoints_at_once": at_once, "model_bytes": model.saved}
     numbers |= {"needed_bytes": needed, "free_bytes": free, "enough": enough, "output_dir": folder}
-    return Told("disk", lines, numbers)
+    return Told("disk", lines, numbers, tuple(refused))

@@ -23,8 +23,8 @@ RECORD, FACTS = "metrics.jsonl", "run.json"
 
 @dataclass(frozen=True)
 class Rate:
-    """tokens: distinct ones that a device computes in a second, forward and backward.  flops: that each of them took where it was
-    measured; None: not known.  said: where it is from."""
+    """tokens: distinct ones that a device computes in a second, forward and backward, while it has work.  flops: that each of
+    them took where it was measured; None: not known.  said: where it is from."""
 
     tokens: float
     flops: float | None
@@ -59,13 +59,15 @@ def _measured(given: str) -> Rate:
     try:
         world_size = json.loads((folder / FACTS).read_text(encoding="utf-8"))["world_size"]
         rows = [row for row in read_metrics(folder / RECORD) if row.get("perf/tokens_per_second")][NOT_TYPICAL:]
-        rates = [row["perf/tokens_per_second"] * row["perf/distinct_token_fraction"] / world_size for row in rows]
+        distinct = [row["perf/tokens_per_second"] * row["perf/distinct_token_fraction"] for row in rows]
+        # A step takes as long as its slowest device; a device with the mean's work would have waited for that one.
+        rates = [count * row["perf/rank_imbalance"] / world_size for count, row in zip(distinct, rows, strict=True)]
         flops = [
-            (after["perf/total_flops"] - row["perf/total_flops"]) / (rate * world_size * after["perf/step_seconds"])
-            for row, after, rate in zip(rows, rows[1:], rates[1:], strict=False)
+            (after["perf/total_flops"] - row["perf/total_flops"]) / (count * after["perf/step_seconds"])
+            for row, after, count in zip(rows, rows[1:], distinct[1:], strict=False)
             if after["step"] == row["step"] + 1
         ]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
             f"{where}: {RECORD} and {FACTS} there are not those of a run ({error}); give a number"
         ) from error
@@ -84,12 +86,13 @@ def told(rate: Rate | None, plan: Plan, dealt: Dealt, model: Planned, target: Ta
     steps = plan.total_steps / len(dealt.numbers)
     flops = training_flops(distinct, sum(dealt.area), model.shape, read=sum(dealt.read)) / max(distinct, 1)
     numbers = {"distinct_tokens": distinct * steps, "evaluated_tokens": evaluated, "flops_per_token": flops}
+    numbers |= dict.fromkeys(("hours", "training_hours", "evaluation_hours", "tokens_per_second_per_device"))
     total = f"{distinct * steps:.3g} distinct tokens to train on, {flops * distinct * steps:.3g} FLOPs"
     if rate is None:
         return Told(
             "hours",
             [f"not known: pass --tokens_per_second (distinct tokens of a device, or the folder of a run); {total}"],
-            numbers | {"hours": None, "tokens_per_second_per_device": None},
+            numbers,
         )
     tokens, said = rate.tokens, rate.said
     if rate.flops is not None and abs(flops / rate.flops - 1) > SAME_MODEL:

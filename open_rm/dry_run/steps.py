@@ -9,7 +9,7 @@ from open_rm.batching.dealing import deal_step, pair_costs
 from open_rm.batching.feeding import micro_batches
 from open_rm.batching.rules import BatchRules
 from open_rm.data.pairs import PreferenceData
-from open_rm.dry_run.told import Told, thousands
+from open_rm.dry_run.told import Told, counted, thousands
 from open_rm.training.plan import Plan
 
 SAMPLED_STEPS = 24
@@ -63,8 +63,8 @@ def deal(plan: Plan, data: PreferenceData, rules: BatchRules, *, ranks: int, gro
             positions = [batch.positions for batch, _ in own]
             largest, share = max(largest, *positions), max(share, sum(positions))
             counts[2] += sum(positions)
-            for batch, counted in own:  # as metrics.Meter counts them
-                if counted:
+            for batch, real in own:  # as metrics.Meter counts them
+                if real:
                     counts[[0, 1, 3, 4]] += (batch.tokens, batch.computed, batch.area, len(batch.read_index))
         rows.append(
             (
@@ -91,7 +91,7 @@ def told(plan: Plan, dealt: Dealt, pairs: int, rules: BatchRules) -> Told:
     steps, epochs = len(dealt.numbers), plan.total_episodes / pairs
     mean = {name: float(np.mean(getattr(dealt, name))) for name in ("tokens", "distinct", "positions")}
     whole = steps == plan.total_steps
-    of = f"all {steps} steps dealt" if whole else f"{steps} of {plan.total_steps} steps dealt"
+    of = f"all of {counted(steps, 'step')} dealt" if whole else f"{steps} of {plan.total_steps} steps dealt"
     shared = 100 * (1 - mean["distinct"] / mean["tokens"])
     padding = 100 * (1 - mean["distinct"] / max(mean["positions"], 1))
     counts = (

@@ -8,29 +8,29 @@ Only this file takes all flags. docs/dry_run.md has the formulas and the keys of
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 
 from open_rm.batching import feeding
 from open_rm.batching.rules import BatchRules
-from open_rm.dry_run import alternatives, disk, hours, hub_and_wandb, memory, sizes, steps, told
+from open_rm.dry_run import alternatives, disk, hours, hub_and_wandb, memory, output_dir, sizes, steps, told
 from open_rm.dry_run.target import Target, target_of
-from open_rm.dry_run.told import Told, thousands
+from open_rm.dry_run.told import Told, counted, thousands
 from open_rm.errors import UserError
-from open_rm.evaluation import sets
-from open_rm.flags import Args
+from open_rm.evaluation import engine_scorer, in_training, sets
+from open_rm.flags import Args, BatchFlags
 from open_rm.inspection import look
 from open_rm.model import float8
 from open_rm.model.contract import Contract
 from open_rm.publishing import clients, proof
-from open_rm.publishing.pushing import MODELS
-from open_rm.publishing.run_folder import FACTS, RECORD
+from open_rm.ranks import Ranks
+from open_rm.reliability import comparing
 from open_rm.resolving import Resolved, resolve
 from open_rm.training import ds_config, fitting
 from open_rm.training.plan import Plan, make_plan
@@ -43,27 +43,50 @@ def tell(args: Args) -> dict[str, float]:
         no metrics, since nothing is trained.
 
     Raises:
-        UserError: what the run itself would refuse.
+        UserError: what the run itself would refuse: at once where nothing could be told, after everything is told where it
+            would only be refused on this machine as it is.
     """
     if int(os.environ.get("RANK", 0)):
         return {}
     transformers.logging.set_verbosity_error()
-    name = args.run_name or f"{args.exp_name}__{args.seed}__{int(time.time())}"
+    # A run without a folder makes one by the time that it begins at; dry runs of it share one.
+    name = args.run_name or f"{args.exp_name}__{args.seed}__dry_run"
     folder = str(Path(args.output_dir or f"output/{name}").expanduser())
     rate = hours.rate_of(args)
     target = target_of(args, dtype=args.dtype, group=args.sequence_parallel_size)
+    _check_target(args, target)
+    print(f"dry run of {args.run_name or args.exp_name}: nothing is trained", flush=True)
+    inputs = _read(args, target)
+    chapters = _planned(args, target, inputs, rate, folder)
+    own_name = args.run_name or f"{args.exp_name}__{args.seed}__{int(time.time())}"
+    chapters += [
+        hub_and_wandb.hub(args, own_name),
+        hub_and_wandb.wandb(args),
+        Told("checks", inputs.checks, inputs.checks),
+    ]
+    own = _pairs_per_step(args, target)
+    chapters.append(output_dir.told(args, folder, comparing.plain(args), inputs.read, target, pairs_per_step=own))
+    refused = [sentence for chapter in chapters for sentence in chapter.refused]
+    chapters.append(Told("refusals", [f"the run would be refused: {sentence}" for sentence in refused], refused))
+    print(told.as_text(chapters), flush=True)
+    print(f"written to {told.write(folder, [_of_run(args, own_name), *chapters])}", flush=True)
+    # For other devices than this machine's, neither its disk nor its token need be those of the run.
+    if refused and args.device_memory_gib is None:
+        raise UserError(f"the run would be refused here: {'; '.join(refused)}")
+    return {}
+
+
+def _check_target(args: Args, target: Target) -> None:
+    """What checks.py asks of this machine, asked of the devices that are planned for."""
     if target.world_size % target.group:
         raise UserError(
             f"--sequence_parallel_size {target.group} does not divide the {target.world_size} devices; change one of them"
         )
-    print(f"dry run of {name}: nothing is trained", flush=True)
-    read, warnings = _read(args, target)
-    chapters = _planned(args, target, read, rate, folder)
-    chapters += [hub_and_wandb.hub(args, name), hub_and_wandb.wandb(args), Told("checks", warnings, warnings)]
-    chapters.append(_folder(args, folder))
-    print(told.as_text(chapters), flush=True)
-    print(f"written to {told.write(folder, [_of_run(args, name), *chapters])}", flush=True)
-    return {}
+    if args.optim == "adafactor" and target.bf16:
+        raise UserError(
+            "--optim adafactor needs whole matrices, and bfloat16, which the planned GPUs compute in, makes vectors of them "
+            "(ZeRO holds its float32 master weights); pass --dtype float32 without --deepspeed, or --optim adamw_8bit"
+        )
 
 
 def _of_run(args: Args, name: str) -> Told:
@@ -75,8 +98,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _read(args: Args, target: Target) -> tuple[Resolved, list[str]]:
-    """What the run reads before its model; warnings that it would print."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What the run reads before its model.
+
+    contract: how its folder would have to be read.  checks: lines that the run would print on them.
+    """
+
+    read: Resolved
+    contract: Contract
+    benchmarks: list[sets.NamedSet]
+    checks: list[str]
+
+
+def _read(args: Args, target: Target) -> _Inputs:
     device = {"on_gpu": target.on_gpu, "capability": target.capability}
 
     def check(config) -> None:
@@ -96,21 +131,34 @@ def _read(args: Args, target: Target) -> tuple[Resolved, list[str]]:
         read.train_pairs, read.held_out_pairs, read.tokenizer, args, margin_loss=args.margin_loss
     )
     lines = clients.lines(proof.rehearse(read.tokenizer, contract)) + found
-    lines += [f"benchmark {named.says()}" for named in benchmarks]
     if args.float8 and target.capability is None:
         lines.append("--float8 is not looked at here: the GPU decides")
     if args.find_batch_size:
         lines.append("--find_batch_size: the micro-batch is found on the device; here it is estimated")
-    return read, lines
+    return _Inputs(read, contract, benchmarks, lines)
 
 
-def _planned(args: Args, target: Target, read: Resolved, rate: hours.Rate | None, folder: str) -> list[Told]:
-    """The chapters from the devices to the disk."""
+def _benchmarks(args: Args, model: sizes.Planned, inputs: _Inputs, rules: BatchRules) -> list[str]:
+    """Lines on the benchmarks, whose rows are all encoded, as before training.
+
+    Raises:
+        UserError: one that cannot be scored.
+    """
+    alone = Ranks(0, 0, 1, torch.device("cpu"))
+    tokenizer, rules = inputs.read.tokenizer, rules.for_evaluation()
+    known = engine_scorer.InTraining(model.model, tokenizer, inputs.contract, rules, alone)
+    return in_training.Judge.of(args, known, inputs.benchmarks, None, "the run", args.seed).check()
+
+
+def _planned(args: Args, target: Target, inputs: _Inputs, rate: hours.Rate | None, folder: str) -> list[Told]:
+    """The chapters from the devices to the disk; the benchmarks' lines are added to `inputs.checks`."""
+    read = inputs.read
     model = sizes.planned(args, read.tokenizer, adapter=args, dtype=target.dtype, on_gpu=target.on_gpu)
     table, layout = read.train_pairs.table, read.layout
     rules = feeding.rules_of(
         args, layout.name, read.tokenizer.pad_token_id, max_token_length=args.max_token_length, on_gpu=target.on_gpu
     )
+    inputs.checks.extend(_benchmarks(args, model, inputs, rules))
     keys = float(fitting.keys_of_positions(table)[1].max()) if layout.name == "shared_prefix" else 1.0
     longest = int(max(table.chosen_length.max(), table.rejected_length.max()))
     how = {"keys": keys, "budget": rules.max_tokens, "longest": longest}
@@ -129,7 +177,7 @@ def _planned(args: Args, target: Target, read: Resolved, rate: hours.Rate | None
         steps.told(settled.plan, settled.dealt, len(table), settled.rules),
         evaluations,
         memory.told(found, needs),
-        alternatives.told(options, model),
+        alternatives.told(options, model, args.optim),
         hours.told(rate, settled.plan, settled.dealt, model, target, evaluated=evaluated),
         disk.told(args, model, args.optim, folder),
     ]
@@ -145,12 +193,16 @@ class _Steps:
 
 
 def _settled(args: Args, target: Target, read: Resolved, model: sizes.Planned, rules: BatchRules) -> _Steps:
-    own = args.per_device_train_batch_size * args.gradient_accumulation_steps * target.world_size
+    own = _pairs_per_step(args, target)
     plan = make_plan(args, read.train_pairs.table, own, seed=args.seed, grouped=args.group_by_prompt)
     rules = feeding.with_attention_cost(rules, model.shape, on_gpu=target.on_gpu)
     _say("dealing steps ...")
     how = {"ranks": target.world_size // target.group, "group": target.group, "seed": args.seed}
     return _Steps(plan, rules, steps.deal(plan, read.train_pairs, rules, **how))
+
+
+def _pairs_per_step(flags: BatchFlags, target: Target) -> int:
+    return flags.per_device_train_batch_size * flags.gradient_accumulation_steps * target.world_size
 
 
 def _data(read: Resolved) -> Told:
@@ -165,34 +217,14 @@ def _data(read: Resolved) -> Told:
 def _evaluations(plan: Plan, read: Resolved, layout: str) -> tuple[Told, int]:
     """And the tokens of all of them together."""
     if read.held_out_pairs is None:
-        return Told("evaluation", ["none: no held-out data was named"], {"evaluations": 0, "tokens": 0}), 0
+        return Told(
+            "evaluation",
+            ["none: no held-out data was named"],
+            {"evaluations": 0, "pairs": None, "tokens": 0, "steps": None},
+        ), 0
     count, pairs = len(plan.evaluation_steps), len(read.held_out_pairs)
     each = steps.distinct_tokens(read.held_out_pairs, layout)
     at = ", ".join(map(str, plan.evaluation_steps[:8])) + (", ..." if count > 8 else "")
-    line = (
-        f"{count} times {thousands(pairs)} held-out pairs ({thousands(each)} tokens, no backward pass), at steps {at}"
-    )
+    line = f"{counted(count, 'time')} {counted(pairs, 'held-out pair')} ({thousands(each)} tokens, no backward pass), at steps {at}"
     numbers = {"evaluations": count, "pairs": pairs, "tokens": count * each, "steps": plan.evaluation_steps}
     return Told("evaluation", [line], numbers), count * each
-
-
-def _folder(args: Args, folder: str) -> Told:
-    """What the run would make of its folder as it is."""
-    path, facts = Path(folder), None
-    if (path / FACTS).is_file():
-        try:
-            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            facts = None
-    finished = facts.get("finished") if isinstance(facts, dict) else None
-    others = [name for name in (*MODELS, RECORD) if (path / name).exists()]
-    goes_on = args.resume_from_checkpoint != "never"
-    if finished and goes_on and any(name in MODELS for name in others):
-        state, line = "finished", "holds a finished run: the same command would do nothing"
-    elif finished is False and goes_on:
-        state, line = "begun", "holds a run that is not finished: the same command goes on with it"
-    elif others:
-        state, line = "occupied", f"holds {others[0]} of something else: the run would refuse it, choose another folder"
-    else:
-        state, line = "free", "is free"
-    return Told("output_dir", [f"{folder} {line}"], {"folder": folder, "state": state})

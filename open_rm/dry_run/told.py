@@ -17,11 +17,12 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Told:
     """name: of the section, and its key in plan.json.  lines: text.  numbers: what JSON can hold; docs/dry_run.md says what each
-    is."""
+    is.  refused: sentences by which the run would end."""
 
     name: str
     lines: list[str]
     numbers: dict | list
+    refused: tuple[str, ...] = ()
 
 
 def as_text(sections: Iterable[Told]) -> str:
@@ -68,9 +69,14 @@ def plain(value):
 
 def size(count: float) -> str:
     """Bytes as a person reads them, with as many digits as count."""
-    unit, name = (GIB, "GiB") if count >= GIB else (2**20, "MiB")
+    unit, name = (GIB, "GiB") if count >= GIB else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
     return f"{count / unit:.{1 if count >= 10 * unit else 2}f} {name}"
 
 
 def thousands(number: float) -> str:
     return f"{round(number):,}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{thousands(number)} {what}{'' if number == 1 else 's'}"

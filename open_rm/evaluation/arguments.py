@@ -199,8 +199,8 @@ def _unknown(entry: str, name: str) -> str:
     nearest = difflib.get_close_matches(name.lower().replace("-", "_"), BENCHMARKS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return (
-        f"--benchmark {entry}: no benchmark is called {name}; {hint}They are {', '.join(BENCHMARKS)}; other preference data is "
-        "named with --dataset"
+        f"--benchmark {entry}: no benchmark is called {name}; {hint}they are {', '.join(BENCHMARKS)}; other preference data is "
+        "named with --dataset in open_rm.evaluation, and with --dataset_mixer_eval_list in training"
     )
 
 

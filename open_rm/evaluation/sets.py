@@ -119,6 +119,11 @@ def open_sets(
     return opened
 
 
+def marks(opened: list[NamedSet]) -> dict[str, str]:
+    """What all ranks have to have opened alike (alike.py): the content of each set in a hash, by its flag."""
+    return {f"--benchmark {named.name}": named.opened.fingerprint for named in opened}
+
+
 # ---- benchmarks
 
 

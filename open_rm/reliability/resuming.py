@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from open_rm import alive
+from open_rm import alive, node_cache
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import UserError
-from open_rm.flags import CheckpointFlags
+from open_rm.flags import CheckpointFlags, ModelFlags
 from open_rm.ranks import Ranks
 from open_rm.reliability import checkpoints, comparing
 from open_rm.reliability.checkpoints import Checkpoint
@@ -114,6 +114,13 @@ def _made_steps(folder: str) -> bool:
     """Whether the record in a folder has a step, which another run would write over."""
     record = Path(folder) / "metrics.jsonl"
     return record.exists() and any(row["step"] > 0 for row in read_rows(record))
+
+
+def commits(flags: ModelFlags, found: Checkpoint | None, begun: dict | None) -> dict[str, str]:
+    """The flags of revisions, with the commits to read (node_cache.commits_of): those that the run was begun with, where it goes
+    on from a checkpoint or begins anew in its folder. begun: its run.json."""
+    before = (begun or {}).get("commits", {}) | (found.state.get("commits", {}) if found else {})
+    return node_cache.commits_of(flags, before)
 
 
 def pairs_per_step(found: Checkpoint | None, own: int, ranks: Ranks, say: Callable) -> int:

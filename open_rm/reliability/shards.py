@@ -2,7 +2,7 @@
 
 A rank writes its flat tensors (training/engine_state.py) as they are, with an index of which elements of which parameter lie
 where. Where the same flat tensor is found again, all of it is copied: bit for bit, 8-bit moments with their blocks too. Else
-every rank reads the stretches that it needs from whichever files hold them. Files are safetensors, which hold numbers alone:
+every rank reads the slices that it needs from whichever files hold them. Files are safetensors, which hold numbers alone:
 reading one runs no code, whoever wrote it.
 """
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from open_rm.errors import UserError, quote_error
-from open_rm.training.engine_state import Flat, Stretch, make_state
+from open_rm.training.engine_state import Flat, Slice, make_state
 
 WEIGHTS = "weights"
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit moments
@@ -26,7 +26,7 @@ BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit moments
 class Snapshot:
     """A copy of a rank's flat tensors in host memory, which training cannot change; its buffers are used again.
 
-    tensors: by "key|name".  index: for each flat tensor its stretches, the names of its tensors, and its plain numbers.
+    tensors: by "key|name".  index: for each flat tensor its slices, the names of its tensors, and its plain numbers.
     """
 
     def __init__(self, *, pinned: bool):
@@ -53,8 +53,8 @@ class Snapshot:
                     buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
                 buffer.copy_(tensor.detach(), non_blocking=True)
                 self.tensors[label] = buffer
-            stretches = [dataclasses.astuple(stretch) for stretch in flat.stretches]
-            self.index.append({"key": flat.key, "stretches": stretches, "names": [*tensors], "numbers": numbers})
+            slices = [dataclasses.astuple(slice_) for slice_ in flat.slices]
+            self.index.append({"key": flat.key, "stretches": slices, "names": [*tensors], "numbers": numbers})
         if self._pinned:
             torch.cuda.synchronize()
 
@@ -69,7 +69,7 @@ class _Source:
 
     file: "ShardFile"
     key: str
-    stretches: tuple[Stretch, ...]
+    slices: tuple[Slice, ...]
     names: list[str]
     numbers: dict
 
@@ -103,7 +103,7 @@ class ShardFile:
             self._file = safe_open(path, framework="pt")
             index = json.loads((self._file.metadata() or {})["index"])
             self.sources = [
-                _Source(self, one["key"], tuple(Stretch(*s) for s in one["stretches"]), one["names"], one["numbers"])
+                _Source(self, one["key"], tuple(Slice(*s) for s in one["stretches"]), one["names"], one["numbers"])
                 for one in index
             ]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -132,10 +132,10 @@ class Shards:
         """
         self.files = [ShardFile(path) for path in paths]
         self._twins = {source.key: source for file in self.files for source in file.sources}
-        self._holding: dict[str, list[tuple[_Source, Stretch]]] = {}
+        self._holding: dict[str, list[tuple[_Source, Slice]]] = {}
         for source in self._twins.values():
-            for stretch in source.stretches:
-                self._holding.setdefault(stretch.name, []).append((source, stretch))
+            for slice_ in source.slices:
+                self._holding.setdefault(slice_.name, []).append((source, slice_))
         if sizes != {name: sum(s.stop - s.start for _, s in parts) for name, parts in self._holding.items()}:
             where = paths[0].parent if paths else "the checkpoint"
             raise UserError(f"{where} is of another model: its trained parameters have other names or sizes")
@@ -147,20 +147,20 @@ class Shards:
             UserError: the files do not hold all of it.
         """
         twin = self._twins.get(flat.key)
-        if twin is not None and twin.stretches == flat.stretches and len(twin.whole(WEIGHTS)) == len(flat.weights):
+        if twin is not None and twin.slices == flat.slices and len(twin.whole(WEIGHTS)) == len(flat.weights):
             flat.weights.copy_(twin.whole(WEIGHTS))
             if optimizer is not None:
                 _copy_state(twin, flat, optimizer)
             return True
-        pieces = [piece for stretch in flat.stretches for piece in self._pieces(stretch)]
+        pieces = [piece for slice_ in flat.slices for piece in self._pieces(slice_)]
         for source, start, stop, at in pieces:
             flat.weights[at : at + stop - start].copy_(source.values(WEIGHTS, start, stop))
         if optimizer is not None and pieces:
             _gather_state(pieces, flat, optimizer)
         return False
 
-    def _pieces(self, wanted: Stretch) -> list[tuple[_Source, int, int, int]]:
-        """(source, start and stop in its flat tensor, where in ours) of the files' parts of a stretch."""
+    def _pieces(self, wanted: Slice) -> list[tuple[_Source, int, int, int]]:
+        """(source, start and stop in its flat tensor, where in ours) of the files' parts of a slice."""
         pieces, found = [], 0
         for source, held in self._holding.get(wanted.name, ()):
             start, stop = max(held.start, wanted.start), min(held.stop, wanted.stop)

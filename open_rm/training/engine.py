@@ -7,6 +7,7 @@ What it holds between two steps is read and filled as flat tensors (engine_state
 
 import contextlib
 import gc
+import logging
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from open_rm.training.engine_state import Flat, flats_of, tensors_of, weights_ch
 
 import deepspeed  # isort: skip
 from deepspeed.runtime import bf16_optimizer  # isort: skip
+from deepspeed.utils import logger  # isort: skip
 
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints three lines for each group of parameters
 MOST_8_BIT = 2**31 - 1  # bitsandbytes counts the weights of a tensor in 32 bits, and ZeRO makes one tensor of a group
@@ -39,7 +41,7 @@ class Engine:
         warmup_steps: int = 0,
     ):
         """Wrap `model`; `config` is from ds_config.fill_config. The learning rate follows its schedule over total_steps."""
-        self.ranks = ranks
+        self.ranks, self.config = ranks, config
         self.stage = config["zero_optimization"].get("stage", 0)
         self.optimizer = _optimizer(model, flags)
         self._clip_to = config["gradient_clipping"] if self.stage == 0 else 0.0
@@ -106,7 +108,8 @@ class Engine:
             for bucket in zero.ipg_buckets.values():
                 bucket.clear()
         self.backward(loss_of(), last=True)
-        self._plain_step(drop=True) if self.stage == 0 else self._zero_step(drop=True)
+        with _without_warnings():  # of a step that is dropped, as every try's is
+            self._plain_step(drop=True) if self.stage == 0 else self._zero_step(drop=True)
 
     def _plain_step(self, drop: bool) -> float:
         # ZeRO's optimizers clip and report the norm; plain data-parallel training reports none, every rank has all
@@ -134,7 +137,12 @@ class Engine:
                 self._engine.step()
             finally:
                 delattr(zero, name)
-        return math.inf if zero.overflow else float(self._engine.get_global_grad_norm())
+        if not zero.overflow:
+            return float(self._engine.get_global_grad_norm())
+        if self.stage in (1, 2) and hasattr(zero, "averaged_gradients"):
+            # With offload DeepSpeed lets go of these sums after a good step alone: the next one would begin with them.
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        return math.inf
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -196,6 +204,17 @@ class Engine:
         gc.collect()
         if self.ranks.on_gpu:
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """DeepSpeed says nothing but errors."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _optimizer(model: torch.nn.Module, flags: OptimizerFlags) -> torch.optim.Optimizer:

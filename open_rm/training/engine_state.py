@@ -20,7 +20,7 @@ HOLDERS = ("deepspeed.", "torch.optim", "bitsandbytes.")  # whose objects hold w
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Slice:
     """Elements start..stop of the flattened parameter `name`, which lie from `at` on in a flat tensor."""
 
     name: str
@@ -40,7 +40,7 @@ class Flat:
     """
 
     key: str
-    stretches: tuple[Stretch, ...]
+    slices: tuple[Slice, ...]
     weights: torch.Tensor
     state: dict
     written: bool
@@ -58,12 +58,12 @@ def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> 
     if stage < 3:
         for number, (weights, laid_out) in enumerate(_groups(zero)):
             own = rank * len(weights)  # where this rank's part begins
-            stretches = []
+            slices = []
             for p, offset in laid_out:
                 start, stop = max(own, offset), min(own + len(weights), offset + p.numel())
                 if start < stop:
-                    stretches.append(Stretch(names[id(p)], start - offset, stop - offset, start - own))
-            flats.append((number, stretches, weights))
+                    slices.append(Slice(names[id(p)], start - offset, stop - offset, start - own))
+            flats.append((number, slices, weights))
     elif zero.swap_optimizer:
         raise UserError(
             "a DeepSpeed file that keeps optimizer states on NVMe allows no checkpoints; pass --checkpointing_minutes 0, or "
@@ -71,24 +71,24 @@ def flats_of(deepspeed_engine, optimizer: torch.optim.Optimizer, stage: int) -> 
         )
     else:
         for number, weights in enumerate(zero.fp32_partitioned_groups_flat):
-            stretches = []
+            slices = []
             for p in zero.fp16_groups[number]:
                 _, at, length = zero.grad_position[zero.get_param_id(p)]
                 start = length * zero._get_param_partition_rank(p)
                 stop = min(start + length, p.ds_numel)
                 if start < stop:  # the last ranks' parts of a small parameter are padding
-                    stretches.append(Stretch(names[id(p)], start, stop, at))
-            flats.append((number, stretches, weights))
+                    slices.append(Slice(names[id(p)], start, stop, at))
+            flats.append((number, slices, weights))
     return [
         Flat(
             f"zero{stage}/{number}/{rank} of {size}",
-            tuple(stretches),
+            tuple(slices),
             weights.data,
             optimizer.state[weights],
             written=True,
             shape=weights.shape,
         )
-        for number, stretches, weights in flats
+        for number, slices, weights in flats
     ]
 
 
@@ -115,8 +115,8 @@ def _replicated(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rank:
         if p.requires_grad:
             writer = written.index(min(written))
             written[writer] += p.numel()
-            stretch = Stretch(name, 0, p.numel(), 0)
-            flats.append(Flat(name, (stretch,), p.data.view(-1), optimizer.state[p], writer == rank, p.shape))
+            slice_ = Slice(name, 0, p.numel(), 0)
+            flats.append(Flat(name, (slice_,), p.data.view(-1), optimizer.state[p], writer == rank, p.shape))
     return flats
 
 

@@ -52,19 +52,19 @@ def fit(
     engine: Engine,
     rules: BatchRules,
     *,
-    config: dict,
     optim: str,
     table: PairTable,
+    sought: bool = False,
 ) -> tuple[BatchRules, list[str]]:
     """Decide both, switch recomputation on, and return the rules and lines for the log. A collective call.
 
-    config: of DeepSpeed, from ds_config.fill_config.  optim: --optim.  table: of the training pairs.
+    optim: --optim.  table: of the training pairs.  sought: another max_tokens will be looked for (trying.py) and said then.
     """
     every, ranks = recompute.every_how_many(flags.gradient_checkpointing), engine.ranks
     if not ranks.on_gpu:
         recompute.recompute(model.classifier, every or 0)
         return rules, [recompute.describe(model.classifier, every)] if every else []
-    state = sum(footprint.state_bytes(footprint.sizes_of(model), config, optim, ranks.world_size).values())
+    state = sum(footprint.state_bytes(footprint.sizes_of(model), engine.config, optim, ranks.world_size).values())
     longest = _longest(table)
     largest = -(-2 * longest // ranks.sequence_size)  # positions of a pair on each device that computes it
     memory = measure(model, engine, rules, table=table, state=state)
@@ -72,10 +72,14 @@ def fit(
     asked = flags.max_tokens_per_micro_batch
     found = choose(memory, layers, every=every, asked=asked, at_least=rules.max_tokens, largest=largest)
     recompute.recompute(model.classifier, found.every)
+    budget = "" if sought else f"; micro-batches have up to {found.max_tokens} positions"
+    if not found.fits:
+        budget += (
+            f"; a pair of {2 * longest} may not fit" if sought else f", which may not fit, nor a pair of {2 * longest}"
+        )
     return dataclasses.replace(rules, max_tokens=found.max_tokens), [
         f"memory: {max(memory.left, 0.0) / GIB:.1f} GiB left beside weights, gradients and optimizer; a position keeps "
-        f"{memory.kept / 2**20:.2f} MiB of activations; micro-batches have up to {found.max_tokens} positions"
-        + ("" if found.fits else f", which may not fit, nor a pair of {2 * longest}"),
+        f"{memory.kept / 2**20:.2f} MiB of activations{budget}",
         recompute.describe(model.classifier, found.every),
     ]
 

@@ -9,7 +9,7 @@ W trained weights, F bytes of frozen ones, n ranks, e bytes of a weight (2 in bf
     moments     m W        m W / n    m W / n    m W / n        m: 8 for AdamW, 2 with 8 bits, 0 for Adafactor
     buckets     -          e b        2 e b      2 e b + live   b: reduce_bucket_size; live: whole parameters under ZeRO-3; on
                                                               one rank 0, 2 e b and e b
-    hpz         -          -          -          e W / h        h: zero_hpz_partition_size (ZeRO++), a second copy in each node
+    hpz         -          -          -        (e W + F) / h    h: zero_hpz_partition_size (ZeRO++), a second copy in each node
 
 The first four are section 3 of the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054), 16 bytes a weight in bfloat16 and
 2 more because gradients are kept in float32; the buckets are DeepSpeed's own (runtime/zero/stage_1_and_2.py, stage3.py,

@@ -88,7 +88,7 @@ class CpuMemory:
     def left(self) -> int:
         """That this process may still take: its share of what the machine and its control group have, and its own limits."""
         machine = KIB * _number_of("/proc/meminfo", "MemAvailable")
-        shared = [machine, *_left_of_control_group()]
+        shared = [machine, *_left_of_control_groups()]
         own = [
             limit - KIB * _status(name)
             for which, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
@@ -119,14 +119,35 @@ def _number_of(file: str, name: str) -> int:
     return int(line.split()[1])
 
 
-def _left_of_control_group() -> list[int]:
-    """What a container's limit leaves (cgroup v2, then v1), pages that the system can drop counted as free; [] without one."""
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError, StopIteration):
-            most, held = (int(Path(folder, name).read_text()) for name in (limit, used))
-            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
-            return [most - held + int(stat.get("inactive_file", 0))]
-    return []
+def _left_of_control_groups(root: Path = Path("/")) -> list[int]:
+    """What limits of this process's control group, and of those that it lies in, leave: [] without one. Pages that the system
+    can drop count as free. In a container the process may be named a group of the host, which is not there: then the topmost
+    is the container's.
+
+    root: of the file system.
+    """
+    left = []
+    for line in _lines_of(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            top, limit, used, stat = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, stat = root / "sys/fs/cgroup/memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            group = top.joinpath(*parts[:depth])
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                most, held = (int((group / name).read_text()) for name in (limit, used))
+                of_pages = dict(line.split() for line in _lines_of(group / "memory.stat"))
+                left.append(most - held + int(of_pages.get(stat, 0)))
+    return left
+
+
+def _lines_of(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []

@@ -11,6 +11,7 @@ found a budget equals one that was given it with --max_tokens_per_micro_batch.
 
 import dataclasses
 import gc
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from open_rm.batching.rules import BatchRules
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import OneRanksError, UserError
 from open_rm.flags import ObjectiveFlags, ScaleFlags
-from open_rm.ranks import Ranks
 from open_rm.training import fitting, footprint, memory
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
@@ -59,12 +59,21 @@ class Try:
         return self.positions / self.seconds
 
 
-def kept(flags: ScaleFlags, rules: BatchRules, ranks: Ranks) -> dict | None:
-    """What a checkpoint keeps, so that a run which goes on cuts its steps as before on the same devices."""
+def kept(flags: ScaleFlags, rules: BatchRules, engine: Engine) -> dict | None:
+    """What a checkpoint keeps, so that a run which goes on cuts its steps as before where all that decides what fits is the same."""
     if not flags.find_batch_size:
         return None
-    device = torch.cuda.get_device_name(ranks.device) if ranks.on_gpu else "cpu"
-    return {"max_tokens": rules.max_tokens, "device": device, "world_size": ranks.world_size}
+    ranks = engine.ranks
+    return {
+        "max_tokens": rules.max_tokens,
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.on_gpu else "cpu",
+        "world_size": ranks.world_size,
+        "sequence_size": ranks.sequence_size,
+        "layout": rules.layout,
+        "recomputed": sum(getattr(module, "gradient_checkpointing", False) for module in engine.module.modules()),
+        "optimizer": type(engine.optimizer).__name__,
+        "deepspeed": json.dumps(engine.config, sort_keys=True),
+    }
 
 
 def find(
@@ -89,7 +98,7 @@ def find(
     ranks = engine.ranks
     if before is not None:
         same = dataclasses.replace(rules, max_tokens=before["max_tokens"])
-        if kept(flags, same, ranks) == before:
+        if all(ranks.gathered(kept(flags, same, engine) == before)):  # a rank may have another device
             return same, [f"micro-batches of up to {same.max_tokens} positions, as --find_batch_size found them before"]
     fill = Filling(rules, data, ranks.sequence_size, margins=objective.margin_loss)
     climb = _Climb(engine, objective, fill, most_pairs=-(-pairs_per_step // ranks.data_size))
@@ -200,30 +209,29 @@ class _Climb:
         tries: list[Try] = []
         budget = self._fill.smallest
         # The first pass makes gradients, which the later ones find there, and what else is made once.
-        first = self._pass(self._fill.micro_batches(budget)[-1], f"a micro-batch of {budget} positions")
-        base = self._memory.held()
+        base = self._memory.held() + _gradients(self._engine)
+        first = self._pass(self._fill.micro_batches(budget)[-1], "")
+        if self._ranks.on_gpu:
+            base = self._memory.held()
         while first and (tried := self._try(budget, tries)) is not None:
             tries.append(tried)
             if tried.pairs >= self._most_pairs:
                 return tries, "it holds all pairs of a step that a device has"
             budget *= 2
-            if why := self._no_room(expected_peak(tries, budget, base), budget):
+            if why := self._no_room(expected_peak(tries, budget, base, careful=not self._ranks.on_gpu), budget):
                 return tries, why
         if not tries:
-            self._ranks.fail(
-                f"--find_batch_size: the largest pair alone, {budget} positions, runs out of memory; pass --gradient_checkpointing "
-                "on, --deepspeed configs/ds/zero3.json, or a smaller --max_token_length"
-            )
+            self._ranks.fail(_shortage(self._fill.micro_batches(budget)[-1], ""))
         return tries, f"{budget} ran out of memory"
 
     def _try(self, budget: int, before: list[Try]) -> Try | None:
         """Compute the micro-batches of a budget; None where memory ran out on some rank."""
-        flag = f"--max_tokens_per_micro_batch {before[-1].budget}" if before else "--gradient_checkpointing on"
+        instead = f"--max_tokens_per_micro_batch {before[-1].budget} in place of --find_batch_size, " if before else ""
         self._memory.reset()
         for micro in self._fill.micro_batches(budget):
             self._wait()
             started = time.perf_counter()
-            if not self._pass(micro, f"a micro-batch of {budget} positions; pass {flag} in place of --find_batch_size"):
+            if not self._pass(micro, instead):
                 return None
             self._wait()
             seconds = time.perf_counter() - started
@@ -233,14 +241,15 @@ class _Climb:
         if self._ranks.on_gpu:
             torch.cuda.synchronize(self._ranks.device)
 
-    def _pass(self, micro: MicroBatch, what: str) -> bool:
-        """Forward and backward; False where memory ran out on some rank while no other waits for it. what: for the sentence."""
+    def _pass(self, micro: MicroBatch, instead: str) -> bool:
+        """Forward and backward; False where memory ran out on some rank while no other waits for it. instead: of `_shortage`."""
         stage, together = self._engine.stage, self._ranks.sequence_size > 1
 
         def backward(rewards: torch.Tensor) -> bool:
             self._engine.backward(self._loss(micro, rewards), last=False)
             return True
 
+        what = _shortage(micro, instead)
         rewards = self._unless_short(lambda: self._forward(micro), what, others_wait=stage == 3 or together)
         done = self._on_all(rewards is not None) and self._on_all(
             self._unless_short(lambda: backward(rewards), what, others_wait=stage > 0 or together) is not None
@@ -259,14 +268,14 @@ class _Climb:
         return sum(terms.values()).sum() / max(1, len(micro.indices))
 
     def _unless_short(self, work: Callable[[], T], what: str, *, others_wait: bool) -> T | None:
-        """What `work` gives; None where memory ran out."""
+        """What `work` gives; None where memory ran out, and the end with the sentence `what` where others wait for it."""
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
             if not memory.is_shortage(error):
                 raise
             if others_wait and self._ranks.world_size > 1:
-                raise OneRanksError(f"out of memory in {what}") from error
+                raise OneRanksError(what) from error
         return None
 
     def _on_all(self, here: bool) -> bool:
@@ -288,14 +297,34 @@ class _Climb:
         self._memory.reset()
 
 
-def expected_peak(tries: list[Try], budget: int, base: float) -> float:
+def expected_peak(tries: list[Try], budget: int, base: float, *, careful: bool) -> float:
     """Bytes at the peak of a larger budget: on the line through the last two tries; after the first one in proportion to what it
-    took beside `base`, which is held between tries."""
+    took beside `base`, which is held between tries.
+
+    careful: for a process on a CPU, whose heap keeps some of what was freed: on the steepest of these lines.
+    """
     last = tries[-1]
-    slope = (last.peak - base) / last.budget
+    slopes = [(last.peak - base) / last.budget]
     if len(tries) > 1:
-        slope = (last.peak - tries[-2].peak) / (last.budget - tries[-2].budget)
-    return last.peak + max(0.0, slope) * (budget - last.budget)
+        slopes.append((last.peak - tries[-2].peak) / (last.budget - tries[-2].budget))
+    return last.peak + max(0.0, max(slopes) if careful else slopes[-1]) * (budget - last.budget)
+
+
+def _shortage(micro: MicroBatch, instead: str) -> str:
+    """The sentence for memory that ran out. instead: a flag that would have avoided it, if there is one."""
+    return (
+        f"--find_batch_size: out of memory in a micro-batch of {len(micro.indices)} pairs and {micro.batch.positions} positions; "
+        f"pass {instead}--gradient_checkpointing on, --deepspeed configs/ds/zero3.json, a smaller --max_token_length, or, where "
+        "there are several devices, --sequence_parallel_size 2 or more"
+    )
+
+
+def _gradients(engine: Engine) -> float:
+    """Bytes of gradients, in float32, on this rank: at least so many, for a base that is rather too small."""
+    try:
+        return 4.0 * sum(flat.weights.numel() for flat in engine.flats())
+    except UserError:  # of states on a disk
+        return 0.0
 
 
 def coming_moments(engine: Engine) -> float:

@@ -31,6 +31,7 @@ main() {
     trap 'exit 143' TERM
     step base make_base
     step context make_context
+    step refused refuse_root
     step build build
     step inside check_inside
     step recipe run_recipe
@@ -110,6 +111,13 @@ mounts_of_a_build() {
     local path
     if [[ -n ${PIP_CONF:-} ]]; then printf '%s\n' --volume "$PIP_CONF:/etc/pip.conf:ro"; fi
     for path in ${FOLDERS:-}; do printf '%s\n' --volume "$path:$path:ro"; done
+}
+
+refuse_root() {  # before anything is installed
+    local status=0
+    builder build --isolation chroot --build-arg BASE_IMAGE=localhost/base --build-arg USER_ID=0 "$WORK/context" || status=$?
+    (( status != 0 ))
+    quote "^error: USER_ID=0 is root" refused
 }
 
 build() {

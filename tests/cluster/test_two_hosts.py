@@ -1,7 +1,7 @@
 """Two hosts on one machine: each a network, a host's name and disks of its own (Linux namespaces).
 
-Ranks are forked from one process and enter their host before they begin; one run is started as users do, by torchrun. The Hub is
-a stand-in.
+Ranks are forked from one process and enter their host before they begin (test_slurm.py starts two nodes as users do). The Hub
+is a stand-in.
 """
 
 import json
@@ -9,10 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, environment_of_a_process, python_path, toy_flags
+from conftest import toy_flags
 from forking import Nursery
 from hub_standin import HubStandin
 from killing import checkpoint_names, same_run
@@ -59,8 +60,9 @@ UPLOAD = """
 import sys
 from huggingface_hub import HfApi
 api, folder = HfApi(), sys.argv[1]
-api.create_repo("standin/toy")
-api.upload_folder(repo_id="standin/toy", folder_path=f"{folder}/model")
+for name in ("standin/toy", "standin/moves"):
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=f"{folder}/model")
 api.create_repo("standin/prefs", repo_type="dataset")
 api.upload_folder(repo_id="standin/prefs", folder_path=f"{folder}/data", repo_type="dataset")
 """
@@ -108,15 +110,18 @@ def disks(tmp_path):
 
 @pytest.fixture
 def start(nursery, tmp_path):
-    """Starts a rank on each host, the first of its node."""
+    """Starts a rank on each host; of: or ranks on the hosts of these numbers."""
 
-    def call(flags, *, disks=({}, {}), read_only=((), ()), networks=(None, None), address="127.0.0.1", patch=""):
-        hosts = []
-        for rank, name in enumerate(HOSTS):
-            host = {"name": name, "disks": disks[rank], "read_only": read_only[rank], "network": networks[rank]}
-            hosts.append({"TEST_PATCH": ENTER.format(host=json.dumps(host)) + patch, "LOCAL_RANK": "0"})
+    def call(
+        flags, *, of=(0, 1), disks=({}, {}), read_only=((), ()), networks=(None, None), address="127.0.0.1", patch=""
+    ):
+        own = {}
+        for rank, number in enumerate(of):
+            host = {"name": HOSTS[number], "disks": disks[number], "read_only": read_only[number]}
+            entered = ENTER.format(host=json.dumps(host | {"network": networks[number]}))
+            own[rank] = {"TEST_PATCH": entered + patch, "LOCAL_RANK": str(of[:rank].count(number))}
         log = tmp_path / f"log {len(list(tmp_path.glob('log *')))}"
-        return nursery.start(flags, log, processes=2, env={"MASTER_ADDR": address}, own=dict(enumerate(hosts)))
+        return nursery.start(flags, log, processes=len(of), env={"MASTER_ADDR": address}, own=own)
 
     return call
 
@@ -144,22 +149,6 @@ def on_one(nursery, toy, tmp_path_factory):
 
 
 # ---------------------------------------------------------------- training together
-
-
-def test_two_hosts_that_torchrun_starts_train_on_a_shared_folder_as_one_process_does(toy, tmp_path, two_hosts, on_one):
-    names, addresses, _ = two_hosts
-    flags = ten_steps(toy, tmp_path / "run", tmp_path / "cache")
-    running = []
-    for rank, name in enumerate(names):
-        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        command += ["--nproc_per_node", "1", "--node_rank", str(rank), "--master_addr", addresses[0]]
-        command += ["--master_port", "29511", "-m", "open_rm.reward_modeling", *flags]
-        environment = environment_of_a_process() | {"PYTHONPATH": python_path(REPOSITORY)}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, **streams))
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    same_within(on_one, tmp_path / "run")
 
 
 def test_two_hosts_with_disks_of_their_own_train_as_one_process_does(
@@ -195,21 +184,21 @@ def test_checkpoints_that_are_asked_for_are_refused_where_the_other_host_does_no
 
 
 def test_a_link_that_goes_down_ends_both_hosts_and_the_same_command_goes_on_from_the_shared_folder(
-    nursery, toy, tmp_path, two_hosts, start
+    toy, tmp_path, two_hosts, start, on_one
 ):
     names, addresses, cut = two_hosts
     folder, how = tmp_path / "run", {"networks": names, "address": addresses[0]}
-    flags = {"checkpointing_steps": 3, "stall_timeout": 0.1, "deepspeed": "configs/ds/zero2.json"}
+    flags = {"checkpointing_steps": 3, "stall_timeout": 0.2, "deepspeed": "configs/ds/zero2.json"}
     started = start(ten_steps(toy, folder, tmp_path / "cache", **flags), patch=SLOWER, **how)
     started.wait_for(lambda: checkpoint_names(folder), "a checkpoint")
     cut()
+    asked = time.monotonic()
     assert started.statuses(timeout=60) == [STALLED, STALLED], started.output
+    assert time.monotonic() - asked < 30
     assert "rank 1 on host-b" in started.output and f"rank 0 on {addresses[0]}" in started.output
     subprocess.run(["ip", "-n", names[1], "link", "set", names[1], "up"], check=True)
     assert "bit for bit" in start(ten_steps(toy, folder, tmp_path / "cache", **flags), **how).finish()
-    undisturbed = ten_steps(toy, tmp_path / "undisturbed", tmp_path / "cache", **flags)
-    nursery.start(undisturbed, tmp_path / "log", processes=2).finish()
-    same_run(tmp_path / "undisturbed", folder)
+    same_within(on_one, folder)
 
 
 # ---------------------------------------------------------------- what one host lacks
@@ -237,28 +226,17 @@ def test_data_that_differ_between_hosts_are_told_and_not_trained_on(toy, tmp_pat
     assert sentence.endswith(" on rank 0 on host-a; give every node the same files, or a folder that all see")
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_a_model_whose_weights_the_main_host_alone_has_is_told_before_ranks_load_together(
-    toy, tmp_path, start, disks, zero
-):
+def test_a_model_whose_weights_the_main_host_alone_has_is_told_before_ranks_load_together(toy, tmp_path, start, disks):
     model = tmp_path / "model"
     owned = disks(model)
     for own in owned:
         shutil.copytree(toy / "model", own[str(model)], dirs_exist_ok=True)
     (Path(owned[1][str(model)]) / "model.safetensors").unlink()
-    how = {"model_name_or_path": model, "deepspeed": f"configs/ds/zero{zero}.json"}
+    how = {"model_name_or_path": model, "deepspeed": "configs/ds/zero3.json"}
     sentence = told(start(ten_steps(toy, tmp_path / "run", tmp_path / "cache", **how), disks=owned))
     assert sentence.startswith(
         f"error: rank 1 on host-b: --model_name_or_path {model}: no weights are found here; every node"
     )
-
-
-def test_a_model_folder_that_the_main_host_alone_has_is_told_with_the_rank_and_the_host(toy, tmp_path, start, disks):
-    model = tmp_path / "model"
-    owned = disks(model)
-    shutil.copytree(toy / "model", owned[0][str(model)], dirs_exist_ok=True)
-    sentence = told(start(ten_steps(toy, tmp_path / "run", tmp_path / "cache", model_name_or_path=model), disks=owned))
-    assert sentence.startswith(f"error: rank 1 on host-b: --model_name_or_path {model}: no model could be found")
 
 
 def test_a_cache_of_tokens_that_one_host_cannot_write_is_told_with_the_rank_and_the_host(toy, tmp_path, start, disks):
@@ -270,19 +248,18 @@ def test_a_cache_of_tokens_that_one_host_cannot_write_is_told_with_the_rank_and_
     )
 
 
-@pytest.mark.parametrize(
-    ("differs", "said"),
-    [
-        ("sys.argv += ['--seed', '2']", "--seed is '2' there and '1' on rank 0 on host-a"),
-        ("importlib.metadata.version = lambda name: '1.0'", "torch is '1.0' there and "),
-        ("pathlib.Path.read_bytes = lambda path: b''", "the code of open_rm is "),
-    ],
-    ids=["flags", "libraries", "code"],
-)
-def test_hosts_that_are_not_started_alike_are_told_what_differs(toy, tmp_path, start, differs, said):
-    patch = f"\nimport importlib.metadata, os, pathlib, sys\nif os.environ['RANK'] == '1': {differs}"
+def test_hosts_that_are_not_started_alike_are_told_what_differs(toy, tmp_path, start):
+    patch = """
+import importlib.metadata, os, pathlib, sys
+if os.environ["RANK"] == "1":
+    sys.argv += ["--seed", "2"]
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda name: "1.0" if name == "torch" else version(name)
+    pathlib.Path.read_bytes = lambda path: b""
+"""
     sentence = told(start(ten_steps(toy, tmp_path / "run", tmp_path / "cache"), patch=patch))
-    assert sentence.startswith("error: rank 1 on host-b is not like the others: ") and said in sentence
+    assert sentence.startswith("error: rank 1 on host-b is not like the others: the code of open_rm is ")
+    assert "; torch is '1.0' there and " in sentence and "; --seed is '2' there and '1' on rank 0 on host-a" in sentence
     assert sentence.endswith(
         "; give every node the same command, the same commit of this repository and the same packages"
     )
@@ -303,21 +280,9 @@ def asked(folder) -> dict[str, int]:
     return {path.name.split()[1]: len(path.read_text().splitlines()) for path in folder.glob("asked *")}
 
 
-def test_of_three_ranks_of_a_node_the_first_one_alone_asks_the_hub(hub, home, nursery, tmp_path):
-    before = len(hub.requests())
-    patch = ASKED.format(folder=str(tmp_path))
-    nursery.start(of_hub(tmp_path), tmp_path / "log", processes=3, env={"TEST_PATCH": patch}).finish()
-    requests = hub.requests()[before:]
-    assert set(asked(tmp_path)) == {"0"} and len(requests) > 10
-    files = [path.rpartition("/")[2] for method, path, status in requests if method == "GET" and "/resolve/" in path]
-    assert sorted(files) == sorted(set(files)) and "model.safetensors" in files  # each once
-
-
-def test_two_nodes_with_caches_of_their_own_ask_the_hub_by_two_ranks_and_get_one_commit(
-    hub, home, start, disks, tmp_path
-):
-    """The branch moves while the second node waits for the first."""
-    owned = disks(home, tmp_path / "cache")
+def test_of_each_node_the_first_rank_alone_asks_the_hub_and_all_read_one_commit(hub, home, start, disks, tmp_path):
+    """Two ranks on a node and one on another, with caches of their own; the branch moves while the second node waits."""
+    before, owned = len(hub.requests()), disks(home, tmp_path / "cache")
     moves = """
 import open_rm.reward_modeling as m, os, subprocess, sys
 resolve = m.resolve
@@ -330,25 +295,41 @@ def and_the_branch_moves(*given, **named):
 m.resolve = and_the_branch_moves
 """
     patch = ASKED.format(folder=str(tmp_path)) + moves
-    start(of_hub(tmp_path), disks=owned, patch=patch).finish()
-    assert set(asked(tmp_path)) == {"0", "1"}
+    start(of_hub(tmp_path), of=(0, 0, 1), disks=owned, patch=patch).finish()
+    requests = hub.requests()[before:]
+    assert set(asked(tmp_path)) == {"0", "2"} and len(requests) > 20
+    files = [path.rpartition("/")[2] for method, path, status in requests if method == "GET" and "/resolve/" in path]
+    assert files.count("model.safetensors") == 2 and {files.count(name) for name in files} == {2}  # each once a node
     hubs = [Path(own[str(home)]) / "hub/models--standin--toy/snapshots" for own in owned]
     commits = [[path.name for path in folder.iterdir()] for folder in hubs]
     assert commits[0] == commits[1] and len(commits[0]) == 1
+
+
+def test_a_run_that_goes_on_reads_the_commit_that_it_was_begun_with(nursery, toy, tmp_path, on_one):
+    """The branch moves between two starts, to a config by which the same weights compute other rewards."""
+    folder, log, cache = tmp_path / "run", tmp_path / "log", tmp_path / "cache"
+    flags = {"model_name_or_path": "standin/moves", "checkpointing_steps": 3, "per_device_train_batch_size": 16}
+    started = nursery.start(ten_steps(toy, folder, cache, **flags), log, env={"TEST_PATCH": SLOWER})
+    started.wait_for(lambda: checkpoint_names(folder), "a checkpoint")
+    started.kill()
+    config = json.loads((toy / "model/config.json").read_text())
+    assert "rms_norm_eps" in config
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
+    move = f"from huggingface_hub import HfApi; HfApi().upload_file(path_or_fileobj={str(tmp_path / 'config.json')!r}, "
+    move += "path_in_repo='config.json', repo_id='standin/moves')"
+    subprocess.run([sys.executable, "-c", move], check=True)
+    begun = json.loads((folder / "run.json").read_text())
+    nursery.start(ten_steps(toy, folder, cache, **flags), log).finish()
+    same_run(on_one, folder)
+    assert list(begun["commits"]) == ["standin/moves"]
+    assert json.loads((folder / "run.json").read_text())["commits"] == begun["commits"]
 
 
 def test_a_hub_cache_that_the_main_host_alone_has_is_told_where_the_hub_is_not_asked(
     hub, home, start, disks, nursery, tmp_path
 ):
     owned = disks(home, tmp_path / "cache")
-    [main, other] = (Path(own[str(home)]) for own in owned)
     fill = ENTER.format(host=json.dumps({"name": "a", "network": None, "disks": owned[0], "read_only": []}))
     nursery.start(of_hub(tmp_path, cache_dataset_only=True), tmp_path / "log", env={"TEST_PATCH": fill}).finish()
     sentence = told(start(of_hub(tmp_path), disks=owned, patch=OFFLINE))
     assert sentence.startswith("error: rank 1 on host-b: --model_name_or_path standin/toy: no model could be found")
-    shutil.copytree(main, other, dirs_exist_ok=True, symlinks=True)  # all but the weights
-    zero3 = of_hub(tmp_path, deepspeed="configs/ds/zero3.json")
-    nursery.start(of_hub(tmp_path), tmp_path / "log", env={"TEST_PATCH": fill}).finish()
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    sentence = told(start(zero3, disks=owned, patch=OFFLINE))
-    assert sentence.startswith("error: rank 1 on host-b: --model_name_or_path standin/toy: no weights are found here")

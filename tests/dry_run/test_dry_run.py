@@ -3,25 +3,30 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, load_model, toy_flags
+from hub_standin import TOKEN, USER, HubStandin
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
 from open_rm import command_line
 from open_rm.batching import attention
 from open_rm.batching.layouts import lay_out_sequences
-from open_rm.dry_run import alternatives, hours, memory, sizes
+from open_rm.dry_run import alternatives, hours, hub_and_wandb, memory, sizes, steps, told
 from open_rm.dry_run.target import Target
 from open_rm.dry_run.telling import tell
 from open_rm.errors import UserError
-from open_rm.flags import AdapterFlags, Args, BatchFlags, ModelFlags
+from open_rm.flags import AdapterFlags, Args, BatchFlags, ModelFlags, RunFlags
 from open_rm.model.kernels import use_fastest
 from open_rm.model.recompute import Saved
 from open_rm.training import activations, ds_config, footprint
+from open_rm.training.plan import Plan
 
 GIB = 2**30
 LLAMA_8B = {
@@ -131,7 +136,7 @@ def test_a_rate_is_taken_from_a_run_and_scaled_by_flops_for_another_model(both, 
     rate = hours.rate_of(Args(dry_run=True, tokens_per_second=str(run)))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [
-        row["perf/tokens_per_second"] * row["perf/distinct_token_fraction"] / RANKS
+        row["perf/tokens_per_second"] * row["perf/distinct_token_fraction"] * row["perf/rank_imbalance"] / RANKS
         for row in rows
         if "perf/tokens_per_second" in row
     ]
@@ -182,6 +187,13 @@ def test_sixty_four_gpus_are_planned_without_weights_and_a_run_in_the_folder_is_
         rows = numbers if isinstance(numbers, list) else [numbers]
         for key in {key for row in rows if isinstance(row, dict) for key in row}:
             assert f"`{key}`" in documented, f"{section}.{key}"
+    # and the other way: each key that the page names is there, null where nothing is known
+    for bullet in documented.partition("## plan.json")[2].split("\n- ")[1:]:
+        section, *keys = [name for name in re.findall(r"`(\w+)`", bullet) if name != "null"]
+        rows = plan[section] if isinstance(plan[section], list) else [plan[section]]
+        for row in rows:
+            missing = set(keys) - set(row) if isinstance(row, dict) else set()
+            assert not missing, f"{section}: {missing}"
 
 
 def test_of_several_processes_the_first_one_speaks(toy, tmp_path, monkeypatch, capsys):
@@ -312,3 +324,196 @@ def test_devices_that_compute_a_sequence_together_hold_their_share_of_its_activa
         for group in (1, 4)
     )
     assert four.longest == math.ceil(one.longest / 4)
+
+
+# ---------------------------------------------------------------- what the review of the dry run found
+
+
+@pytest.mark.parametrize("ranks", [12, 20, 36])
+def test_devices_that_one_file_cannot_divide_are_planned_with_the_others(folder, ranks):
+    target = Target(ranks, 1, True, torch.bfloat16, 80 * GIB, None, [])
+    model = planned_model(folder / "8b")
+    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, longest=2048)
+    found = alternatives.alternatives(BatchFlags(), needs, model, "adamw", target, share=4096, adapter=AdapterFlags())
+    without = {one.file: one.why_not for one in found if one.found is None}
+    assert f'"zero_hpz_partition_size" is 8, which does not divide the {ranks} devices' in without["zero3_hpz.json"]
+    assert alternatives.recommended(found) is not None and "zero3.json" not in without
+
+
+def test_a_run_predicts_its_own_seconds(tmp_path, folder):
+    """Steps of 2 s on 4 devices, in which the slowest has half again the mean's work: ten more take 20 s."""
+    distinct, imbalance, seconds = 5000, 1.5, 2.0
+    rows = [
+        {
+            "step": step,
+            "perf/tokens_per_second": 2 * distinct / seconds,
+            "perf/distinct_token_fraction": 0.5,
+            "perf/rank_imbalance": imbalance,
+            "perf/step_seconds": seconds,
+            "perf/total_flops": 1.0 * step,
+        }
+        for step in range(1, 11)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.json").write_text('{"world_size": 4}')
+    rate = hours.rate_of(Args(dry_run=True, tokens_per_second=str(tmp_path)))
+    assert rate.flops == pytest.approx(1 / distinct)
+    rate = dataclasses.replace(rate, flops=None)
+    each = dict.fromkeys(("pairs", "tokens", "positions", "forwards", "seconds", "area", "read"), [0] * 10)
+    dealt = steps.Dealt(
+        list(range(10)), distinct=[distinct] * 10, imbalance=[imbalance] * 10, largest=0, share=0, **each
+    )
+    plan = Plan(80, 8, 80, total_steps=10, warmup_steps=0, evaluation_steps=(), seed=1, grouped=False)
+    target = Target(4, 1, True, torch.bfloat16, 80 * GIB, None, [])
+    said = hours.told(rate, plan, dealt, planned_model(folder / "8b"), target, evaluated=0)
+    assert said.numbers["training_hours"] * 3600 == pytest.approx(10 * seconds)
+
+
+def test_a_record_whose_lines_are_no_rows_is_one_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("[1,2]\n")
+    (tmp_path / "run.json").write_text('{"world_size": 4}')
+    with pytest.raises(UserError, match="are not those of a run"):
+        hours.rate_of(Args(dry_run=True, tokens_per_second=str(tmp_path)))
+
+
+def test_adafactor_is_asked_of_the_planned_gpus_and_not_of_this_machine(toy, tmp_path):
+    flags = toy_flags(toy, tmp_path / "run", optim="adafactor")
+    with pytest.raises(UserError, match="--optim adafactor needs whole matrices, and bfloat16"):
+        tell(args_of(flags, device_memory_gib=80.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_this_machine_refuses_is_said_last_and_ends_a_plan_for_it_alone(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("open_rm.reliability.checkpoints.free_bytes", lambda path: 0)
+    monkeypatch.setattr("open_rm.dry_run.hub_and_wandb.get_token", lambda: None)
+    monkeypatch.setattr("open_rm.dry_run.hub_and_wandb.constants.HF_HUB_OFFLINE", False)
+    args = args_of(toy_flags(toy, tmp_path / "run", push_to_hub=True))
+    with pytest.raises(UserError, match="too little for the checkpoints.*--push_to_hub: there is no Hub token"):
+        tell(args)
+    alone = capsys.readouterr().out
+    tell(dataclasses.replace(args, device_memory_gib=80.0))
+    for text in (alone, capsys.readouterr().out):
+        assert text.count("the run would be refused: ") == 2 and "free on this machine" in text
+        assert "the run would be refused: " in text.splitlines()[-2]
+    assert len(plan_of(tmp_path / "run")["refusals"]) == 2
+
+
+@pytest.fixture
+def copied(both, tmp_path):
+    """A copy of the run that `both` made, and its flags."""
+    run, _, _ = both
+    shutil.copytree(run, tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    known = {field.name for field in dataclasses.fields(Args)}
+    flags = {name: value for name, value in facts.items() if name in known}
+    return Args(**flags | {"dry_run": True, "world_size": RANKS, "output_dir": str(tmp_path / "run")})
+
+
+def test_a_finished_run_is_gone_on_with_by_its_own_flags_alone(copied, capsys):
+    tell(copied)
+    assert "holds a finished run: the same command would do nothing" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"cannot be gone on with by this command.*--learning_rate 0.001 -> 0.01"):
+        tell(dataclasses.replace(copied, learning_rate=0.01))
+    assert plan_of(Path(copied.output_dir))["output_dir"]["state"] == "occupied"
+    assert "would do nothing" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="already holds a model"):
+        tell(dataclasses.replace(copied, resume_from_checkpoint="never"))
+
+
+def test_a_begun_run_is_gone_on_with_on_its_own_data_alone(copied, capsys):
+    folder = Path(copied.output_dir)
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"finished": False}))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    tell(copied)
+    assert "the same command goes on with it" in capsys.readouterr().out
+    with pytest.raises(UserError, match="training data differ from those that it was begun with"):
+        tell(dataclasses.replace(copied, max_token_length=40, max_prompt_token_length=40))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_without_a_folder_dry_runs_share_one(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = toy_flags(toy, tmp_path / "run", dataset_local_cache_dir=tmp_path / "cache")
+    place = flags.index("--output_dir")
+    args = args_of([*flags[:place], *flags[place + 2 :]])
+    tell(args)
+    tell(args)
+    assert [path.name for path in (tmp_path / "output").iterdir()] == [f"{args.exp_name}__{args.seed}__dry_run"]
+    assert "the run makes a folder of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("optim", "frozen", "gib"), [("adamw", True, 14.0), ("adamw", False, 125.8), ("adamw_8bit", False, 84.1)]
+)
+def test_the_hosts_hold_what_offloading_moves(folder, optim, frozen, gib):
+    """An 8B of 7,504,928,768 weights: 2 bytes of a frozen one; 2 + 4 + 4 + 8 of a trained one, or 2.03 for the moments."""
+    model = planned_model(folder / "8b", freeze_backbone=frozen)
+    assert alternatives.host_bytes(model, optim) / GIB == pytest.approx(gib, rel=0.005)
+
+
+def test_the_table_names_the_positions_of_the_peak_the_limit_and_the_nodes(folder):
+    model, target = planned_model(folder / "8b"), Target(64, 1, True, torch.bfloat16, 80 * GIB, None, [])
+    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, longest=2048)
+    how = {"share": 5000, "adapter": AdapterFlags()}
+    found = alternatives.alternatives(BatchFlags(), needs, model, "adamw", target, **how)
+    head, *lines = alternatives.told(found, model, "adamw").lines
+    assert head.split()[1:] == ["fits", "peak", "of", "positions", "computed", "again", "limit"]
+    [row] = [line for line in lines if line.startswith("zero3_hpz.json")]
+    assert "5,000" in row and row.endswith("nodes of 8")
+    few = [one for one in found if one.file == "zero0.json"]
+    assert not any("of the hosts' memory" in line for line in alternatives.told(few, model, "adamw").lines)
+    assert alternatives.told(few, model, "adamw").lines[-1] == "none goes with these flags"
+
+
+def test_sizes_and_counts_read_as_a_person_writes_them():
+    assert (told.size(2660), told.size(3 * 2**20), told.size(14 * GIB)) == ("2.60 KiB", "3.00 MiB", "14.0 GiB")
+    assert (told.counted(1, "step"), told.counted(1200, "step")) == ("1 step", "1,200 steps")
+
+
+@pytest.fixture(scope="module")
+def standin():
+    with HubStandin() as hub:
+        yield hub
+
+
+@pytest.fixture
+def said_by_the_hub(standin, monkeypatch):
+    """What a dry run says of a push to a repository, by a token."""
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def say(repo, token=TOKEN):
+        monkeypatch.setattr(hub_and_wandb, "HfApi", lambda: HfApi(endpoint=standin.endpoint, token=token))
+        monkeypatch.setattr(hub_and_wandb, "get_token", lambda: token)
+        return hub_and_wandb.hub(RunFlags(push_to_hub=True, hf_repo_id=repo), "name")
+
+    yield say
+    standin.clear()
+
+
+def test_the_hub_is_asked_whose_the_token_is_and_whether_the_repository_exists(standin, said_by_the_hub):
+    HfApi(endpoint=standin.endpoint, token=TOKEN).create_repo("there", private=True)
+    made = len(standin.requests())
+    there, missing = said_by_the_hub("there"), said_by_the_hub("missing")
+    assert there.numbers["user"] == USER and there.numbers["repo_exists"] is True and not there.refused
+    assert f"pushes to {USER}/there, branch name: the token is {USER}'s, which exists" in there.lines[0]
+    assert "will be made, unless it is another's private one" in missing.lines[0] and not missing.refused
+    assert {method for method, _, _ in standin.requests()[made:]} <= {"GET", "HEAD"}
+
+
+def test_a_hub_that_says_no_or_nothing_is_one_clause(standin, said_by_the_hub, monkeypatch):
+    refused = said_by_the_hub("one", token="hf_wrong")
+    assert refused.refused == ("--push_to_hub: the Hub refuses the token (401); check HF_TOKEN",)
+    [sentence] = said_by_the_hub("a name").refused
+    assert "not a name that the Hub accepts" in sentence
+    standin.fault("whoami", status=500)
+    assert "500" in said_by_the_hub("one").lines[0]
+    monkeypatch.setattr(hub_and_wandb, "SECONDS", 0.2)
+    standin.fault("whoami", hang=2)
+    silent = said_by_the_hub("one")
+    assert "did not answer within 0 s" in silent.lines[0] and not silent.refused
+    standin.clear()
+    monkeypatch.setattr(hub_and_wandb, "SECONDS", 8.0)
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {})
+    assert "its answer is not understood (KeyError: 'name')" in said_by_the_hub("one").lines[0]

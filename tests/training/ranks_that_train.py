@@ -6,6 +6,7 @@
 import importlib
 import itertools
 import json
+import math
 import os
 import resource
 import socket
@@ -24,7 +25,9 @@ from open_rm.batching.dealing import Deal, Part
 from open_rm.batching.rules import BatchRules
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.flags import AdapterFlags, BatchFlags, ModelFlags, ObjectiveFlags, OptimizerFlags, ScaleFlags
+from open_rm.model import sequence_parallel
 from open_rm.model.loading import load_reward_model
+from open_rm.model.recompute import recompute
 from open_rm.model.reward_model import model_shape
 from open_rm.ranks import Ranks, joined_ranks
 from open_rm.training import memory, metrics, trying
@@ -54,20 +57,27 @@ def pairs(count: int = 24, shortest: int = 40, longest: int = 120):
     return as_data(both, [20] * count)
 
 
-def made(ranks: Ranks, folder: str, stage: int, layout: str = "packed", adapter: AdapterFlags | None = None) -> Engine:
+def made(
+    ranks: Ranks, folder: str, stage: int, layout: str = "packed", adapter: AdapterFlags | None = None, **other
+) -> Engine:
+    """other: bf16, offload; every: how many layers one is recomputed."""
     torch.manual_seed(1)
-    how = {"layout": layout, "adapter": adapter or AdapterFlags()}
+    every = other.pop("every", 0)
+    config = config_of(stage, ranks, **other)
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    how = {"layout": layout, "adapter": adapter or AdapterFlags(), "dtype": dtype}
     if stage == 3:
-        how |= {"dtype": torch.float32, "seed": 1, "deepspeed_config": config_of(stage, ranks)}
+        how |= {"seed": 1, "deepspeed_config": config}
     model, _ = load_reward_model(ModelFlags(model_name_or_path=folder), load_tokenizer(folder), **how)
-    return Engine(
-        model, OptimizerFlags(learning_rate=1e-3), config_of(stage, ranks), ranks, total_steps=4, warmup_steps=1
-    )
+    sequence_parallel.use(model, ranks)
+    recompute(model.classifier, every)
+    return Engine(model, OptimizerFlags(learning_rate=1e-3), config, ranks, total_steps=4, warmup_steps=1)
 
 
-def config_of(stage: int, ranks: Ranks) -> dict:
-    config = fill_config(BatchFlags(), width=128, bf16=False, max_grad_norm=1.0, world_size=ranks.world_size)
-    return config | {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}
+def config_of(stage: int, ranks: Ranks, *, bf16: bool = False, offload: bool = False) -> dict:
+    config = fill_config(BatchFlags(), width=128, bf16=bf16, max_grad_norm=1.0, world_size=ranks.world_size)
+    zero = {"stage": stage, "reduce_bucket_size": 20_000}
+    return config | {"zero_optimization": zero | ({"offload_optimizer": {"device": "cpu"}} if offload else {})}
 
 
 def rules(budget: int, layout: str = "packed") -> BatchRules:
@@ -113,16 +123,17 @@ def limited(ranks: Ranks, mib: float) -> None:
 
 
 def a_run_that_found_equals_one_that_was_given(
-    ranks: Ranks, folder: str, stage: int, adapter=None, layout="packed"
+    ranks: Ranks, folder: str, *, layout: str = "packed", least: float = 4000.0, devices: int = 1, **how
 ) -> dict:
-    """The main rank has plenty, the last one 130 MiB."""
-    limited(ranks, 130.0 if ranks.rank == ranks.world_size - 1 else 4000.0)
-    engine, data = made(ranks, folder, stage, layout, adapter), pairs()
+    """The main rank has plenty, the last one `least` MiB. devices: of a sequence group."""
+    ranks, how = sequence_parallel.grouped(ranks, devices), how | {"layout": layout}
+    limited(ranks, least if ranks.rank == ranks.world_size - 1 else 4000.0)
+    engine, data = made(ranks, folder, **how), pairs()
     before = torch.get_rng_state()
     found, lines = find(engine, data, layout)
     same_numbers = torch.equal(before, torch.get_rng_state())
     after = trained(engine, data, found)
-    given = trained(made(ranks, folder, stage, layout, adapter), data, rules(found.max_tokens, layout))
+    given = trained(made(ranks, folder, **how), data, rules(found.max_tokens, layout))
     return {
         "budget": found.max_tokens,
         "lines": lines,
@@ -134,7 +145,7 @@ def a_run_that_found_equals_one_that_was_given(
 
 def memory_runs_out(ranks: Ranks, folder: str, stage: int) -> dict:
     """No try is foreseen not to fit, and the process is held to 100 MiB more."""
-    trying.expected_peak = lambda *_: 0.0
+    trying.expected_peak = lambda *_, **__: 0.0
     engine, data = made(ranks, folder, stage), pairs()
     status = memory._status("VmData") * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (status + 100 * 2**20, resource.RLIM_INFINITY))
@@ -162,16 +173,56 @@ def under_a_real_limit(ranks: Ranks, folder: str, mib: int) -> dict:
     return {"budget": found.max_tokens, "lines": lines, "next": next_one}
 
 
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.float().sum(-1)
+
+
+def what_dropped_steps_leave(ranks: Ranks, _: str) -> dict:
+    """Norms of two steps from the beginning; after one that was no number; and after gradients that were forgotten."""
+    torch.manual_seed(1)
+    xs, found = torch.randn(2, 4, 32, dtype=torch.bfloat16), {}
+    for stage, offload in itertools.product((1, 2), (False, True)):
+
+        def fresh(stage=stage, offload=offload) -> Engine:
+            torch.manual_seed(2)
+            flags = OptimizerFlags(learning_rate=1e-2, lr_scheduler_type="constant")
+            return Engine(Small(), flags, config_of(stage, ranks, bf16=True, offload=offload), ranks)
+
+        def step(engine: Engine, scale: float = 1.0) -> float:
+            for number, x in enumerate(xs):
+                engine.backward(engine(x=x).sum() * scale, last=number == 1)
+            return engine.step()
+
+        plain, after_nan, after_forgetting = fresh(), fresh(), fresh()
+        dropped = step(after_nan, math.nan)
+        for _ in range(2):
+            after_forgetting.backward(after_forgetting(x=xs[0]).sum() * 10, last=False)
+        after_forgetting.forget_gradients(lambda engine=after_forgetting: engine(x=xs[1][:1]).sum())
+        norms = [[step(engine), step(engine)] for engine in (plain, after_nan, after_forgetting)]
+        found[f"ZeRO {stage}" + (", offload" if offload else "")] = [str(dropped), *norms]
+    return found
+
+
 TRYING = {
     1: {
-        "dropout": (a_run_that_found_equals_one_that_was_given, {"stage": 0, "adapter": DROPOUT, "layout": "padded"}),
-        "runs out, 2": (memory_runs_out, {"stage": 2}),
+        "dropout": (
+            a_run_that_found_equals_one_that_was_given,
+            {"stage": 0, "adapter": DROPOUT, "layout": "padded", "every": 1},
+        ),
+        "dropped": (what_dropped_steps_leave, {}),
         "runs out, 3": (memory_runs_out, {"stage": 3}),
         "real": (under_a_real_limit, {"mib": 110}),
     },
     2: {
-        "2": (a_run_that_found_equals_one_that_was_given, {"stage": 2, "layout": "shared_prefix"}),
-        "3": (a_run_that_found_equals_one_that_was_given, {"stage": 3}),
+        "2": (a_run_that_found_equals_one_that_was_given, {"stage": 2, "layout": "shared_prefix", "least": 130.0}),
+        "3, a group": (a_run_that_found_equals_one_that_was_given, {"stage": 3, "devices": 2, "every": 1}),
     },
 }
 
@@ -179,19 +230,17 @@ TRYING = {
 # ---------------------------------------------------------------- stragglers
 
 
-def watched(
-    ranks: Ranks, folder: str, stage: int, *, steps: int = 4, clock=time.perf_counter, slowed: bool = False
-) -> dict:
+def watched(ranks: Ranks, folder: str, stage: int, *, clock=time.perf_counter, slowed: bool = False, **how) -> dict:
     """What is said of some steps. clock: of the stopwatch.  slowed: the last rank computes each product six times."""
     Stopwatch.clock = clock
-    engine, said = made(ranks, folder, stage), []
+    engine, said = made(ranks, folder, stage, **how), []
     if slowed and ranks.rank == ranks.world_size - 1:
         for module in engine.module.modules():
             if isinstance(module, torch.nn.Linear):
                 module.forward = several_times(module.forward)
     stragglers = Stragglers(engine.module, ranks, lambda *lines: said.extend(lines))
     meter = Meter(ranks, model_shape(engine.module), torch.float32, stragglers)
-    rows = trained(engine, pairs(), rules(4096), steps, meter)
+    rows = trained(engine, pairs(), rules(4096), 3, meter)
     with engine.evaluating():  # is no step's time
         engine(**trying.Filling(rules(512), pairs(), 1, margins=False).least().batch.inputs(ranks.device))
     left = len(stragglers._stopwatch._spans)
@@ -208,12 +257,16 @@ def several_times(forward):
 
 
 def a_slow_rank(ranks: Ranks, folder: str) -> dict:
-    return {stage: watched(ranks, folder, stage, slowed=True) for stage in (0, 2, 3)}
+    grouped = sequence_parallel.grouped(ranks, 2)
+    return {
+        "ZeRO 2": watched(ranks, folder, 2, slowed=True),
+        "ZeRO 3, recomputed, a group": watched(grouped, folder, 3, slowed=True, every=1),
+    }
 
 
 def even_ranks(ranks: Ranks, folder: str) -> dict:
     """By processor time: other processes that take this machine's cores are not what is tested."""
-    return {stage: watched(ranks, folder, stage, clock=time.thread_time) for stage in (0, 3)}
+    return {0: watched(ranks, folder, 0, clock=time.thread_time)}
 
 
 def an_uneven_deal(ranks: Ranks, folder: str) -> dict:

@@ -179,7 +179,7 @@ def as_it_is(model, ranks=None):
     """An engine that is the model as it is, on a rank that says it is a GPU."""
 
     class Engine:
-        dtype = torch.float32
+        dtype, config = torch.float32, {}
 
         def __call__(self, **inputs):
             return model(**inputs)
@@ -254,7 +254,7 @@ def test_fit_measures_chooses_and_switches_recomputation_on(tokenizer, layout, t
     engine = as_it_is(model, ranks)
     table = as_data([(ROW[:40], ROW[:35]), (ROW[:300], ROW[:310])], [0, 0]).table
     rules = BatchRules(layout, tokenizer.pad_token_id, max_tokens=1024, evaluation_tokens=1024)
-    how = {"config": {}, "optim": "adamw", "table": table}
+    how = {"optim": "adamw", "table": table}
     monkeypatch.setattr(footprint, "state_bytes", lambda *_: {"all": 1_000_000.0})
     flags = BatchFlags()
     lines, settled = {}, {}
@@ -272,6 +272,11 @@ def test_fit_measures_chooses_and_switches_recomputation_on(tokenizer, layout, t
     assert settled["little"].max_tokens < 1024
     assert any(recomputed) and not recomputed[-1]
     assert f"up to {settled['little'].max_tokens} positions" in lines["little"][0]
+    for asked in (None, 10**6):  # where --find_batch_size will find another one, none is said
+        sought = fitting.fit(BatchFlags(max_tokens_per_micro_batch=asked), model, engine, rules, sought=True, **how)[1][
+            0
+        ]
+        assert "micro-batches" not in sought and ("may not fit" in sought) == (asked is not None)
 
 
 def test_on_a_cpu_the_flags_alone_decide(toy, tokenizer):
@@ -280,7 +285,7 @@ def test_on_a_cpu_the_flags_alone_decide(toy, tokenizer):
         model = load_model(toy / "model", tokenizer, layout="packed")
         engine = SimpleNamespace(ranks=alone())
         same, lines = fitting.fit(
-            BatchFlags(gradient_checkpointing=flag), model, engine, rules, config={}, optim="adamw", table=None
+            BatchFlags(gradient_checkpointing=flag), model, engine, rules, optim="adamw", table=None
         )
         assert same is rules
         layers = layers_of(model.classifier)

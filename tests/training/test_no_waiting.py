@@ -29,6 +29,7 @@ from open_rm.training.ds_config import fill_config
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
 from open_rm.training.metrics import Meter
+from open_rm.training.stragglers import Stragglers
 
 folder, layout, stage, dtype, waits = sys.argv[1], sys.argv[2], sys.argv[3], getattr(torch, sys.argv[4]), sys.argv[5] == "waits"
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "allclose")

@@ -24,11 +24,12 @@ OF_RANKS = f"import sys; sys.path[:0] = {FOLDERS}; import ranks_that_train; rank
 
 @pytest.fixture(scope="module")
 def found(toy):
-    """What two real ranks found, under ZeRO 0, 2 and 3."""
+    """What two real ranks found."""
     return in_a_process(OF_RANKS, "stragglers", toy / "model")
 
 
-def test_a_rank_that_computes_more_for_the_same_pairs_is_named_under_every_stage(found):
+def test_a_rank_that_computes_more_for_the_same_pairs_is_named(found):
+    """Under ZeRO 2, and under ZeRO 3 in a sequence group, with layers that are recomputed."""
     for stage, of_main in found["2: slow"][0].items():
         [line] = of_main["report"]
         assert f"slow: rank 1 (host {socket.gethostname()}, local device 1) took " in line, stage
@@ -51,18 +52,20 @@ def test_what_is_timed_is_a_part_of_the_step_and_waiting_for_a_slow_rank_is_not_
 def test_even_ranks_name_none(found):
     for of_main in found["2: even"][0].values():
         [line] = of_main["report"]
-        assert line.startswith("ranks: even over 4 steps")
+        assert line.startswith("ranks: even over 3 steps")
 
 
 def test_a_rank_that_was_dealt_more_is_the_slowest_of_the_step_and_no_slow_rank(found):
     [of_main] = found["2: uneven"][0].values()
-    assert [row["perf/slowest_rank"] for row in of_main["rows"][1:]] == [0, 0, 0]
+    assert [row["perf/slowest_rank"] for row in of_main["rows"][1:]] == [0, 0]
     [line] = of_main["report"]
     assert line.startswith("ranks: even")
 
 
 def test_an_evaluation_is_no_time_of_a_step(found):
-    assert all(of_stage["left"] == 0 for case in found.values() for of_rank in case for of_stage in of_rank.values())
+    for of_stage in (of_stage for case in found.values() for of_rank in case for of_stage in of_rank.values()):
+        assert all(row["perf/rank_seconds_max"] > 0 for row in of_stage["rows"])  # what belongs to a step is timed
+        assert of_stage["left"] == 0
 
 
 # ---------------------------------------------------------------- the stopwatch
