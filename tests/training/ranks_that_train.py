@@ -123,7 +123,7 @@ def limited(ranks: Ranks, mib: float) -> None:
 
 
 def a_run_that_found_equals_one_that_was_given(
-    ranks: Ranks, folder: str, *, layout: str = "packed", least: float = 4000.0, devices: int = 1, **how
+    ranks: Ranks, folder: str, *, layout: str = "packed", least: float = 250.0, devices: int = 1, **how
 ) -> dict:
     """The main rank has plenty, the last one `least` MiB. devices: of a sequence group."""
     ranks, how = sequence_parallel.grouped(ranks, devices), how | {"layout": layout}
