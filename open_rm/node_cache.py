@@ -19,7 +19,6 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-from transformers.utils.hub import cached_file
 
 from open_rm.errors import UserError
 from open_rm.flags import ModelFlags
@@ -149,9 +148,11 @@ def _commit(name: str, revision: str | None, files: tuple[str, ...]) -> str | No
     """The commit of a repository that a revision stands for; None for a folder, and where it cannot be found."""
     if Path(name).is_dir():  # of somebody's cache, perhaps, but without a revision of its own
         return None
+    from transformers.utils import hub  # here, since it takes seconds, and judging scores needs none of it
+
     for file in files:
         with contextlib.suppress(OSError, ValueError):
-            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            found = hub.cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
             place = re.search(r"/snapshots/([^/]+)/", found or "")
             if place and COMMIT.fullmatch(place[1]):
                 return place[1]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
+from transformers.utils import hub
 
 from open_rm import node_cache
 from open_rm.errors import UserError
@@ -26,7 +27,7 @@ def snapshots(monkeypatch, tmp_path):
             raise OSError("not there")
         return f"{tmp_path}/hub/models--x/snapshots/{commit}/{file}"
 
-    monkeypatch.setattr(node_cache, "cached_file", cached_file)
+    monkeypatch.setattr(hub, "cached_file", cached_file)
     return SimpleNamespace(found=found, asked=asked)
 
 

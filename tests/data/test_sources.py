@@ -147,7 +147,7 @@ HUB_NAMES = {
 def test_a_name_on_the_hub_says_config_revision_and_folder(monkeypatch, texts, written):
     asked = []
 
-    def load_dataset(name, config, *, split, revision, data_dir):
+    def load_dataset(name, config, *, split, revision, data_dir, keep_in_memory):
         asked.append((name, config, revision, data_dir))
         return datasets.Dataset.from_list(PAIRS)
 

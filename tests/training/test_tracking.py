@@ -41,6 +41,8 @@ TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "loss_ranking", "lr", "g
         "padding_fraction",
         "distinct_token_fraction",
         "rank_imbalance",
+        "rank_seconds_max",
+        "slowest_rank",
         "mfu",
         "total_flops",
         "checkpoint_stall_seconds",
