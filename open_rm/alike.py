@@ -7,7 +7,7 @@ steps differently or wait in different collectives, hours later or for ever; so 
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from open_rm.errors import quote
@@ -32,23 +32,24 @@ def check(ranks: Ranks, flags: Mapping[str, object]) -> None:
     """
     compare(
         ranks,
-        marks(flags),
+        lambda: marks(flags),
         "give every node the same command, the same commit of this repository and the same packages",
     )
 
 
-def compare(ranks: Ranks, own: Mapping[str, str | None], advice: str) -> None:
+def compare(ranks: Ranks, own: Callable[[], Mapping[str, str | None]], advice: str) -> None:
     """Refuse ranks whose marks are not the main rank's. A collective call.
 
     Args:
-        own: this rank's marks, by what messages call them.  advice: how to have them alike.
+        own: gives this rank's marks, by what messages call them; they take reading everything, and one rank alone needs none.
+        advice: how to have them alike.
 
     Raises:
         UserError: some rank's differ: which, where, and how.
     """
     if ranks.world_size == 1:
         return
-    both = ranks.gathered((ranks.name, own))
+    both = ranks.gathered((ranks.name, own()))
     main, expected = both[0]
     for name, found in both:
         differ = [

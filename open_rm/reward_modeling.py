@@ -141,7 +141,7 @@ def prepare(args: Args, ranks: Ranks, survival: Survival) -> Prepared | None:
         pinned = node_cache.at(args, ranks.from_main(lambda: resuming.commits(args, found, place.begun)))
         benchmarks = ranks.main_first(lambda: sets.open_sets(args.benchmark)) if trains else []
         read = ranks.main_first(lambda: resolve(pinned, dtype, check=check, show_progress=ranks.is_main, **device))
-        alike.compare(ranks, read.marks(comparing.data_mark) | sets.marks(benchmarks), alike.SAME_FILES)
+        alike.compare(ranks, lambda: read.marks(comparing.data_mark) | sets.marks(benchmarks), alike.SAME_FILES)
     log.say(*read.lines())
     tokenizer, train_pairs = read.tokenizer, read.train_pairs
     contract = Contract.of(args, args, tokenizer, chat=train_pairs.chat, dtype=dtype, code=args.trust_remote_code)

@@ -5,6 +5,7 @@ Started with `python forking.py`: reads a JSON object a line (flags, env, log) a
 alone it waits for that process and prints its exit status.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from PIL import Image
@@ -23,19 +25,12 @@ LONGEST = 300.0  # seconds that any of these runs may take on a slow machine bef
 
 def serve() -> None:
     import transformers
-    from markupsafe import Markup
 
     from open_rm import reward_modeling  # all that a run imports
-    from open_rm.evaluation.page import pictures
 
     importlib.import_module("deepspeed")
     _ = transformers.get_scheduler, transformers.AutoModelForSequenceClassification  # imported when they are asked for
-    # Pictures would be a third of each run; other tests draw them.
-    reward_modeling.draw_curves = lambda record, title: blank(record.with_name("curves.png"))
-    pictures.reliability_png = lambda calibration, path, title: blank(path)
-    pictures._svg = lambda *_, **__: Markup("<svg></svg>")
-    gc.collect()
-    gc.freeze()  # else each run's collections go through all that was imported
+    be_ready_to_fork(reward_modeling)
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -47,6 +42,40 @@ def serve() -> None:
         if child == 0:
             become_a_rank(reward_modeling, **asked)
         print(child, flush=True)
+
+
+def be_ready_to_fork(recipe) -> None:
+    """Everything is imported: from now on runs of the recipe draw no pictures, and collect no garbage of imports."""
+    from markupsafe import Markup
+
+    from open_rm.evaluation.page import pictures
+
+    # Pictures would be a third of each run; other tests draw them.
+    recipe.draw_curves = lambda record, title: blank(record.with_name("curves.png"))
+    pictures.reliability_png = lambda calibration, path, title: blank(path)
+    pictures._svg = lambda *_, **__: Markup("<svg></svg>")
+    gc.collect()
+    gc.freeze()  # else each run's collections go through all that was imported
+
+
+def forked(world: int, become) -> None:
+    """`become`, in as many ranks of a group, to their end. become: is given the group's environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            with contextlib.suppress(SystemExit):
+                try:
+                    become({name: str(value) for name, value in group.items()})
+                    os._exit(0)
+                except Exception:
+                    traceback.print_exc()
+            os._exit(1)
+    assert [os.waitpid(pid, 0)[1] for pid in ranks] == [0] * world
 
 
 def blank(path: Path) -> Path:
@@ -77,8 +106,6 @@ def become_a_rank(recipe, flags: list[str], env: dict, log: str) -> None:
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()

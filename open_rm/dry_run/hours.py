@@ -12,13 +12,13 @@ from open_rm.dry_run.target import Target
 from open_rm.dry_run.told import Told, thousands
 from open_rm.errors import UserError
 from open_rm.flags import DryRunFlags
+from open_rm.publishing.run_folder import FACTS, RECORD
 from open_rm.training.metrics import training_flops
 from open_rm.training.plan import Plan
 from open_rm.training.tracking import read_metrics
 
 NOT_TYPICAL = 2  # steps at the start of a run, which set things up
 SAME_MODEL = 0.03  # FLOPs of a token that differ by less are of one model
-RECORD, FACTS = "metrics.jsonl", "run.json"
 
 
 @dataclass(frozen=True)

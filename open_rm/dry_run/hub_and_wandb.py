@@ -1,6 +1,5 @@
 """What the Hub and wandb will say, asked without making anything there."""
 
-import os
 import threading
 from collections.abc import Callable
 
@@ -10,11 +9,11 @@ from huggingface_hub.errors import HFValidationError
 from open_rm.dry_run.told import Told
 from open_rm.errors import quote_error
 from open_rm.flags import RunFlags, TrackingFlags
-from open_rm.publishing.hub_calls import HUB_ERRORS, reason, status
-from open_rm.training.wandb_run import has_wandb_key
+from open_rm.publishing.hub_calls import HUB_ERRORS, reason
+from open_rm.publishing.pushing import DEFAULT_REPO
+from open_rm.training.wandb_run import has_wandb_key, wanted_mode
 
 SECONDS = 8.0  # most that the Hub is waited for
-DEFAULT_REPO = "open_rm_dev"
 
 
 def hub(flags: RunFlags, name: str) -> Told:
@@ -49,7 +48,7 @@ def _asked(repo: str, entity: str | None) -> tuple[str, dict, bool]:
             found["repo"] = repo if "/" in repo else f"{entity or found['user']}/{repo}"
             found["repo_exists"] = api.repo_exists(found["repo"])
         except HUB_ERRORS as error:
-            return "the Hub refuses the token (401); check HF_TOKEN" if status(error) == 401 else reason(error), True
+            return reason(error), True
         except HFValidationError:
             return "not a name that the Hub accepts; write name or entity/name", True
         except Exception as error:  # what no Hub answers, but a proxy before it may
@@ -72,16 +71,10 @@ def _within(seconds: float, work: Callable[[], tuple]) -> tuple | None:
 
 
 def wandb(flags: TrackingFlags) -> Told:
-    """As wandb_run.start_wandb decides."""
-    mode, key = os.environ.get("WANDB_MODE"), has_wandb_key()
-    numbers = {"tracked": flags.with_tracking, "key_found": key, "mode": None}
+    numbers = {"tracked": flags.with_tracking, "key_found": has_wandb_key(), "mode": None}
     if not flags.with_tracking:
         return Told("wandb", ["not used (--with_tracking); metrics.jsonl and TensorBoard are written anyway"], numbers)
-    if mode is None and not key:
-        mode, why = "offline", "there is no API key (WANDB_API_KEY)"
-    elif mode in ("offline", "disabled"):
-        why = f"WANDB_MODE={mode}"
-    else:
-        mode, why = "online", "a key is found; offline if the server does not answer"
+    mode, why = wanted_mode()
+    why = why or "a key is found; offline if the server does not answer"
     owner = f"{flags.wandb_entity}/" if flags.wandb_entity else ""
     return Told("wandb", [f"{mode}, project {owner}{flags.wandb_project_name}: {why}"], numbers | {"mode": mode})

@@ -11,7 +11,7 @@ from open_rm.dry_run.told import Told, size, thousands
 from open_rm.errors import UserError, quote_error
 from open_rm.flags import AdapterFlags, ModelFlags
 from open_rm.model import adapters, kernels, loading
-from open_rm.model.reward_model import RewardModel, Shape, head_of, model_shape
+from open_rm.model.reward_model import RewardModel, Shape, model_shape
 from open_rm.training import footprint
 from open_rm.training.footprint import Sizes
 
@@ -59,10 +59,7 @@ def planned(
             loading.fit_embeddings(classifier, tokenizer, frozen=adapter.use_peft or flags.freeze_backbone)
     except (ValueError, ImportError, RuntimeError, AttributeError, OSError) as error:
         raise UserError(f"--model_name_or_path {name}: cannot be a reward model ({quote_error(error)})") from error
-    if not isinstance(head_of(classifier), nn.Linear):
-        raise UserError(
-            f"--model_name_or_path {name}: {type(classifier).__name__} has no score head that is known here"
-        )
+    loading.check_head(classifier, name)
     whole = sum(p.numel() for p in classifier.parameters())
     if flags.freeze_backbone:
         loading.freeze(classifier, _new_weights(classifier))

@@ -1,9 +1,7 @@
 """Which devices a dry run plans for: those that the flags name, or this machine's own."""
 
-import contextlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -11,6 +9,7 @@ from open_rm.dry_run.told import GIB, Told, size
 from open_rm.flags import DryRunFlags
 from open_rm.model.kernels import capability_of
 from open_rm.model.loading import compute_dtype
+from open_rm.training.memory import limits_of_control_groups
 
 # Beside tensors. A GPU: CUDA's context and libraries, and NCCL's buffers where there are several. A process on a CPU: Python and
 # all imports, and what DeepSpeed and gloo take when they start; benchmarks/memory_estimate.py prints both.
@@ -74,8 +73,4 @@ def target_of(flags: DryRunFlags, *, dtype: str, group: int) -> Target:
 
 def _memory_of_machine() -> int:
     """Bytes of this machine, or of the container that this process is in."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(Path("/sys/fs/cgroup", name).read_text()))
-    return min(sizes)
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits_of_control_groups())

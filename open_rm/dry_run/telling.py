@@ -26,7 +26,7 @@ from open_rm.errors import UserError
 from open_rm.evaluation import engine_scorer, in_training, sets
 from open_rm.flags import Args, BatchFlags
 from open_rm.inspection import look
-from open_rm.model import float8
+from open_rm.model import float8, sequence_parallel
 from open_rm.model.contract import Contract
 from open_rm.publishing import clients, proof
 from open_rm.ranks import Ranks
@@ -78,10 +78,7 @@ def tell(args: Args) -> dict[str, float]:
 
 def _check_target(args: Args, target: Target) -> None:
     """What checks.py asks of this machine, asked of the devices that are planned for."""
-    if target.world_size % target.group:
-        raise UserError(
-            f"--sequence_parallel_size {target.group} does not divide the {target.world_size} devices; change one of them"
-        )
+    sequence_parallel.check_divides(target.group, target.world_size)
     if args.optim == "adafactor" and target.bf16:
         raise UserError(
             "--optim adafactor needs whole matrices, and bfloat16, which the planned GPUs compute in, makes vectors of them "
@@ -90,8 +87,7 @@ def _check_target(args: Args, target: Target) -> None:
 
 
 def _of_run(args: Args, name: str) -> Told:
-    flags = {name: value for name, value in dataclasses.asdict(args).items()}
-    return Told("run", [], {"name": name, "plan_version": 1, "flags": flags})
+    return Told("run", [], {"name": name, "plan_version": 1, "flags": dataclasses.asdict(args)})
 
 
 def _say(line: str) -> None:

@@ -181,11 +181,7 @@ def _load(
         trust_remote_code=flags.trust_remote_code,
         **({"quantization_config": adapters.quantization(dtype)} if adapter.load_in_4bit else {}),
     )
-    head = head_of(classifier)
-    if not isinstance(head, nn.Linear) or (head.bias is not None and config.model_type not in families.ENCODERS):
-        raise UserError(
-            f"--model_name_or_path {name}: {type(classifier).__name__} has no score head that is known here"
-        )
+    check_head(classifier, name)
     missing = list(loading["missing_keys"])
     # An encoder's pooling comes before its head and is new where the checkpoint was none.
     new = [key for key in missing if not key.startswith(classifier.base_model_prefix + ".") or ".pooler." in key]
@@ -195,6 +191,17 @@ def _load(
         )
     of_head = [key for key in new if key.startswith(("score.", "classifier."))]
     return classifier, New(of_head, [key for key in new if key not in of_head])
+
+
+def check_head(classifier: PreTrainedModel, name: str) -> None:
+    """Refuse a class whose head is not the one linear layer that gives the reward; without a bias but for encoders."""
+    head = head_of(classifier)
+    if not isinstance(head, nn.Linear) or (
+        head.bias is not None and classifier.config.model_type not in families.ENCODERS
+    ):
+        raise UserError(
+            f"--model_name_or_path {name}: {type(classifier).__name__} has no score head that is known here"
+        )
 
 
 def fit_embeddings(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, frozen: bool) -> list[str]:

@@ -38,13 +38,22 @@ def grouped(ranks: Ranks, size: int) -> Ranks:
     Raises:
         UserError: the number of ranks is no multiple of it.
     """
-    if ranks.world_size % size:
-        devices = "the one device" if ranks.world_size == 1 else f"the {ranks.world_size} devices"
-        raise UserError(
-            f"--sequence_parallel_size {size} does not divide {devices} of this run; pass "
-            f"{_listed(n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0)}"
-        )
+    check_divides(size, ranks.world_size)
     return dataclasses.replace(ranks, sequence_size=size)
+
+
+def check_divides(size: int, devices: int) -> None:
+    """Refuse groups of `size` that a run's devices cannot form.
+
+    Raises:
+        UserError: which sizes would do.
+    """
+    if devices % size:
+        said = "the one device" if devices == 1 else f"the {devices} devices"
+        raise UserError(
+            f"--sequence_parallel_size {size} does not divide {said} of this run; pass "
+            f"{_listed(n for n in range(1, devices + 1) if devices % n == 0)}"
+        )
 
 
 def check(config, size: int, flags: ModelFlags, *, max_token_length: int, **device) -> None:

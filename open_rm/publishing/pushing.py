@@ -34,6 +34,9 @@ NOT_PUSHED = ["wandb/*", "tensorboard/*", "checkpoints/*", "stalled/*", ".claim*
 NOT_PUSHED += ["*/*", "report.json", "scores.meta.json", "plan.json"]
 
 
+DEFAULT_REPO = "open_rm_dev"
+
+
 def check_access(*, entity: str | None, repo_id: str | None, revision: str, private: bool) -> str:
     """Before training: the token may write, which creating repository and branch proves (both may exist).
 
@@ -47,7 +50,7 @@ def check_access(*, entity: str | None, repo_id: str | None, revision: str, priv
     """
     if get_token() is None:
         raise UserError("--push_to_hub: there is no Hub token; set HF_TOKEN in the environment or run `hf auth login`")
-    api, repo = HfApi(), repo_id or "open_rm_dev"
+    api, repo = HfApi(), repo_id or DEFAULT_REPO
     try:
         user = persistently(api.whoami)["name"]
         repo = repo if "/" in repo else f"{entity or user}/{repo}"

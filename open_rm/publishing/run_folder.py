@@ -52,8 +52,8 @@ def claim(flags: RunFlags, take: Callable[[str], None], *, trains: bool, goes_on
     begun, repo_id, finished = None, None, False
     if trains:
         take(folder)
-        begun = _held(Path(folder), goes_on)
-        finished = begun is not None and begun["finished"] and any((Path(folder) / name).exists() for name in MODELS)
+        begun = held(Path(folder), goes_on)
+        finished = begun is not None and is_finished(Path(folder), begun)
         name = flags.run_name or (begun["run_name"] if begun else name)
     revision = flags.hf_repo_revision or name
     if flags.push_to_hub and not finished:
@@ -62,8 +62,12 @@ def claim(flags: RunFlags, take: Callable[[str], None], *, trains: bool, goes_on
     return Place(name, folder, repo_id, revision, begun, finished)
 
 
-def _held(folder: Path, goes_on: bool) -> dict | None:
-    """run.json of a run in the folder; None where there is no run."""
+def held(folder: Path, goes_on: bool) -> dict | None:
+    """run.json of a run in the folder; None where there is no run. goes_on: whether it may be gone on with.
+
+    Raises:
+        UserError: the folder holds what cannot be gone on with.
+    """
     facts = None
     with contextlib.suppress(OSError, ValueError):
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -73,6 +77,11 @@ def _held(folder: Path, goes_on: bool) -> dict | None:
             what = "the record of a run" if name == RECORD else "a model"
             raise UserError(f"--output_dir {folder} already holds {what}; choose another folder, or move that one away")
     return facts if ours else None
+
+
+def is_finished(folder: Path, begun: dict) -> bool:
+    """Whether the folder holds the model of a run that has nothing left to do. begun: its run.json."""
+    return begun["finished"] and any((folder / name).exists() for name in MODELS)
 
 
 def write_facts(folder: str, facts: dict, *, finished: bool) -> None:

@@ -39,6 +39,13 @@ SLOW_DISK_SECONDS = 3600.0  # a disk that takes longer counts as hanging
 SEEN_AFTER = 10.0  # seconds after which a name that one node made is seen by all on a shared file system
 
 
+def minutes_between(flags: CheckpointFlags) -> float:
+    """Between checkpoints, by the clock; 0 for never."""
+    if flags.checkpointing_minutes is None:
+        return 0.0 if flags.checkpointing_steps else DEFAULT_MINUTES
+    return flags.checkpointing_minutes
+
+
 class Keeper:
     """The checkpoints of one run. Every rank has one; all calls but `figures` are collective."""
 
@@ -50,9 +57,7 @@ class Keeper:
         facts: what state.json says besides: flags, marks of the data, the run's name and plan.
         say: takes a line for the log (main rank).  holds: whether the claim on the folder is still ours (main rank).
         """
-        minutes = flags.checkpointing_minutes
-        if minutes is None:
-            minutes = 0.0 if flags.checkpointing_steps else DEFAULT_MINUTES
+        minutes = minutes_between(flags)
         self.every_steps, self.every_seconds = flags.checkpointing_steps, 60 * minutes
         self.enabled = bool(flags.checkpointing_steps or minutes)
         self._asked = bool(flags.checkpointing_steps or flags.checkpointing_minutes)

@@ -44,15 +44,8 @@ def find(
     named = wanted not in ("auto", "never")
 
     def look() -> tuple[list, bool]:
-        own = checkpoints.committed(folder)
-        if wanted == "never" and own:
-            raise UserError(
-                f"--output_dir {folder} already holds checkpoints of a run; choose another folder, or move that one away"
-            )
-        if begun is not None and (own or _made_steps(folder)):
-            comparing.changed(begun, all_flags, where=f"the run in {folder}")
+        own = check_begun(flags, folder, begun, all_flags, finished=finished)
         if finished:
-            _check_finished(folder, begun, all_flags)
             return [], False
         checkpoints.remove_unfinished(folder)
         # A run that was begun from a named checkpoint and has its own by now goes on from those.
@@ -91,6 +84,22 @@ def find(
 
     ranks.from_main(take)
     return found
+
+
+def check_begun(
+    flags: CheckpointFlags, folder: str, begun: dict | None, all_flags: dict, *, finished: bool
+) -> list[Path]:
+    """The folder's own checkpoints, the newest first, of a run that this command would repeat. Arguments and errors as `find`."""
+    own = checkpoints.committed(folder)
+    if flags.resume_from_checkpoint == "never" and own:
+        raise UserError(
+            f"--output_dir {folder} already holds checkpoints of a run; choose another folder, or move that one away"
+        )
+    if begun is not None and (own or _made_steps(folder)):
+        comparing.changed(begun, all_flags, where=f"the run in {folder}")
+    if finished:
+        _check_finished(folder, begun, all_flags)
+    return own
 
 
 def _check_finished(folder: str, begun: dict, all_flags: dict) -> None:
@@ -132,13 +141,20 @@ def pairs_per_step(found: Checkpoint | None, own: int, ranks: Ranks, say: Callab
     if found is None or found.state["pairs_per_step"] == own:
         return own
     before = found.state["pairs_per_step"]
-    if found.state["world_size"] == ranks.world_size and found.state["pairs_by_flags"] != own:
-        ranks.fail(
-            f"{found.path} was trained in steps of {before} pairs and the flags make {own}; give "
-            "--per_device_train_batch_size and --gradient_accumulation_steps as before, or choose another --output_dir"
-        )
+    if why := why_other_steps(found, own, ranks.world_size):
+        ranks.fail(why)
     say(f"steps of {before} pairs as before: the flags would make {own} on {ranks.world_size} ranks, and others began")
     return before
+
+
+def why_other_steps(found: Checkpoint, own: int, world_size: int) -> str | None:
+    """The sentence for flags that ask for another step on as many ranks; None where they do not."""
+    if found.state["world_size"] != world_size or own in (found.state["pairs_by_flags"], found.state["pairs_per_step"]):
+        return None
+    return (
+        f"{found.path} was trained in steps of {found.state['pairs_per_step']} pairs and the flags make {own}; give "
+        "--per_device_train_batch_size and --gradient_accumulation_steps as before, or choose another --output_dir"
+    )
 
 
 def records(found: Checkpoint | None) -> dict:

@@ -120,13 +120,22 @@ def _number_of(file: str, name: str) -> int:
 
 
 def _left_of_control_groups(root: Path = Path("/")) -> list[int]:
-    """What limits of this process's control group, and of those that it lies in, leave: [] without one. Pages that the system
-    can drop count as free. In a container the process may be named a group of the host, which is not there: then the topmost
-    is the container's.
+    """What limits of control groups leave: [] without one. Pages that the system can drop count as free."""
+    return [most - held for most, held in _control_groups(root)]
+
+
+def limits_of_control_groups() -> list[int]:
+    """Bytes that this process's control group, and those that it lies in, may hold: [] without a limit."""
+    return [most for most, _ in _control_groups(Path("/"))]
+
+
+def _control_groups(root: Path) -> list[tuple[int, int]]:
+    """Bytes that this process's control group, and those that it lies in, may hold, and that they hold and cannot drop. In a
+    container the process may be named a group of the host, which is not there: then the topmost is the container's.
 
     root: of the file system.
     """
-    left = []
+    groups = []
     for line in _lines_of(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
@@ -142,8 +151,8 @@ def _left_of_control_groups(root: Path = Path("/")) -> list[int]:
             with contextlib.suppress(OSError, ValueError):  # "max" is no limit
                 most, held = (int((group / name).read_text()) for name in (limit, used))
                 of_pages = dict(line.split() for line in _lines_of(group / "memory.stat"))
-                left.append(most - held + int(of_pages.get(stat, 0)))
-    return left
+                groups.append((most, held - int(of_pages.get(stat, 0))))
+    return groups
 
 
 def _lines_of(file: Path) -> list[str]:

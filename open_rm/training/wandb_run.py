@@ -148,12 +148,8 @@ def start_wandb(folder: Path, settings: dict, flags: TrackingFlags, run_id: str 
     resume = {"resume": "allow"} if run_id else {}
     # Its own console capture would copy everything printed into the run file. It gives up a little before we do.
     quiet = {"console": "off", "silent": True, "finish_timeout": 0.9 * FINISH_SECONDS, "finish_timeout_raises": True}
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not has_wandb_key():
-        mode, reason = "offline", "there is no API key (set WANDB_API_KEY)"
-    elif mode in ("offline", "disabled"):
-        reason = f"WANDB_MODE={mode}"
-    else:
+    mode, reason = wanted_mode()
+    if mode == "online":
         try:
             run = wandb.init(**options, **resume, settings=wandb.Settings(**quiet, init_timeout=30))
             return run, f"wandb: online, {run.url}"
@@ -164,6 +160,14 @@ def start_wandb(folder: Path, settings: dict, flags: TrackingFlags, run_id: str 
     if mode == "disabled":
         return run, f"wandb: disabled, because {reason}"
     return run, f"wandb: {mode}, because {reason}; send it later with: wandb sync {folder}/wandb/offline-run-*"
+
+
+def wanted_mode() -> tuple[str, str]:
+    """online, offline or disabled, by the environment alone, and why it is not online."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None and not has_wandb_key():
+        return "offline", "there is no API key (set WANDB_API_KEY)"
+    return (mode, f"WANDB_MODE={mode}") if mode in ("offline", "disabled") else ("online", "")
 
 
 def has_wandb_key() -> bool:

@@ -4,14 +4,10 @@
 folders of whole runs with a log beside each.
 """
 
-import contextlib
 import functools
-import gc
 import importlib
 import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +15,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from conftest import toy_flags
+from forking import be_ready_to_fork, forked
 from forking import become_a_rank as become_a_rank_of_a_run
-from markupsafe import Markup
 from pairs_of_ids import as_data
 from test_layouts_agree import CASES, CPU, FAMILIES, FAMILY_PAIRS, ranked, tokens
 
@@ -30,14 +26,12 @@ from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.batching.steps import draw_steps
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.evaluation import engine_scorer, held_out
-from open_rm.evaluation.page import pictures
 from open_rm.flags import AdapterFlags, BatchFlags, ModelFlags, OptimizerFlags
 from open_rm.model import sequence_parallel
 from open_rm.model.loading import load_reward_model
 from open_rm.model.recompute import recompute
 from open_rm.ranks import Ranks, all_reduce_sum, joined_ranks
 from open_rm.training import engine as engine_room
-from open_rm.training import plots
 from open_rm.training.ds_config import fill_config
 from open_rm.training.losses import ranking_loss
 
@@ -224,26 +218,6 @@ def become_a_rank(folder: Path) -> None:
                 torch.save(found, folder / f"{ranks.world_size}_{size}.pt")
 
 
-def forked(world: int, become) -> None:
-    """`become`, in as many ranks of a group, to their end. become: is given the group's environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(os.fork())
-        if ranks[-1] == 0:
-            with contextlib.suppress(SystemExit):
-                try:
-                    become({name: str(value) for name, value in group.items()})
-                    os._exit(0)
-                except Exception:
-                    traceback.print_exc()
-            os._exit(1)
-    assert [os.waitpid(pid, 0)[1] for pid in ranks] == [0] * world
-
-
 def compute_cases(folder: Path, group: dict) -> None:
     os.environ.update(group)
     become_a_rank(folder)
@@ -261,10 +235,7 @@ def main(folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     importlib.import_module("deepspeed")
-    # pictures would be two thirds of a run; other tests draw them
-    plots.PANELS, pictures._svg = plots.PANELS[:2], lambda *_, **__: Markup("<svg></svg>")
-    gc.collect()
-    gc.freeze()  # else each rank's collections go through all that was imported
+    be_ready_to_fork(reward_modeling)
     tokenizer = load_tokenizer(str(folder / "toy" / "model"))
     for family, config in FAMILIES.items():
         torch.manual_seed(0)

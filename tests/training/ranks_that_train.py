@@ -9,15 +9,14 @@ import json
 import math
 import os
 import resource
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
+from forking import forked
 from pairs_of_ids import as_data
 
 from open_rm.batching import feeding
@@ -293,37 +292,23 @@ def main(cases: str, folder: str) -> None:
     named, found = {"trying": TRYING, "stragglers": STRAGGLERS}[cases], {}
     for world, of_world in named.items():
         for name, (compute, how) in of_world.items():
-            found[f"{world}: {name}"] = forked(
+            found[f"{world}: {name}"] = of_ranks(
                 world, lambda ranks, compute=compute, how=how: compute(ranks, folder, **how)
             )
     print(json.dumps(found))
 
 
-def forked(world: int, compute) -> list:
+def of_ranks(world: int, compute) -> list:
     """What `compute` gives on each rank of a group of processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as folder:
-        pids = []
-        for rank in range(world):
-            pids.append(os.fork())
-            if pids[-1] == 0:
-                os.environ.update(
-                    {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-                )
-                os.dup2(2, 1)
-                status = 1
-                try:
-                    with joined_ranks() as ranks:
-                        Path(folder, str(rank)).write_text(json.dumps(compute(ranks)))
-                    status = 0
-                except BaseException:
-                    traceback.print_exc()
-                os._exit(status)
-        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-        assert statuses == [0] * world, statuses
+
+        def become(group: dict) -> None:
+            os.environ.update(group)
+            os.dup2(2, 1)
+            with joined_ranks() as ranks:
+                Path(folder, group["RANK"]).write_text(json.dumps(compute(ranks)))
+
+        forked(world, become)
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
 
 
