@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from open_rm.data import prefixes
+
 LEAST_SHARED = 8  # tokens; what training takes for a prompt where none is named, too
 
 
@@ -73,7 +75,7 @@ def _groups(prompts: Sequence[int]) -> list[tuple[int, list[int]]]:
 def _cut(prompt: int, group: list[int], sequences: Sequence[np.ndarray], max_tokens: int) -> list[_Piece]:
     """A prompt's sequences, in as few pieces as fit."""
     group = sorted(group, key=lambda i: (-len(sequences[i]), i))
-    shared = min((shared_start(sequences[group[0]], sequences[i]) for i in group[1:]), default=0)
+    shared = min((prefixes.overlap(sequences[group[0]], sequences[i]) for i in group[1:]), default=0)
     pieces: list[_Piece] = []
     members: list[int] = []
     positions = 0
@@ -87,50 +89,11 @@ def _cut(prompt: int, group: list[int], sequences: Sequence[np.ndarray], max_tok
     return [*pieces, _Piece(members, prompt, positions, len(sequences[members[0]]))]
 
 
-def shared_start(a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens that both begin with."""
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
-
-
 def shared_prompts(sequences: Sequence[np.ndarray]) -> np.ndarray:
-    """[N] equal for sequences that are best computed behind one common prefix.
-
-    Sorted, those that begin alike stand side by side, and the shortest overlap between neighbours cuts a stretch of them in
-    two. A stretch of n sequences that all begin with p tokens saves (n - 1) p; the cuts that save most are taken, from the
-    longest overlap to the shortest. The time is that of sorting.
-    """
-    keys = [sequence.astype(">u4").tobytes() for sequence in sequences]
-    order = sorted(range(len(sequences)), key=keys.__getitem__)
-    overlaps = [shared_start(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
-    # A stretch: (first place, last place, what it saves at best, the stretches that it is cut into for it).
-    best: list[tuple[int, int, int, list]] = []
-    open_at: list[tuple[int, int]] = []  # (overlap, stretches that began before it), overlaps rising
-    for place in range(len(order)):
-        best.append((place, place, 0, []))
-        following = overlaps[place] if place < len(overlaps) else -1
-        while open_at and open_at[-1][0] > following:
-            overlap, start = open_at.pop()
-            best[start:] = [_joined(best[start:], overlap)]
-        if following >= 0 and not (open_at and open_at[-1][0] == following):
-            open_at.append((following, len(best) - 1))
+    """[N] equal for sequences that are best computed behind one common prefix."""
+    order, overlaps = prefixes.in_order(sequences)
     prompt_of = np.zeros(len(sequences), np.int64)
-    todo = list(best)
-    number = 0
-    while todo:
-        first, last, _, parts = todo.pop()
-        if parts:
-            todo += parts
-            continue
-        prompt_of[order[first : last + 1]] = number
-        number += 1
+    for number, sharing in enumerate(prefixes.best_sharing(overlaps, least=LEAST_SHARED)):
+        for place in sharing.places:
+            prompt_of[order[place]] = number
     return prompt_of
-
-
-def _joined(parts: list[tuple], overlap: int) -> tuple[int, int, int, list]:
-    """Stretches that stand side by side as one: behind one prefix of `overlap` tokens, or each as it was."""
-    first, last = parts[0][0], parts[-1][1]
-    together = (last - first) * (overlap if overlap >= LEAST_SHARED else 0)
-    apart = sum(saved for _, _, saved, _ in parts)
-    return (first, last, together, []) if together > apart else (first, last, apart, parts)
