@@ -71,7 +71,7 @@ def attention_seconds_per_flop(
 ) -> float:
     """Of segment_attention over a row of segments of one length."""
     head = shape.width // shape.heads
-    bounds = [(start, min(start + length, tokens), 0, 0) for start in range(0, tokens, length)]
+    bounds = [(start, min(start + length, tokens), ()) for start in range(0, tokens, length)]
     segments = make_segments(bounds)
     area = segments.score_area()
     segments = segments.to(device)

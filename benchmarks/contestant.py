@@ -8,6 +8,8 @@ numbers of pairs a step.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import resource
 import sys
@@ -37,10 +39,26 @@ def rates(tokens: list[float], seconds: float, pairs: int) -> dict[str, float]:
     return {"pairs_per_second": per_second * pairs / sum(tokens), "tokens_per_second": per_second, "seconds": seconds}
 
 
+def without_headers() -> None:
+    """In this process prompts are shared by their answers alone, and what they have in common at their start is not."""
+    from open_rm.batching import layouts
+    from open_rm.data.pairs import PreferenceData
+
+    layouts.LEAST_HEADER = 1 << 60
+    for function in (layouts.lay_out, layouts.lay_out_sequences):
+        function.__kwdefaults__["least_header"] = layouts.LEAST_HEADER
+    whole = PreferenceData.table.func
+    PreferenceData.table = functools.cached_property(lambda data: dataclasses.replace(whole(data), prompt_order=None))
+    PreferenceData.table.__set_name__(PreferenceData, "table")
+
+
 def train_ours(settings: dict) -> dict:
     """The recipe itself, without evaluation; rates come from its own metrics.jsonl."""
     from open_rm.flags import Args
     from open_rm.reward_modeling import main
+
+    if not settings.get("headers", True):
+        without_headers()
 
     output = Path(settings["scratch"])
     with contextlib.redirect_stdout(sys.stderr):
@@ -60,6 +78,7 @@ def train_ours(settings: dict) -> dict:
                 gradient_checkpointing="off",
                 batching=settings["layout"],
                 group_by_prompt=settings["group_by_prompt"],
+                max_tokens_per_micro_batch=settings.get("positions"),
                 num_evals=0,
             )
         )

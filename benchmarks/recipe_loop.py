@@ -66,7 +66,7 @@ class OurTraining:
         recompute.recompute(self.model.classifier, 0)  # what a forward keeps is measured with all of it kept
         args, on_gpu = self.args, self.ranks.on_gpu
         args = dataclasses.replace(args, gradient_checkpointing="on" if recomputes else "off")
-        where = {"max_token_length": args.max_token_length, "on_gpu": on_gpu}
+        where = {"max_token_length": args.max_token_length, "on_gpu": on_gpu, "table": data.table}
         rules = feeding.rules_of(args, self.contestant["layout"], self.tokenizer.pad_token_id, **where)
         rules, lines = fitting.fit(args, self.model, self.engine, rules, optim=args.optim, table=data.table)
         self.rules = feeding.with_attention_cost(rules, model_shape(self.model), on_gpu=on_gpu)
@@ -97,9 +97,9 @@ class OurTraining:
         for micro in step.micro_batches:
             rewards = self.engine(**micro.batch.inputs(self.ranks.device))
             chosen, rejected = micro.sides(rewards)
-            terms = loss_terms(chosen, rejected, micro.margins, self.args)
+            terms = loss_terms(chosen, rejected, micro.targets, self.args)
             self.engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
-            self.meter.add(chosen, rejected, terms, micro.batch)
+            self.meter.add(chosen, rejected, terms, micro.batch, micro.targets)
 
     def update(self, step: feeding.Step) -> float:
         means = self.meter.reduce(step.pairs)

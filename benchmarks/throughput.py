@@ -121,31 +121,37 @@ def run_profile(args: BenchmarkArgs, scratch: Path) -> list[dict]:
             "max_token_length": 1024,
             "group_by_prompt": load.by_prompt,
         }
-        results.append({"title": f"{load.name}, {SHAPE}, float32", "rounds": race(common, args.rounds, scratch)})
+        rounds = race(common, args.rounds, scratch, CONTESTANTS)
+        results.append({"title": f"{load.name}, {SHAPE}, float32", "rounds": rounds})
         report(results[-1])
     return results
 
 
 def make_workloads(args: BenchmarkArgs) -> list[workloads.Workload]:
+    loads = [*real_workloads(args), workloads.equal_lengths(64, seed=1)]
+    return [load for load in loads if not args.only or load.name in args.only]
+
+
+def real_workloads(args) -> list[workloads.Workload]:
+    """Of real data, as far as it is there. args: with data, hh_pairs and alpaca_pairs."""
     folder, loads = Path(args.data), []
     for name, pairs, by_prompt in (("hh_harmless", args.hh_pairs, False), ("alpaca_eval", args.alpaca_pairs, True)):
         if (folder / name / "train.jsonl").is_file():
             loads.append(workloads.real(folder / name, pairs, seed=1, by_prompt=by_prompt))
         else:
             print(f"{folder / name} is not there: left out")
-    loads.append(workloads.equal_lengths(64, seed=1))
-    return [load for load in loads if not args.only or load.name in args.only]
+    return loads
 
 
-def race(common: dict, rounds: int, scratch: Path) -> list[dict[str, dict]]:
+def race(common: dict, rounds: int, scratch: Path, contestants: dict[str, dict]) -> list[dict[str, dict]]:
     """Every contestant once a round, in turn; the order is reversed every other round."""
     results = []
     for number in range(rounds):
-        names = list(CONTESTANTS) if number % 2 == 0 else list(reversed(CONTESTANTS))
+        names = list(contestants) if number % 2 == 0 else list(reversed(contestants))
         times = {}
         for name in names:
             started = time.perf_counter()
-            times[name] = run_contestant(common | CONTESTANTS[name], scratch)
+            times[name] = run_contestant(common | contestants[name], scratch)
             figures = (
                 f"{times[name]['pairs_per_second']:.2f} pairs/s" if "error" not in times[name] else times[name]["error"]
             )

@@ -63,6 +63,22 @@ def real(folder: Path, pairs: int, seed: int, by_prompt: bool) -> Workload:
     return Workload(folder.name, chosen, True)
 
 
+def behind(load: Workload, text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> Workload:
+    """The same pairs behind the first `tokens` tokens of a text: as a system message, or in front of both sides."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < tokens:
+        raise ValueError(f"the header has {len(ids)} tokens and not {tokens}")
+    header = tokenizer.decode(ids[:tokens])
+
+    def row_of(row: dict) -> dict:
+        if isinstance(row.get("prompt"), list):
+            return row | {"prompt": [{"role": "system", "content": header}, *row["prompt"]]}
+        fields = ("prompt",) if "prompt" in row else ("chosen", "rejected")
+        return row | {name: header + row[name] for name in fields}
+
+    return Workload(f"{load.name}_behind_{tokens}", [row_of(row) for row in load.rows], load.by_prompt)
+
+
 def long_prompts(pairs: int, seed: int, words: int = 2000) -> Workload:
     """A long document as the prompt, two short answers."""
     rng = random.Random(seed)

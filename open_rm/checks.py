@@ -7,6 +7,7 @@ where those are read (data/, model/families.py).
 import os
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from open_rm.bounds import Must
 from open_rm.data.mixer import parse_mixer
 from open_rm.data.reading import reading_of_source
 from open_rm.data.templates import read_template
@@ -19,7 +20,6 @@ from open_rm.flags import (
     CheckpointFlags,
     DataFlags,
     DryRunFlags,
-    Must,
     ObjectiveFlags,
     OptimizerFlags,
     RunFlags,
@@ -34,7 +34,7 @@ def check_args(args: Args) -> None:
     """Refuse every value and combination that cannot work, the cheapest to find first."""
     check_values(args)
     check_schedule(args, evaluates=bool(args.dataset_mixer_eval_list), lr_scheduler_type=args.lr_scheduler_type)
-    check_objective(args)
+    check_objective(args, keep_ties=args.keep_ties, overlength=args.overlength)
     check_optimizer(args, starts_at_zero=args.use_peft or args.score_init == "zeros")
     check_adapter(args, freeze_backbone=args.freeze_backbone, trust_remote_code=args.trust_remote_code)
     check_outputs(run=args, tracking=args, trains=not args.cache_dataset_only)
@@ -50,7 +50,7 @@ def check_args(args: Args) -> None:
 
 
 def check_values(args: object) -> None:
-    """Every flag keeps the bound in its type (flags.Must), whether it comes from the command line or from Python."""
+    """Every flag keeps the bound in its type (bounds.Must), whether it comes from the command line or from Python."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
         if kind is bool and not isinstance(value, bool):  # from Python, the text "False" would be true
@@ -86,8 +86,8 @@ def check_schedule(flags: ScheduleFlags, *, evaluates: bool, lr_scheduler_type: 
             raise UserError(f"--{name} needs held-out data; name some with --dataset_mixer_eval_list")
 
 
-def check_objective(flags: ObjectiveFlags) -> None:
-    """Flags of a loss that is not used."""
+def check_objective(flags: ObjectiveFlags, *, keep_ties: bool, overlength: str) -> None:
+    """Flags of a loss that is not used, and what a loss of lists does not go with."""
     if flags.focal_gamma != ObjectiveFlags.focal_gamma and flags.loss_type != "focal":
         raise UserError("--focal_gamma does nothing without --loss_type focal; add or remove it")
     if flags.label_smoothing and flags.loss_type != "ranking":
@@ -96,6 +96,24 @@ def check_objective(flags: ObjectiveFlags) -> None:
         raise UserError("--penalty_weight does nothing without --penalty_type; add or remove it")
     if flags.penalty_bound != ObjectiveFlags.penalty_bound and flags.penalty_type != "log_barrier":
         raise UserError("--penalty_bound does nothing without --penalty_type log_barrier; add or remove it")
+    if flags.list_loss == "pairs":
+        return
+    of_pairs = {
+        "--loss_type focal": flags.loss_type == "focal",
+        "--label_smoothing": flags.label_smoothing,
+        "--margin_loss": flags.margin_loss,
+        "--keep_ties": keep_ties,
+    }
+    for name, given in of_pairs.items():
+        if given:
+            raise UserError(
+                f"{name} is defined for pairs alone, not for --list_loss {flags.list_loss}; remove one of them"
+            )
+    if overlength == "truncate":
+        raise UserError(
+            f"--overlength truncate cuts each pair by itself, and --list_loss {flags.list_loss} compares the answers of a whole "
+            "list; remove one of them"
+        )
 
 
 def check_optimizer(flags: OptimizerFlags, *, starts_at_zero: bool) -> None:

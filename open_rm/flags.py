@@ -2,52 +2,30 @@
 
 Names are those of open-instruct's reward_modeling.py where it has the flag. The sentence under a field is what `--help`
 prints; the bound that its values must keep stands in its type. A room takes its own group, or plain values; all of them
-together, `Args`, are taken by the recipe, the checks and the inspection alone. Imports nothing of ours, nor torch, so that
+together, `Args`, are taken by the recipe, the checks and the inspection alone. Imports nothing heavy, nor torch, so that
 `--help` and a wrong command line are answered at once.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
-
-@dataclass(frozen=True)
-class Must:
-    """What a value has to be: as the user reads it, and as it is tested. NaN passes none of the tests."""
-
-    be: str
-    test: Callable[[float], bool]
-
-
-def _is_switch(given: object) -> bool:
-    """True or False, for all sources or for some (data/reading.py)."""
-    values = [given] if isinstance(given, bool) else given
-    return all(str(value).rpartition("::")[2].lower() in ("true", "false") for value in values)
-
-
-def _is_recompute(given: object) -> bool:
-    """True and False are on and off, for old command lines and for Python."""
-    word = str(given).lower()
-    return word in ("auto", "on", "off", "true", "false") or (word.isdecimal() and int(word) > 0)
-
-
-BARRIER_EDGE = 1e-3  # how near to its bound the log barrier itself goes; see training/losses.py
-Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
-CountOrNone = Annotated[int | None, Must("at least 1", lambda n: n is None or n >= 1)]
-PathOrWord = Annotated[str, Must("auto, never, or a path", lambda text: bool(text))]
-AmountOrNone = Annotated[float | None, Must("at least 0, and finite", lambda x: x is None or 0 <= x < math.inf)]
-Number = Annotated[int, Must("at least 0", lambda n: n >= 0)]
-Amount = Annotated[float, Must("at least 0, and finite", lambda x: 0 <= x < math.inf)]
-Positive = Annotated[float, Must("above 0, and finite", lambda x: 0 < x < math.inf)]
-Share = Annotated[float, Must("from 0 to below 1", lambda x: 0 <= x < 1)]
-SmallShare = Annotated[float, Must("from 0 to below 0.5", lambda x: 0 <= x < 0.5)]
-Norm = Annotated[float, Must("at least 0", lambda x: x >= 0)]
-Bound = Annotated[float, Must(f"above {BARRIER_EDGE}, and finite", lambda x: BARRIER_EDGE < x < math.inf)]
-Switch = Annotated[list[str], Must("True or False, or NAME::True for one source", lambda given: _is_switch(given))]
-PositiveOrNone = Annotated[float | None, Must("above 0, and finite", lambda x: x is None or 0 < x < math.inf)]
-Recompute = Annotated[str, Must("auto, on, off, or every how many layers", lambda given: _is_recompute(given))]
-Seed = Annotated[int, Must("from 0 to below 2**32", lambda n: 0 <= n < 2**32)]
+from open_rm.bounds import (
+    Amount,
+    AmountOrNone,
+    Bound,
+    Count,
+    CountOrNone,
+    Norm,
+    Number,
+    PathOrWord,
+    Positive,
+    PositiveOrNone,
+    Recompute,
+    Seed,
+    Share,
+    SmallShare,
+    Switch,
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +131,8 @@ class DataFlags(ReadingFlags):
     """Pairs beyond these: left out, or cut (the prompt's start, then a response's end but for the scored token). Counted."""
     num_proc: Count = 1
     """Processes that tokenize; each of them encodes on one core, a single one on all."""
+    keep_ties: bool = False
+    """Train on ties too: both answers should get the same reward. Accuracy leaves them out."""
     strict: bool = False
     """Stop before training where the look at the data (python -m open_rm.inspection) has findings."""
     dataset_local_cache_dir: str = "local_dataset_cache"
@@ -191,6 +171,9 @@ class ObjectiveFlags:
 
     loss_type: Literal["ranking", "focal"] = "ranking"
     """Bradley-Terry, or with less weight on pairs that are already right (InternLM2)."""
+    list_loss: Literal["pairs", "plackett_luce", "best_of_k"] = "pairs"
+    """What a prompt with several ranked answers is trained by: each two of them as a pair, the likelihood of the whole ranking
+    (Plackett-Luce), or of the best answer among all. Two answers are the same in all three."""
     focal_gamma: Amount = 2.0
     """Exponent of the focal weight; 0 is ranking."""
     label_smoothing: SmallShare = 0.0

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from open_rm import alike, alive, node_cache
-from open_rm.batching import feeding
+from open_rm.batching import feeding, targets
 from open_rm.batching.rules import BatchRules
 from open_rm.dry_run import telling
 from open_rm.evaluation import calibration, engine_scorer, held_out, in_training, sets
@@ -169,9 +169,11 @@ def build(prepared: Prepared) -> Run:
     # ---- plan: all numbers that follow from flags and data
     own = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
     pairs_per_step = resuming.pairs_per_step(found, own, ranks, log.say)
-    plan = make_plan(args, train_pairs.table, pairs_per_step, seed=args.seed, grouped=args.group_by_prompt)
-    how = {"max_token_length": args.max_token_length, "on_gpu": ranks.on_gpu}
-    rules = feeding.rules_of(args, layout.name, prepared.tokenizer.pad_token_id, **how)
+    targets.check(train_pairs, args, pairs_per_step)
+    how = {"seed": args.seed, "grouped": args.group_by_prompt, "whole_lists": args.list_loss != "pairs"}
+    plan = make_plan(args, train_pairs.table, pairs_per_step, **how)
+    how = {"max_token_length": args.max_token_length, "on_gpu": ranks.on_gpu, "whole_lists": plan.whole_lists}
+    rules = feeding.rules_of(args, layout.name, prepared.tokenizer.pad_token_id, table=train_pairs.table, **how)
     log.say(plan.describe())
 
     # ---- model: backbone and score head, dropout off; then the engine that trains it
@@ -183,8 +185,7 @@ def build(prepared: Prepared) -> Run:
         how = {"layout": layout.name, "dtype": dtype, "seed": args.seed, "deepspeed_config": deepspeed_config}
         with node_cache.model_as_fetched(args):
             model, lines = load_reward_model(prepared.pinned, prepared.tokenizer, adapter=args, **how)
-        lines += sequence_parallel.use(model, ranks)
-        lines += use_fastest(model, ranks.device, layout.name, float8=args.float8)  # in place
+        lines += sequence_parallel.use(model, ranks) + use_fastest(model, ranks.device, layout.name, float8=args.float8)
         log.say(*lines, ds_config.describe(deepspeed_config, ranks.device.type, ranks.world_size))
         engine = Engine(model, args, deepspeed_config, ranks, plan.total_steps, plan.warmup_steps)
         how = {"optim": args.optim, "table": train_pairs.table, "sought": args.find_batch_size}
@@ -200,9 +201,8 @@ def build(prepared: Prepared) -> Run:
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
     facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
-    facts |= {"commits": node_cache.kept(args, prepared.pinned)}
     facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
-    facts |= {"found_budget": trying.kept(args, rules, engine)}
+    facts |= {"commits": node_cache.kept(args, prepared.pinned), "found_budget": trying.kept(args, rules, engine)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)
     log.say(*keeper.check_room(engine, args.optim))
     known = engine_scorer.InTraining(model, prepared.tokenizer, prepared.contract, rules.for_evaluation(), ranks)
@@ -216,9 +216,9 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
     args, ranks, engine, plan, keeper = run.args, run.ranks, run.engine, run.plan, run.keeper
     slow = Stragglers(engine.module, ranks, run.log.say)
     meter = Meter(ranks, model_shape(run.model), engine.dtype, slow)
-    margins = run.train_pairs.margins() if args.margin_loss else None
+    columns = targets.columns_of(run.train_pairs, args)  # what the loss is told of each pair besides its rewards
     draws = plan.draw(run.train_pairs.table)  # the pairs of each step, decided by (seed, epoch, step) alone
-    steps = feeding.training_steps(draws, run.train_pairs, run.rules, ranks, margins=margins, after=progress.step)
+    steps = feeding.training_steps(draws, run.train_pairs, run.rules, ranks, targets=columns, after=progress.step)
     with run.survival.stop.at_a_step():
         if progress.evaluation_due:  # at the start: what training has to beat; or one that a stop broke off
             evaluate(run, tracker, progress)
@@ -229,11 +229,11 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
                     rewards = engine(**micro.batch.inputs(ranks.device))  # [2 B] float32: B chosen, then B rejected
                     # [B] each; [0] where this rank has no pair left and computes one only to keep in step with others
                     chosen, rejected = micro.sides(rewards)
-                    terms = loss_terms(chosen, rejected, micro.margins, args)  # name -> [B]; their sum is a pair's loss
+                    terms = loss_terms(chosen, rejected, micro.targets, args)  # name -> [B]; their sum is a pair's loss
                     # The engine adds gradients over micro-batches and ranks and never averages, so each part is divided
                     # by the pairs of the whole step on all ranks: how a step is cut does not change the mathematics.
                     engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
-                meter.add(chosen, rejected, terms, micro.batch)
+                meter.add(chosen, rejected, terms, micro.batch, micro.targets)
 
             means = meter.reduce(step.pairs, waited=step.waited) | {"lr": engine.learning_rate}  # over all ranks
             grad_norm = engine.step(drop=not math.isfinite(means["loss"]))  # a step that is no number is not applied

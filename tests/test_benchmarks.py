@@ -22,6 +22,7 @@ from benchmarks import (
     contestants,
     gpu_profile,
     gpu_report,
+    headers,
     judging,
     step_trace,
     toy_runs,
@@ -374,3 +375,14 @@ def test_gpu_check_that_is_interrupted_leaves_nothing_running(tmp_path, signal_n
 def test_gpu_check_refuses_what_it_cannot_do(tmp_path, variables, sentence):
     done = gpu_check(tmp_path, **variables)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and sentence in done.stderr
+
+
+def test_pairs_behind_a_header_begin_with_it_and_are_the_same_behind_it():
+    plain = [loads.conversations(4, seed=1), loads.many_answers(4, seed=1)]
+    tokenizer = loads.make_tokenizer([*plain, loads.Workload("header", [{"text": headers.POLICY}], False)])
+    for load, field in zip(plain, ("chosen", "prompt"), strict=True):
+        behind = loads.behind(load, headers.POLICY, 100, tokenizer)
+        for row, before in zip(behind.rows, load.rows, strict=True):
+            header = row[field].removesuffix(before[field])
+            assert len(tokenizer(header, add_special_tokens=False)["input_ids"]) == 100
+            assert headers.POLICY.startswith(header)

@@ -1,11 +1,17 @@
 """Attention over a packed row: many sequences in one row of tokens, each blind to the others, shared prefixes seen once.
 
-A row is a list of segments. A segment's tokens attend to a prefix, which is a stretch of the row before it (or nothing),
-and causally to themselves. Packing is the case without prefixes; a prompt that several responses continue is the case
-with them. The pair (abc|de , abc|f) of layouts.py's drawing, computed once per distinct token:
+A row is a list of segments. A segment's tokens attend to a prefix, which is one or more stretches of the row before it (or
+nothing), and causally to themselves. Packing is the case without prefixes; a prompt that several responses continue is the
+case with them. The pair (abc|de , abc|f) of layouts.py's drawing, computed once per distinct token:
 
     row        a b c d e f          segment 0: tokens 0..5, no prefix        (prompt + chosen, plain causal)
     position   0 1 2 3 4 3          segment 1: tokens 5..6, prefix 0..3      (rejected: sees abc and itself)
+
+And beside the pair (abg|hi , abg|j), whose prompt begins with the same header ab; a prefix of two stretches is the header and
+the rest of the prompt:
+
+    row        a b c d e f g h i j  segment 2: tokens 6..9, prefix 0..2            (sees ab and itself)
+    position   0 1 2 3 4 3 2 3 4 3  segment 3: tokens 9..10, prefix 0..2 and 6..7  (sees ab, g and itself)
 
 No T x T mask is made. On a GPU one flash-attention call serves the row (torch's varlen_attn: queries and keys may differ
 in number, causal is aligned at the end); on the CPU each segment is one scaled_dot_product_attention. `dense_attention`
@@ -17,6 +23,8 @@ Shapes: T tokens of the row, H query heads, G key/value heads, D head width, s t
 
 import functools
 import inspect
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +32,15 @@ import torch.nn.functional as F
 
 NAME = "open_rm_segments"  # what transformers knows this attention by
 
+Bound = tuple[int, int, tuple[tuple[int, int], ...]]  # of a segment: start, end, and the ranges of its prefix
+
 
 @dataclass(frozen=True)
 class Segments:
     """Which tokens of a row see which.
 
-    bounds: per segment (start, end, prefix_start, prefix_end), token positions in the row; segments cover it in order.
+    bounds: per segment (start, end, prefix), token positions in the row; segments cover it in order. prefix: the ranges
+        (start, end) of the row that it continues, which one after another are the beginning of its sequence; () for none.
     key_index: [sum of p + s] int64, or None where no segment has a prefix: the row's tokens in the order in which the
         segments see them. query_starts, key_starts: [segments + 1] int32 running totals of s and of p + s.
     longest_query, longest_key: max of s, and of p + s.
@@ -62,25 +73,34 @@ class Segments:
             index = torch.cat((index, torch.arange(end, end + tokens, device=index.device)))
         starts = (torch.cat((starts, starts[-1:] + tokens)) for starts in (self.query_starts, self.key_starts))
         longest = (max(length, tokens) for length in (self.longest_query, self.longest_key))
-        return Segments((*self.bounds, (end, end + tokens, 0, 0)), index, *starts, *longest)
+        return Segments((*self.bounds, (end, end + tokens, ())), index, *starts, *longest)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[list[int], list[list[int]]]:
+        """The row cut wherever a segment or a range of a prefix begins or ends: the length of each piece, and for each
+        segment the numbers of the pieces that it sees, in the order of its sequence."""
+        ranges = [[*prefix, (start, end)] for start, end, prefix in self.bounds]
+        cuts = sorted({place for seen in ranges for bound in seen for place in bound})
+        number = {place: piece for piece, place in enumerate(cuts)}
+        lengths = [end - start for start, end in itertools.pairwise(cuts)]
+        return lengths, [[piece for a, b in seen for piece in range(number[a], number[b])] for seen in ranges]
 
     def score_area(self) -> int:
         """Query-key products that are needed: the sum over segments of s * p + s (s + 1) / 2."""
-        return sum((e - s) * (pe - ps) + (e - s) * (e - s + 1) // 2 for s, e, ps, pe in self.bounds)
+        return sum((e - s) * _length(prefix) + (e - s) * (e - s + 1) // 2 for s, e, prefix in self.bounds)
 
 
-def make_segments(bounds: list[tuple[int, int, int, int]]) -> Segments:
-    """Segments from (start, end, prefix_start, prefix_end) in row order."""
-    queries = [end - start for start, end, _, _ in bounds]
-    keys = [end - start + prefix_end - prefix_start for start, end, prefix_start, prefix_end in bounds]
+def _length(ranges: Iterable[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def make_segments(bounds: Sequence[Bound]) -> Segments:
+    """Segments from (start, end, prefix) in row order."""
+    queries = [end - start for start, end, _ in bounds]
+    keys = [end - start + _length(prefix) for start, end, prefix in bounds]
     index = None
-    if any(prefix_end > prefix_start for *_, prefix_start, prefix_end in bounds):
-        index = torch.cat(
-            [
-                torch.cat((torch.arange(p_start, p_end), torch.arange(start, end)))
-                for start, end, p_start, p_end in bounds
-            ]
-        )
+    if any(prefix for *_, prefix in bounds):
+        index = torch.cat([torch.arange(a, b) for start, end, prefix in bounds for a, b in (*prefix, (start, end))])
 
     def running(lengths):
         return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -173,19 +193,13 @@ def _per_segment(query, key, value, segments, scoring: _Scoring):
     if groups > 1:  # once for the row; per segment it would be done again for every prefix
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     # Split once, not sliced per segment: the gradient of a slice is a tensor of the whole row's size.
-    lengths = [end - start for start, end, *_ in segments.bounds]
-    parts = [tensor.split(lengths, 2) for tensor in (query, key, value)]
-    starting = {start: (number, end) for number, (start, end, *_) in enumerate(segments.bounds)}
+    queries = query.split([end - start for start, end, _ in segments.bounds], 2)
+    lengths, seen = segments.pieces
+    keys, values = key.split(lengths, 2), value.split(lengths, 2)
     outputs = []
-    for q, k, v, (start, end, prefix_start, prefix_end) in zip(*parts, segments.bounds, strict=True):
-        prefix = prefix_end - prefix_start
-        if prefix:
-            first, first_end = starting.get(prefix_start, (0, 0))
-            if prefix_end <= first_end:  # as layouts.py lays rows out: the beginning of an earlier segment
-                seen = [of[first][:, :, :prefix] for of in parts[1:]]
-            else:
-                seen = [tensor[:, :, prefix_start:prefix_end] for tensor in (key, value)]
-            k, v = torch.cat((seen[0], k), 2), torch.cat((seen[1], v), 2)
+    for q, (start, end, ranges), pieces in zip(queries, segments.bounds, seen, strict=True):
+        prefix = _length(ranges)
+        k, v = (of[pieces[0]] if len(pieces) == 1 else torch.cat([of[i] for i in pieces], 2) for of in (keys, values))
         plain = not written_out and not prefix and (window is None or end - start <= window)
         mask = None if plain else _mask(segments.masks, end - start, prefix, window, q)
         if written_out:
@@ -235,14 +249,11 @@ def dense_attention(
     """The reference: one T x T mask, written from the definition. For tests; same interface as `segment_attention`."""
     tokens = query.shape[2]
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for start, end, prefix_start, prefix_end in segments.bounds:
-        prefix = prefix_end - prefix_start
-        for i in range(start, end):
-            first = (
-                0 if sliding_window is None else max(0, prefix + i - start + 1 - sliding_window)
-            )  # in sequence order
-            seen[i, prefix_start + min(first, prefix) : prefix_end] = True
-            seen[i, start + max(0, first - prefix) : i + 1] = True
+    for start, end, prefix in segments.bounds:
+        order = [place for first, last in (*prefix, (start, end)) for place in range(first, last)]  # of its sequence
+        for i in range(len(order) - (end - start), len(order)):
+            first = 0 if sliding_window is None else max(0, i + 1 - sliding_window)
+            seen[order[i], order[first : i + 1]] = True
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,11 @@ import torch
 
 from open_rm import alive
 from open_rm.batching.dealing import Part, attention_cost, deal_step, micro_batch_budget
-from open_rm.batching.layouts import Batch, lay_out
+from open_rm.batching.layouts import LEAST_HEADER, Batch, lay_out
 from open_rm.batching.prefetch import prefetch
 from open_rm.batching.rules import BatchRules
-from open_rm.data.pairs import PreferenceData
+from open_rm.batching.targets import PLAIN, TargetColumns, Targets
+from open_rm.data.pairs import PairTable, PreferenceData
 from open_rm.flags import BatchFlags
 from open_rm.ranks import Ranks
 
@@ -30,13 +31,28 @@ STEPS_AHEAD = 2
 GPU_ATTENTION = 2.0
 
 
-def rules_of(flags: BatchFlags, layout: str, pad_token_id: int, *, max_token_length: int, on_gpu: bool) -> BatchRules:
-    """The rules that the flags ask for, attention's cost aside: that is known when the model is."""
+def rules_of(
+    flags: BatchFlags,
+    layout: str,
+    pad_token_id: int,
+    *,
+    max_token_length: int,
+    on_gpu: bool,
+    whole_lists: bool = False,
+    table: PairTable | None = None,
+) -> BatchRules:
+    """The rules that the flags ask for, attention's cost aside: that is known when the model is.
+
+    table: of the training pairs, whose header may ask for larger micro-batches on a CPU.
+    """
+    shares = table is not None and layout == "shared_prefix" and not on_gpu
+    header = table.typical_header(LEAST_HEADER) if shares else 0
     train, evaluation = (
-        micro_batch_budget(pairs, max_token_length, on_gpu=on_gpu)
+        micro_batch_budget(pairs, max_token_length, on_gpu=on_gpu, header=header)
         for pairs in (flags.per_device_train_batch_size, flags.per_device_eval_batch_size)
     )
-    return BatchRules(layout, pad_token_id, flags.max_tokens_per_micro_batch or train, evaluation)
+    train = flags.max_tokens_per_micro_batch or train
+    return BatchRules(layout, pad_token_id, train, evaluation, whole_lists=whole_lists)
 
 
 def with_attention_cost(rules: BatchRules, shape, *, on_gpu: bool = False) -> BatchRules:
@@ -50,12 +66,12 @@ class MicroBatch:
     """Pairs that are computed together.
 
     indices: [B] into the data, of those pairs that enter loss and metrics; none where this rank only keeps in step.
-    margins: [B] float32, or None where the loss takes none.  last: of its step on this rank.
+    targets: what the loss is told of them.  last: of its step on this rank.
     """
 
     indices: np.ndarray
     batch: Batch
-    margins: torch.Tensor | None
+    targets: Targets
     last: bool
 
     def sides(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +81,7 @@ class MicroBatch:
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory; see layouts.Batch.pinned."""
-        margins = None if self.margins is None else self.margins.pin_memory()
-        return dataclasses.replace(self, batch=self.batch.pinned(), margins=margins)
+        return dataclasses.replace(self, batch=self.batch.pinned(), targets=self.targets.pinned())
 
 
 @dataclass(frozen=True)
@@ -93,20 +108,21 @@ def training_steps(
     rules: BatchRules,
     ranks: Ranks,
     *,
-    margins: np.ndarray | None = None,
+    targets: TargetColumns | None = None,
     after: int = 0,
 ) -> Iterator[Step]:
     """The steps whose pairs are drawn (steps.draw_steps).
 
-    margins: [pairs of the data], or None.  after: steps that were made before; their draws are passed over.
+    targets: of all pairs of the data; None of plain ones.  after: steps that were made before; their draws are passed over.
     """
+    columns = targets or TargetColumns()
 
     def made() -> Iterator[Step]:
         if ranks.on_gpu:
             torch.cuda.set_device(ranks.device)  # a thread begins with the first one, and pinning would start that
         for number, indices in enumerate(itertools.islice(draws, after, None), start=after + 1):
             deal = deal_step(indices, data.table, rules.of_group(ranks.sequence_size), ranks.data_size)
-            own = list(micro_batches(deal.ranks[ranks.data_rank], data, rules, margins))
+            own = list(micro_batches(deal.ranks[ranks.data_rank], data, rules, columns.of_step(indices)))
             if ranks.on_gpu:
                 own = [micro.pinned() for micro in own]
             yield Step(number, len(indices), own, deal.imbalance, indices)
@@ -122,12 +138,14 @@ def training_steps(
 
 
 def micro_batches(
-    parts: list[Part], data: PreferenceData, rules: BatchRules, margins: np.ndarray | None = None
+    parts: list[Part],
+    data: PreferenceData,
+    rules: BatchRules,
+    targets_of: Callable[[np.ndarray], Targets] = lambda pairs: PLAIN,
 ) -> Iterator[MicroBatch]:
-    """A rank's parts of a deal as they lie in memory, one after another."""
+    """A rank's parts of a deal as they lie in memory, one after another. targets_of: of pairs; see TargetColumns.of_step."""
     for number, part in enumerate(parts, start=1):
         counted, prompt_ids = part.indices[: part.counted], data.table.cut_prompt_ids(part.indices)
         batch = lay_out(rules.layout, data.pairs(part.indices), pad_token_id=rules.pad_token_id, prompt_ids=prompt_ids)
-        own = None if margins is None else torch.from_numpy(margins[counted])
         # by number: filler parts of a rank are one object, so `part is parts[-1]` would be true of several
-        yield MicroBatch(counted, batch, own, last=number == len(parts))
+        yield MicroBatch(counted, batch, targets_of(counted), last=number == len(parts))

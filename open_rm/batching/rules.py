@@ -15,6 +15,7 @@ class BatchRules:
         where no gradients are needed.
     area_cost: what a query-key product costs, in units of a token's cost (dealing.attention_cost); it decides how pairs are
         dealt to ranks.
+    whole_lists: whether the pairs of one ranked list are computed in one micro-batch, however large, as losses of lists ask.
     """
 
     layout: str
@@ -22,9 +23,11 @@ class BatchRules:
     max_tokens: int
     evaluation_tokens: int
     area_cost: float = 0.0
+    whole_lists: bool = False
 
     def for_evaluation(self) -> "BatchRules":
-        return dataclasses.replace(self, max_tokens=self.evaluation_tokens)
+        """Where no loss needs a list whole."""
+        return dataclasses.replace(self, max_tokens=self.evaluation_tokens, whole_lists=False)
 
     def of_group(self, size: int) -> "BatchRules":
         """For `size` devices that compute a micro-batch together, each its share of the positions."""

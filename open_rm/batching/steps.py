@@ -12,7 +12,13 @@ LOOKAHEAD_GROUPS = 64  # how far a grouped step looks for a group that still fit
 
 
 def draw_steps(
-    pairs: int, pairs_per_step: int, total_episodes: int, seed: int, *, prompt_ids: np.ndarray | None = None
+    pairs: int,
+    pairs_per_step: int,
+    total_episodes: int,
+    seed: int,
+    *,
+    prompt_ids: np.ndarray | None = None,
+    list_ids: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The pair indices of each optimizer step, in order; stops after `total_episodes` pairs.
 
@@ -22,15 +28,18 @@ def draw_steps(
         prompt_ids: [pairs], to keep the pairs of a prompt in one step (InstructGPT, https://arxiv.org/abs/2203.02155,
             section 3.5: one batch element per prompt). Prompts are drawn then; a step is filled as far as groups fit,
             and only a group larger than a step is cut.
+        list_ids: [pairs], to keep the pairs of a ranked list in one step, as losses of lists ask: lists are drawn then as
+            prompts are, or where there are prompts too, one that is larger than a step is cut between its lists. Of a list that
+            the last step begins, what `total_episodes` leaves of it is taken.
     """
     epoch = 0
     while total_episodes > 0:
         rng = np.random.default_rng((seed, epoch))
-        if prompt_ids is None:
+        if prompt_ids is None and list_ids is None:
             order = rng.permutation(pairs)
             drawn = (order[start : start + pairs_per_step] for start in range(0, pairs, pairs_per_step))
         else:
-            drawn = _grouped(prompt_ids, pairs_per_step, rng)
+            drawn = _grouped(prompt_ids, list_ids, pairs_per_step, rng)
         for step in drawn:
             step = step[:total_episodes]
             total_episodes -= len(step)
@@ -39,9 +48,14 @@ def draw_steps(
         epoch += 1
 
 
-def _grouped(prompt_ids: np.ndarray, pairs_per_step: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    groups = groups_of(prompt_ids)
+def _grouped(
+    prompt_ids: np.ndarray | None, list_ids: np.ndarray | None, pairs_per_step: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """One epoch. At least one of both is given."""
+    groups = groups_of(list_ids if prompt_ids is None else prompt_ids)
     pending = deque(groups[i] for i in rng.permutation(len(groups)))
+    if list_ids is not None:
+        pending = deque(part for group in pending for part in _in_lists(group, list_ids, pairs_per_step))
     while pending:
         step, size, passed = [], 0, []
         while pending and size < pairs_per_step and len(passed) < LOOKAHEAD_GROUPS:
@@ -56,6 +70,13 @@ def _grouped(prompt_ids: np.ndarray, pairs_per_step: int, rng: np.random.Generat
                 passed.append(group)
         pending.extendleft(reversed(passed))
         yield np.concatenate(step)
+
+
+def _in_lists(group: np.ndarray, list_ids: np.ndarray, pairs_per_step: int) -> list[np.ndarray]:
+    """The group where it fits into a step, else its lists."""
+    if len(group) <= pairs_per_step:
+        return [group]
+    return [group[part] for part in groups_of(list_ids[group])]
 
 
 def groups_of(ids: np.ndarray) -> list[np.ndarray]:

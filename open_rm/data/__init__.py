@@ -28,7 +28,9 @@ tokenizer     pad, end and reward token, chat template
 encoding      pairs to text, text to token ids, cut to the limits
 printed       whether a chat template prints all that a conversation holds
 preparation   a block of rows to token ids: read, render, encode, judge; in one process or several
+schema        the columns of the cache
 prefixes      which sequences begin alike, and what sharing that saves
+prefix_order  the same for all prompts of a data set, block by block
 cache         a folder built once, by one process, found again, verified
 building      all of a mixer list to a cache
 pairs         what everybody reads: token ids, and columns of numbers

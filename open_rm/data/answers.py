@@ -34,7 +34,8 @@ class Answers:
     form: what the log calls the row.  plan: which column was what.
     several: rows of this form hold several answers, so that they get a list of scores, even of one.
     given: how good the row says that each is, higher is better: its scores; 1 for the better and 0 for the other of two, 0.5
-        for both of a tie. None where it says nothing that can be read.
+        for both of a tie; p and 1 - p where it says how probable it is that the first is the better one. None where it says
+        nothing that can be read.
     oddities: what a person should hear of (rows.ODDITIES).
     """
 
@@ -169,6 +170,7 @@ def _given(values: Values, count: int) -> list[float | None] | None:
             return [lower * labels.number(name, found[name]) for name in ("score_a", "score_b")]
         if plan.form.tie and values.row.get(plan.form.tie[0]) == plan.form.tie[1]:
             return [0.5] * count
+        p = labels.probability(found) if count == 2 else None
         if plan.shape in ("winner", "strength"):
             is_winner = plan.shape == "winner"
             winner = (
@@ -176,7 +178,10 @@ def _given(values: Values, count: int) -> list[float | None] | None:
                 if is_winner
                 else labels.winner_of_strength(found["strength"])[0]
             )
-            return {"a": [1.0, 0.0], "b": [0.0, 1.0], "tie": [0.5, 0.5]}[winner]
+            p = 1.0 if p is None else p
+            return {"a": [p, 1 - p], "b": [1 - p, p], "tie": [0.5, 0.5]}[winner]
+        if p is not None and plan.shape != "two answers":
+            return [p, 1 - p]
     except UserError:  # an unknown label is no fault of a row that is scored
         return None
     if plan.shape == "pairs":

@@ -23,15 +23,16 @@ from open_rm.data import cache, grouping, preparation
 from open_rm.data.counts import Counts, columns_line, source_line
 from open_rm.data.mixer import MOST_PASSES, Source, parse_mixer
 from open_rm.data.pairs import PreferenceData
-from open_rm.data.preparation import SCHEMA, Policy
+from open_rm.data.preparation import Policy, Taken
 from open_rm.data.readers import BLOCK_ROWS, Opened, open_source
 from open_rm.data.reading import Reading, reading_of_source
 from open_rm.data.rows import most_pairs
+from open_rm.data.schema import SCHEMA
 from open_rm.data.tokenizer import fingerprint
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
-CACHE_VERSION = "9"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "10"  # raise when the meaning of a cached column changes
 COUNT_BAD_ROWS_SECONDS = 10.0
 
 
@@ -166,7 +167,7 @@ class _Writing:
                 kept += done.batch.num_rows
             elif bad.is_patience_over():
                 break
-            bar.update(sum(times for *_, times in block))
+            bar.update(sum(taken.times for taken in block))
         bar.close()
         bad.check(opened.size)
         self.left -= len(skipped)
@@ -231,7 +232,7 @@ def _blocks(rows, copies: np.ndarray, reading: Reading) -> Iterator[preparation.
     for (place, row), times in zip(rows, copies, strict=True):
         for start in range(0, int(times), BLOCK_ROWS):
             taken = min(BLOCK_ROWS, int(times) - start)
-            block.append((place, row, taken))
+            block.append(Taken(place, row, taken, start))
             pairs += taken * most_pairs(row, reading)
             if pairs >= BLOCK_ROWS:
                 yield block

@@ -8,7 +8,18 @@ import re
 from dataclasses import dataclass
 
 from open_rm.data import labels
-from open_rm.data.forms import DECIDING, OPTIONAL, OWN_FORMS, OWN_NAMES, SCORED_FORMS, SCORED_SHAPES, SHAPES, Form
+from open_rm.data.forms import (
+    DECIDING,
+    OPTIONAL,
+    OWN_FORMS,
+    OWN_NAMES,
+    SCORED_FORMS,
+    SCORED_SHAPES,
+    SHAPES,
+    SOFT,
+    VOTES,
+    Form,
+)
 from open_rm.data.lookup import Lookup, parse_lookup
 from open_rm.data.messages import is_message, parsed_json
 from open_rm.data.public_sets import FORMS
@@ -69,7 +80,7 @@ BESIDE = set(
         "status",
     ]
 )
-ALWAYS = ("margin", "tools", "chat_template_kwargs")  # of forms.OPTIONAL, read in public sets' forms too
+ALWAYS = ("margin", "tools", "chat_template_kwargs", *SOFT)  # of forms.OPTIONAL, read in public sets' forms too
 # Two columns of scores beside chosen and rejected: whether they agree with it is counted.
 TWINS = (
     ("score_chosen", "score_rejected"),
@@ -147,6 +158,7 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
     _check_used(mapped, shape)
     if not reading.to_score:
         _check_meaning(form, reading, shape, values)
+        _check_soft(shape, {ours: values[ours] for ours in SOFT if ours in values and _is_filled(values[ours], filled)})
     meant = reading.label_values or form.labels
     lower = form.lower_is_better if reading.lower_is_better is None else reading.lower_is_better
     return Plan(form, shape, values, chat, meant, lower, unread, twins)
@@ -204,6 +216,39 @@ def _check_meaning(form: Form, reading: Reading, shape: str, values: dict[str, L
             f"{values['responses'].text} and {values['scores'].text} do not have the same numbers ({', '.join(numbers[0])} and "
             f"{', '.join(numbers[1])}), so it is not known which score is whose; correct the row"
         )
+
+
+def _check_soft(shape: str, given: dict[str, Lookup]) -> None:
+    """A probability or votes are about two sides, and one of both says it. given: those that have a value."""
+    if not given:
+        return
+    ours, where = next((ours, lookup.written) for ours, lookup in given.items())
+    leave = f"leave {where} out with --ignore_columns {where}"
+    if shape in ("ranked", "rows"):
+        what = "a ranked list" if shape == "ranked" else "rows of one answer"
+        raise UserError(
+            f"{where} is read as {ours}, which says how sure it is that one of two answers is the better one, and {what} may "
+            f"give many pairs; write a row for each pair, or {leave}"
+        )
+    if "label_prob" in given and len(given) > 1:
+        votes = next(given[name].written for name in VOTES if name in given)
+        raise UserError(
+            f"{where} and {votes} both say how sure it is that chosen is the better one; leave one of them out with "
+            "--ignore_columns"
+        )
+    if ours in VOTES and shape in ("winner", "strength", "two scores"):
+        raise UserError(
+            f"{where} counts votes for chosen or rejected, and rows of response_a and response_b have neither; name the two "
+            f"answers chosen and rejected, or {leave}"
+        )
+    if ours in VOTES and len(given) == 1:
+        other = VOTES[ours == VOTES[0]]
+        raise UserError(f"{where} says how many chose one side, and there is no value for {other}; add it, or {leave}")
+
+
+def _is_filled(lookup: Lookup, filled: set[str]) -> bool:
+    """Whether a column that is looked into has a value."""
+    return bool(set(lookup.columns) & filled)
 
 
 def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -> Form:

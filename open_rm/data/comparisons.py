@@ -4,6 +4,7 @@ labels.py says what a label, a strength or scores mean; here they meet the row's
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from open_rm.data import labels, sides
 from open_rm.data.columns import Plan, columns_of, suspicion
@@ -11,7 +12,20 @@ from open_rm.data.messages import check_messages, from_json, has_turn, is_messag
 from open_rm.data.reading import SCORES, Reading
 from open_rm.errors import UserError, quote
 
-Unchecked = tuple[object, object, object, float | None]  # prompt, chosen, rejected, margin
+
+class Unchecked(NamedTuple):
+    """A pair whose sides are not yet checked.
+
+    margin: by how much the better side is better.  label_prob: how probable it is that chosen is that side, 0 to 1.
+    levels: places in a list of the better side and of the other one.
+    """
+
+    prompt: object
+    chosen: object
+    rejected: object
+    margin: float | None = None
+    label_prob: float = 1.0
+    levels: tuple[int, int] = (0, 1)
 
 
 @dataclass
@@ -20,6 +34,7 @@ class Values:
 
     row: as it stands in the file.  found: our column -> value.
     oddities: what is odd and yet readable, gathered on the way: keys of rows.ODDITIES.
+    probability: that chosen, or the winner, is the better one, where the row says it.
     """
 
     row: dict
@@ -27,6 +42,12 @@ class Values:
     reading: Reading
     found: dict
     oddities: list[str] = field(default_factory=list)
+    probability: float | None = None
+
+    @property
+    def keep_ties(self) -> bool:
+        """Whether two answers that are as good are a pair; where the row itself says 0.5 they always are."""
+        return self.reading.keep_ties or self.probability == labels.TIE
 
     def messages(self, name: str) -> list[dict]:
         """One of our columns as checked messages."""
@@ -34,10 +55,46 @@ class Values:
 
 
 def comparisons(values: Values) -> tuple[list[Unchecked], int]:
-    """([(prompt, chosen, rejected, margin)], ties)"""
+    """(pairs, ties that are not among them)"""
+    values.probability = labels.probability(values.found)
+    tie = values.plan.form.tie
+    is_tie = bool(tie) and values.row.get(tie[0]) == tie[1]
+    pairs, ties = ([], 1) if is_tie and not values.keep_ties else _decided(values)
+    pairs = [_tied(pair) for pair in pairs] if is_tie else pairs
+    return (pairs, ties) if values.probability is None else (_as_probable(values, pairs, ties), ties)
+
+
+def _tied(pair: Unchecked) -> Unchecked:
+    """The same as a tie."""
+    return pair._replace(margin=None if pair.margin is None else 0.0, label_prob=labels.TIE, levels=(0, 0))
+
+
+def _as_probable(values: Values, pairs: list[Unchecked], ties: int) -> list[Unchecked]:
+    """The pair of a row that says how probable it is that chosen is the better one."""
+    p = values.probability
+    if len(pairs) + ties > 1:
+        raise UserError(
+            f"the row gives {len(pairs) + ties} pairs, and its one probability ({p:g}) cannot be that of all; write a row for "
+            "each pair"
+        )
+    if p != labels.TIE and (ties or pairs[0].label_prob == labels.TIE):
+        raise UserError(
+            f"the row is a tie, and its votes or label_prob say {p:g} for one side; correct it, or leave one of both out with "
+            "--ignore_columns"
+        )
+    if p == labels.TIE:
+        return [_tied(pair) for pair in pairs]
+    if p < labels.TIE:
+        where = (
+            "label_prob below 0.5" if values.found.get("label_prob") not in (None, "") else "more votes for rejected"
+        )
+        values.oddities.append(f"less likely: {where}")
+    return [pair._replace(label_prob=p) for pair in pairs]
+
+
+def _decided(values: Values) -> tuple[list[Unchecked], int]:
+    """The pairs and the ties that are dropped, by what decides in a row of this shape."""
     found, shape, prompt = values.found, values.plan.shape, values.found.get("prompt")
-    if (tie := values.plan.form.tie) and values.row.get(tie[0]) == tie[1]:
-        return [], 1
     if shape == "ranked" or "responses" in found:
         return _of_list(values, prompt)
     if shape in ("winner", "strength", "two scores"):
@@ -48,7 +105,7 @@ def comparisons(values: Values) -> tuple[list[Unchecked], int]:
     given = two_sides(values)
     if given is None:  # one answer alone prefers nothing
         raise UserError("a row of one answer among rows of other forms; name its form with --dataset_format")
-    return [(*given, margin)], 0
+    return [Unchecked(*given, margin)], 0
 
 
 def two_sides(values: Values) -> tuple[object, object, object] | None:
@@ -106,9 +163,19 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
     pairs = labels.ranked(responses, scores, values.plan.lower_is_better)
     if reading.lower_is_better is None and not form.lower_is_better and labels.looks_like_ranks(scores):
         values.oddities.append("ranks")
-    kept = [pair for pair in pairs if pair]
+    kept = [pair for pair in pairs if not pair.alike and (values.keep_ties or not pair.is_tie)]
     with_margin = reading.margin_from is not None
-    return [(prompt, a, b, lead if with_margin else None) for a, b, lead in kept], len(pairs) - len(kept)
+    return [
+        Unchecked(
+            prompt,
+            pair.better,
+            pair.worse,
+            pair.lead if with_margin else None,
+            labels.TIE if pair.is_tie else 1.0,
+            pair.levels,
+        )
+        for pair in kept
+    ], len(pairs) - len(kept)
 
 
 def responses_of(given: object) -> object:
@@ -154,16 +221,29 @@ def _of_two(values: Values) -> tuple[list[Unchecked], int]:
         winner, lead = labels.winner_of_strength(found["strength"])
     else:
         winner, lead = labels.winner_of_scores(found, plan.lower_is_better)
-    if winner == "tie":
+    # A set's word for "nobody voted" may be among its ties, and says nothing that could be trained on.
+    is_voted = plan.shape != "winner" or str(found["winner"]).strip().lower() != "none"
+    if winner == "tie" and not (values.keep_ties and is_voted):
         return [], 1
     prompt, two = two_answers(values)
     margin_from = values.reading.margin_from
     is_margin = margin_from == (SCORES,) or (margin_from is None and plan.shape == "strength")
+    if winner == "tie":
+        has_margin = is_margin or margin_from or found.get("margin") not in (None, "")
+        return [_tied(Unchecked(prompt, *two, 0.0 if has_margin else None))], 0
     if not (is_margin and lead is not None) or found.get("margin") not in (None, ""):
         lead = _margin(values, swapped=winner == "b")
-    if margin_from and lead == 0:
-        return [], 1
-    return [(prompt, *(two if winner == "a" else reversed(two)), lead)], 0
+    else:
+        lead = _checked_margin(values, lead, plan.shape)
+    pair = Unchecked(prompt, *(two if winner == "a" else reversed(two)), lead)
+    if _is_equal(values, lead):
+        return ([_tied(pair)], 0) if values.keep_ties else ([], 1)
+    return [pair], 0
+
+
+def _is_equal(values: Values, margin: float | None) -> bool:
+    """Whether the scores of --margin_from are equal, where nothing else says how sure it is who won."""
+    return bool(values.reading.margin_from) and margin == 0 and values.probability is None
 
 
 def _up_to(turns: int, side: object) -> object:
@@ -191,11 +271,12 @@ def _of_sides(values: Values, prompt) -> tuple[list[Unchecked], int]:
     if {"chosen", "rejected"} <= values.reading.column_map.keys():
         _check_no_label_is_left(values)
     margin = _margin(values)
-    if values.reading.margin_from and margin == 0:
-        return [], len(chosen) * len(rejected)
+    pairs = [Unchecked(prompt, good, bad, margin) for good in chosen for bad in rejected]
+    if _is_equal(values, margin):
+        return ([_tied(pair) for pair in pairs], 0) if values.keep_ties else ([], len(pairs))
     if values.plan.twins:
         _compare_twins(values, values.plan.twins)
-    return [(prompt, good, bad, margin) for good in chosen for bad in rejected], 0
+    return pairs, 0
 
 
 def _check_no_label_is_left(values: Values) -> None:
@@ -236,7 +317,7 @@ def _compare_twins(values: Values, twins: tuple[str, str]) -> None:
 
 
 def _margin(values: Values, swapped: bool = False) -> float | None:
-    """By how much chosen is better; never negative. swapped: of labelled rows, whose columns are those of a and b."""
+    """By how much the better side is better; never negative. swapped: of labelled rows, whose columns are those of a and b."""
     names, row = values.reading.margin_from, values.row
     if names == (SCORES,):
         raise UserError(
@@ -247,14 +328,28 @@ def _margin(values: Values, swapped: bool = False) -> float | None:
             raise UserError(f"no value for {lacking[0]}, which --margin_from names; {columns_of(row)}")
         first, second = (labels.number(name, row[name]) for name in names)
         margin = second - first if swapped else first - second
+        name = f"{names[0]} - {names[1]}"
     elif values.found.get("margin") in (None, ""):
         return None
     else:
         margin = labels.number("margin", values.found["margin"])
-    if margin < 0:
-        where = f"{names[0]} - {names[1]}" if names else "the margin"
+        name = "the margin"
+    return _checked_margin(values, margin, name)
+
+
+def _checked_margin(values: Values, margin: float, name: str) -> float:
+    """The margin of the side that is better by label_prob or by votes, where the row has them, else of chosen."""
+    p = values.probability
+    if p is not None and p < labels.TIE:
+        if margin > 0:
+            raise UserError(
+                f"{name} is {margin:g}, which says that chosen is the better one, and label_prob or the votes say so with "
+                f"{p:g} alone; correct the row, or leave one of both out with --ignore_columns"
+            )
+        return abs(margin)
+    if margin < 0 and p != labels.TIE:
         raise UserError(
-            f"{where} is {margin:g}, which says that rejected is the better one; correct the row, swap the columns, or leave "
+            f"{name} is {margin:g}, which says that rejected is the better one; correct the row, swap the columns, or leave "
             "margins out"
         )
     return margin

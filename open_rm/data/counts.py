@@ -7,7 +7,7 @@ and judged by the inspection.
 from dataclasses import dataclass, field
 
 from open_rm.data.columns import Plan, suspicion
-from open_rm.data.forms import TARGETS
+from open_rm.data.forms import SOFT, TARGETS
 from open_rm.data.grouping import Joined
 from open_rm.data.rows import ODDITIES, Row
 
@@ -18,13 +18,16 @@ LOOKED_AT = 20  # values of an unread column, in each block, that are looked at 
 class Counts:
     """dropped, oddities: what -> {count, first place}, of pairs and of rows.  forms: form -> rows.
 
-    ties: pairs that prefer neither side.  truncated: pairs that were cut; promptless: those that lost their whole prompt.
+    ties: pairs that prefer neither side and are left out.  ties_trained: those that are kept, with a label_prob of 0.5.
+    soft_labels: pairs that are kept with one between 0.5 and 1.  truncated: pairs that were cut; promptless: those that lost their whole prompt.
     read: our column -> where it stood.  unread: column -> {says: what its name or content says it is, or None; first}.
     held_out_form: rows of a form that is a benchmark's.
     """
 
     forms: dict[str, int] = field(default_factory=dict)
     ties: int = 0
+    ties_trained: int = 0
+    soft_labels: int = 0
     truncated: int = 0
     promptless: int = 0
     dropped: dict[str, dict] = field(default_factory=dict)
@@ -36,6 +39,13 @@ class Counts:
     def drop(self, reason: str, pairs: int, place: str) -> None:
         """Count dropped pairs."""
         _count(self.dropped, reason, pairs, place)
+
+    def add_label(self, label_prob: float, pairs: int) -> None:
+        """Count kept pairs by how sure it is that chosen is the better one."""
+        if label_prob == 0.5:
+            self.ties_trained += pairs
+        elif label_prob < 1:
+            self.soft_labels += pairs
 
     def add_rows(self, rows: list[tuple[str, dict, Row, int]]) -> None:
         """Count rows that were read: (place, as it stands in the file, as it was read, times it is taken)."""
@@ -74,7 +84,7 @@ class Counts:
         for mine, theirs in ((self.dropped, other.dropped), (self.oddities, other.oddities)):
             for what, entry in theirs.items():
                 _count(mine, what, entry["count"], entry["first"])
-        for name in ("ties", "truncated", "promptless", "held_out_form"):
+        for name in ("ties", "ties_trained", "soft_labels", "truncated", "promptless", "held_out_form"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.read = other.read | self.read
         for name, entry in other.unread.items():
@@ -98,6 +108,10 @@ def source_line(fact: dict) -> str:
         f"{fact['taken']} taken",
     ]
     parts += [f"{fact['ties']} ties"] if fact["ties"] else []
+    if fact["ties_trained"]:
+        flag = "" if set(SOFT) & fact["read"].keys() else " (--keep_ties)"  # else some may be by their label_prob
+        parts.append(f"{fact['ties_trained']} ties trained{flag}")
+    parts += [f"{fact['soft_labels']} pairs with a soft label"] if fact["soft_labels"] else []
     for key, entry in fact["oddities"].items():
         parts.append(f"{entry['count']} rows {oddity_sentence(key)} (first {entry['first']})")
     for reason, drop in fact["dropped"].items():

@@ -30,8 +30,11 @@ SCORED_SHAPES = {
 }
 # Of these, what says who won.
 DECIDING = ("winner", "strength", "score_a", "score_b", "score", "scores", "margin")
-# Our columns that may stand beside any of them.
-OPTIONAL = ("system", "history", "prompt", "tools", "chat_template_kwargs", "margin")
+# How sure it is that chosen is the better one: a probability, or how many voted for each.
+VOTES = ("n_chosen", "n_rejected")
+SOFT = ("label_prob", *VOTES)
+# Our columns that may stand beside any of them; those of SOFT beside two sides alone.
+OPTIONAL = ("system", "history", "prompt", "tools", "chat_template_kwargs", "margin", *SOFT)
 TARGETS = (
     *OPTIONAL[:3],
     *(name for names in SHAPES.values() for name in names),

@@ -35,6 +35,25 @@ several answers, of which every chosen one is over every rejected one. `winner` 
 `strength` is above 0 where `response_a` is better, below 0 where `response_b` is; `responses` without `scores` are in order,
 the best first. Ties, answers that are alike and equal scores give no pair and are counted.
 
+How sure it is that `chosen` is the better one may stand beside two sides, in any set:
+
+| columns | say |
+| --- | --- |
+| `label_prob` | the probability that `chosen` (of labelled rows: the winner) is the better one, 0 to 1; 1 where it is empty |
+| `n_chosen`, `n_rejected` | how many voted for each; the probability is their share. Not beside `response_a` and `response_b` |
+
+Below 0.5 the sides change places, and the probability and margin become those of the new order; that is counted. A margin that
+says otherwise is refused, since it would be no margin of the new order. At 0.5 the row is a tie, which is trained towards equal
+rewards. Ranked lists, rows of one answer, and rows that give several pairs can have neither of them.
+
+`--keep_ties` makes pairs with a probability of 0.5, and a margin of 0, of labelled ties, a `strength` of 0, equal scores and tied
+answers of a list; `chosen` is the one that stands first. Answers that are alike still give no pair, nor does a row that
+nobody voted on.
+
+All pairs of one row are one list (`--list_loss`): of ranked responses, of answers joined by their prompt, of several chosen
+and rejected answers. Answers with equal scores have the same place in it. A row that is taken twice is two lists, and a pair that
+is filtered by its length is missing from its list.
+
 ## Rows in other columns
 
 `--column_map ours=theirs` says where our columns stand:

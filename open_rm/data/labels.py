@@ -8,10 +8,13 @@ import itertools
 import math
 import re
 from decimal import Decimal
+from typing import NamedTuple
 
+from open_rm.data.forms import SOFT, VOTES
 from open_rm.errors import UserError, quote
 
 SIDES = ("a", "b", "tie")
+TIE = 0.5  # the probability that the first of two is the better one, where both are as good
 WINNERS = {name + side: side for name in ("", "response_", "model_") for side in "ab"}
 TRUTH = {"true": 1, "false": 0}  # of answers that are right or wrong, also as text (csv)
 TIES = ("tie", "both_bad", "bothbad", "both bad", "both_good", "neither")
@@ -26,6 +29,31 @@ def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
         raise UserError(f"{name} holds {quote(value)}, which is not a finite number; correct or remove it")
     return float(value)
+
+
+def probability(found: dict) -> float | None:
+    """How probable it is that chosen is the better one, by label_prob or by votes; None where the row does not say."""
+    given = {name: value for name in SOFT if (value := found.get(name)) not in (None, "")}
+    if not given:
+        return None
+    if "label_prob" in given:
+        p = number("label_prob", given["label_prob"])
+        if not 0 <= p <= 1:
+            raise UserError(f"label_prob is {p:g}, which is no probability; it must be from 0 to 1")
+        return TIE if abs(p - TIE) < 1e-7 else p  # what the cache's float32 cannot tell from a tie is one
+    if lacking := [name for name in VOTES if name not in given]:
+        raise UserError(f"no value for {lacking[0]}, beside the votes for the other side; correct or remove the row")
+    for_chosen, for_rejected = (_votes(name, given[name]) for name in VOTES)
+    if for_chosen + for_rejected == 0:
+        raise UserError(f"{VOTES[0]} and {VOTES[1]} are both 0, so nobody says which is better; remove the row")
+    return for_chosen / (for_chosen + for_rejected)
+
+
+def _votes(name: str, value: object) -> float:
+    votes = number(name, value)
+    if votes < 0 or not votes.is_integer():
+        raise UserError(f"{name} is {votes:g}, which is no number of votes; it must be a whole number, 0 or more")
+    return votes
 
 
 def winner_of(value: object, meant: dict[str, str]) -> str:
@@ -59,13 +87,27 @@ def winner_of_strength(value: object) -> tuple[str, float]:
     return ("a" if strength > 0 else "b" if strength < 0 else "tie"), abs(strength)
 
 
-def ranked(
-    responses: object, scores: object, lower_is_better: bool
-) -> list[tuple[object, object, float | None] | None]:
-    """All pairs (better, worse, lead) of a ranked list, the best first; None for a tie.
+class Ranked(NamedTuple):
+    """Two answers of a ranked list, the better one first, or of two that are as good the one that stands first.
 
-    Without scores the list is in order, the best first, and a lead is None. Two responses alike are a tie.
+    lead: difference of their scores; None without scores.  levels: their places in the list, 0 the best; equal scores have
+    equal ones.  alike: the answers are the same.
     """
+
+    better: object
+    worse: object
+    lead: float | None
+    levels: tuple[int, int]
+    alike: bool
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether both have the same score."""
+        return self.levels[0] == self.levels[1]
+
+
+def ranked(responses: object, scores: object, lower_is_better: bool) -> list[Ranked]:
+    """All pairs of a ranked list, the best first. Without scores the list is in order, the best first."""
     if not isinstance(responses, list) or len(responses) < 2:
         what = f"{len(responses)} responses" if isinstance(responses, list) else type(responses).__name__
         raise UserError(f"responses must be a list of at least 2 responses, not {what}; correct or remove the row")
@@ -79,11 +121,12 @@ def ranked(
     if lower_is_better and not in_order:
         values = [-value for value in values]
     order = sorted(range(len(values)), key=lambda i: -values[i])  # stable: equal scores stay in the file's order
-    pairs: list[tuple | None] = []
-    for better, worse in itertools.combinations(order, 2):
-        tie = values[better] == values[worse] or responses[better] == responses[worse]
-        lead = None if in_order else values[better] - values[worse]
-        pairs.append(None if tie else (responses[better], responses[worse], lead))
+    level = {value: place for place, value in enumerate(sorted(set(values), reverse=True))}
+    pairs = []
+    for i, j in itertools.combinations(order, 2):
+        lead = None if in_order else values[i] - values[j]
+        levels = level[values[i]], level[values[j]]
+        pairs.append(Ranked(responses[i], responses[j], lead, levels, responses[i] == responses[j]))
     return pairs
 
 

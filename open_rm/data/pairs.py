@@ -2,20 +2,26 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
+
+from open_rm.data.prefix_order import PromptOrder, find_order
+from open_rm.data.prefixes import best_sharing
 
 
 @dataclass(frozen=True)
 class PairTable:
-    """What is known of each pair without its tokens. All [pairs].
+    """What is known of each pair without its tokens, all [pairs], and which prompts begin alike.
 
     chosen_length, rejected_length: tokens.  shared_length: tokens that the two sides have in common from the start.
     prompt_length: tokens of the prompt.  chosen_id, rejected_id: equal where the tokens are equal.
     prompt_id: equal where the prompts were equal before they were cut; a pair without a prompt has one of its own.
+    list_id: equal for the pairs of one ranked list; a pair of no list has one of its own.
+    prompt_order: gives the order of all cut prompts, found at the first call; None: whether prompts begin alike isn't known.
     """
 
     chosen_length: np.ndarray
@@ -25,6 +31,8 @@ class PairTable:
     prompt_id: np.ndarray
     chosen_id: np.ndarray
     rejected_id: np.ndarray
+    list_id: np.ndarray
+    prompt_order: Callable[[], PromptOrder] | None = None
 
     def __len__(self) -> int:
         return len(self.chosen_length)
@@ -36,13 +44,27 @@ class PairTable:
         """
         return self.prompt_id[indices] ^ (self.prompt_length[indices] << 40)  # ids are hashes, all their bits random
 
+    def typical_header(self, least: int) -> int:
+        """Tokens of the header behind which the median pair stands, 0 where most pairs have none.
+
+        least: tokens; prompts that have fewer in common at their start share none.
+        """
+        if self.prompt_order is None or not len(self):
+            return 0
+        prompts, number = np.unique(self.cut_prompt_ids(np.arange(len(self))), return_inverse=True)
+        order, overlaps = self.prompt_order().overlaps(prompts)
+        header = np.zeros(len(prompts), np.int64)
+        for one in best_sharing(overlaps.tolist(), least=least):
+            header[order[one.places]] = one.shared
+        return int(np.quantile(header[number], 0.5, method="lower"))
+
 
 @dataclass(frozen=True)
 class PreferenceData:
     """Tokenized pairs.
 
-    dataset: columns chosen_input_ids, rejected_input_ids, those of PairTable, margin (NaN where there is none), source
-        (index into labels) and place (file and row).
+    dataset: columns chosen_input_ids, rejected_input_ids, those of PairTable, margin (NaN where there is none), label_prob,
+        chosen_level, rejected_level, source (index into labels) and place (file and row).
     labels: one per source.  lines: one or more per source on what was read, dropped and kept, for the log.
     kind: what the rows were: text, messages (rendered by the chat template) or token ids.
     facts: one dict per source, what its lines say: label, name, rows, joined (rows of one answer each that became them),
@@ -71,7 +93,17 @@ class PreferenceData:
     @functools.cached_property
     def table(self) -> PairTable:
         """Lengths and ids of all pairs, for planning steps."""
-        return PairTable(**{field.name: self._column(field.name) for field in dataclasses.fields(PairTable)})
+        columns = [field.name for field in dataclasses.fields(PairTable) if field.name != "prompt_order"]
+        return PairTable(**{name: self._column(name) for name in columns}, prompt_order=self.prompt_order)
+
+    def prompt_order(self) -> PromptOrder:
+        """The cut prompts of all pairs, those that begin alike side by side."""
+        return self._prompt_order
+
+    @functools.cached_property
+    def _prompt_order(self) -> PromptOrder:
+        ids, rows, limits = shareable(self.table)
+        return find_order(ids, self._arrow("chosen_input_ids"), rows, limits)
 
     def source_ids(self) -> np.ndarray:
         """[pairs] index into labels."""
@@ -83,10 +115,35 @@ class PreferenceData:
 
     def margins(self) -> np.ndarray:
         """[pairs] float32, NaN where a row has none."""
-        return np.array(self.dataset.with_format("arrow", columns=["margin"])[:]["margin"])
+        return np.array(self._arrow("margin"))
+
+    def label_probs(self) -> np.ndarray:
+        """[pairs] float32, how likely chosen is the better one: 1 where a row says nothing, 0.5 of a tie."""
+        return np.array(self._arrow("label_prob"))
+
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """([pairs], [pairs]) int32, the places of chosen and of rejected in their list: 0 the best, equal ones of a tie."""
+        return np.array(self._arrow("chosen_level")), np.array(self._arrow("rejected_level"))
 
     def _column(self, name: str) -> np.ndarray:
-        return np.array(self.dataset.with_format("arrow", columns=[name])[:][name]).astype(np.int64)
+        return np.array(self._arrow(name)).astype(np.int64)
+
+    def _arrow(self, name: str) -> pa.ChunkedArray:
+        return self.dataset.with_format("arrow", columns=[name])[:][name]
+
+
+def shareable(table: PairTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids of the cut prompts, rising; a pair of each; tokens of each that other prompts may share), all [prompts].
+
+    All sequences of a prompt begin with these tokens: of a single pair what its sides have in common, of several at most the
+    prompt, as dealing plans them (batching/work.py).
+    """
+    cut = table.cut_prompt_ids(np.arange(len(table)))
+    ids, rows, number, pairs = np.unique(cut, return_index=True, return_inverse=True, return_counts=True)
+    at_most_prompt = np.minimum(table.prompt_length, table.shared_length)
+    limits = np.full(len(ids), np.iinfo(np.int64).max)
+    np.minimum.at(limits, number, np.where(pairs[number] > 1, at_most_prompt, table.shared_length))
+    return ids, rows, limits
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:

@@ -6,7 +6,6 @@ number of processes changes nothing but the time.
 """
 
 import gc
-import hashlib
 import multiprocessing
 import os
 from collections import deque
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,34 +22,32 @@ from transformers import PreTrainedTokenizerBase
 from open_rm.data import encoding
 from open_rm.data.counts import Counts
 from open_rm.data.encoding import PairIds, PairText
-from open_rm.data.pairs import common_prefix
 from open_rm.data.printed import check_printed
 from open_rm.data.rows import Preference, Reading, Row, read_row
+from open_rm.data.schema import Kept, content_id, list_id, record_batch
 from open_rm.data.tokenizer import reward_id_of, reward_token_of
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
-SCHEMA = pa.schema(
-    {
-        "chosen_input_ids": pa.list_(pa.int32()),
-        "rejected_input_ids": pa.list_(pa.int32()),
-        "chosen_length": pa.int32(),
-        "rejected_length": pa.int32(),
-        "prompt_length": pa.int32(),
-        "shared_length": pa.int32(),
-        "prompt_id": pa.int64(),
-        "chosen_id": pa.int64(),
-        "rejected_id": pa.int64(),
-        "margin": pa.float32(),
-        "source": pa.int32(),
-        "place": pa.string(),
-    }
-)
 # Text of more characters is dropped unread: a tokenizer may need minutes for it, and it is too long in any case.
 LONGEST_TEXT = 1_000_000
 CHARACTERS_PER_TOKEN = 20
 IMPLIED_PROMPT_TOKENS = 8
-Block = list[tuple[str, object, int]]  # (place, row or the UserError that reading it gave, times it is taken)
+
+
+class Taken(NamedTuple):
+    """A row of a block: where it stands, the row or the UserError that reading it gave, and how often it is taken.
+
+    before: how often it was already taken, since a row that is taken very often is dealt to several blocks.
+    """
+
+    place: str
+    row: object
+    times: int
+    before: int = 0
+
+
+Block = list[Taken]
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Prepared:
 
 def kind_of(block: Block, reading: Reading) -> str | None:
     """The kind of the first row of a block that can be read; the others must be of it too."""
-    for _, row, _ in block:
+    for _, row, *_ in block:
         try:
             if not isinstance(row, UserError) and (pairs := read_row(row, reading).pairs):
                 return pairs[0].kind
@@ -123,19 +121,20 @@ def prepare_block(block: Block, kind: str | None, source: int, policy: Policy) -
     for one in candidates:
         if one.ids and one.row not in faults and (fault := _fault(one.ids, policy.tokenizer)):
             faults[one.row] = fault
-    done = Prepared(bad=[(block[row][0], faults[row]) for row in sorted(faults)])
+    done = Prepared(bad=[(block[row].place, faults[row]) for row in sorted(faults)])
     good = [(block[number], row) for number, row in rows.items() if number not in faults]
-    done.counts.add_rows([(place, raw, row, times) for (place, raw, times), row in good])
-    done.counts.ties += sum(block[one.row][2] for one in alike if one.row not in faults)
-    kept = _judge([one for one in candidates if one.row not in faults], block, policy, done.counts)
-    done.batch = _record_batch(kept, source)
+    done.counts.add_rows([(one.place, one.row, row, one.times) for one, row in good])
+    done.counts.ties += sum(block[one.row].times for one in alike if one.row not in faults)
+    kept = _judge([one for one in candidates if one.row not in faults], block, source, policy, done.counts)
+    done.batch = record_batch(kept, source)
     return done
 
 
 def _without_ties(candidates: list[Candidate], rows: dict[int, Row]) -> tuple[list[Candidate], list[Candidate]]:
-    """(the others, those of a row of several pairs whose two sides are the same tokens)"""
+    """(the others, those that are ties: their two sides are the same tokens, in a row of several pairs or one that says so)"""
     several = {number for number, row in rows.items() if len(row.pairs) + row.ties > 1}
-    alike = [one for one in candidates if one.row in several and one.ids and one.ids.chosen == one.ids.rejected]
+    same = [one for one in candidates if one.ids and one.ids.chosen == one.ids.rejected]
+    alike = [one for one in same if one.row in several or one.pair.is_tie]
     gone = set(map(id, alike))
     return [one for one in candidates if id(one) not in gone], alike
 
@@ -143,7 +142,7 @@ def _without_ties(candidates: list[Candidate], rows: dict[int, Row]) -> tuple[li
 def _read(block: Block, kind: str | None, policy: Policy, faults: dict[int, str]) -> dict[int, Row]:
     """The rows that can be read, by their number."""
     rows = {}
-    for number, (_, row, _) in enumerate(block):
+    for number, (_, row, *_) in enumerate(block):
         try:
             if isinstance(row, UserError):
                 raise row
@@ -191,19 +190,17 @@ def _encode(candidates: list[Candidate], policy: Policy) -> None:
         one.ids = ids
 
 
-def _judge(
-    candidates: list[Candidate], block: Block, policy: Policy, counts: Counts
-) -> list[tuple[PairIds, int, float | None, str]]:
-    """What is kept, as often as its row is taken: (ids, id of the prompt, margin, place). What is not is counted."""
+def _judge(candidates: list[Candidate], block: Block, source: int, policy: Policy, counts: Counts) -> list[Kept]:
+    """What is kept, as often as its row is taken. What is not is counted."""
     for one in candidates:  # before the others, as their drops are found first
         if one.ids is None:
-            place, _, times = block[one.row]
+            place, _, times, _ = block[one.row]
             counts.drop(f"a side > {policy.most_characters} characters", times, place)
     kept = []
     for one in candidates:
         if one.ids is None:
             continue
-        place, _, times = block[one.row]
+        place, _, times, before = block[one.row]
         ids, reason = _within_limits(one.ids, policy)
         if reason:
             counts.drop(reason, times, place)
@@ -212,7 +209,12 @@ def _judge(
             counts.truncated += times
         if _lost_its_prompt(one.pair, one.ids, ids):
             counts.promptless += times
-        kept += [(ids, _prompt_id(one.pair, one.ids), one.pair.margin, place)] * times
+        counts.add_label(one.pair.label_prob, times)
+        prompt_id, pair = _prompt_id(one.pair, one.ids), one.pair
+        kept += [
+            Kept(ids, prompt_id, pair.margin, place, pair.label_prob, list_id(source, place, before + i), pair.levels)
+            for i in range(times)
+        ]
     return kept
 
 
@@ -358,35 +360,4 @@ def _lost_its_prompt(pair: Preference, ids: PairIds, cut: PairIds) -> bool:
 
 def _prompt_id(pair: Preference, ids: PairIds) -> int:
     """Of the prompt before it is cut; pairs without one are not of the same prompt."""
-    return _content_id(np.array(ids.prompt if _names_prompt(pair, ids) else ids.chosen + ids.rejected, np.int32))
-
-
-def _record_batch(pairs: list[tuple[PairIds, int, float | None, str]], source: int) -> pa.RecordBatch:
-    chosen = [np.array(ids.chosen, np.int32) for ids, *_ in pairs]
-    rejected = [np.array(ids.rejected, np.int32) for ids, *_ in pairs]
-    columns = {
-        "chosen_input_ids": _id_column(chosen),
-        "rejected_input_ids": _id_column(rejected),
-        "chosen_length": [len(ids) for ids in chosen],
-        "rejected_length": [len(ids) for ids in rejected],
-        "prompt_length": [len(ids.prompt) for ids, *_ in pairs],
-        "shared_length": [common_prefix(sides) for sides in zip(chosen, rejected, strict=True)],
-        "prompt_id": [prompt_id for _, prompt_id, *_ in pairs],
-        "chosen_id": [_content_id(ids) for ids in chosen],
-        "rejected_id": [_content_id(ids) for ids in rejected],
-        "margin": [float("nan") if margin is None else margin for *_, margin, _ in pairs],
-        "source": [source] * len(pairs),
-        "place": [place for *_, place in pairs],
-    }
-    return pa.record_batch([pa.array(columns[name.name], name.type) for name in SCHEMA], schema=SCHEMA)
-
-
-def _content_id(ids: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
-
-
-def _id_column(sequences: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.zeros(len(sequences) + 1, np.int32)
-    np.cumsum([len(ids) for ids in sequences], out=offsets[1:])
-    values = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return content_id(np.array(ids.prompt if _names_prompt(pair, ids) else ids.chosen + ids.rejected, np.int32))

@@ -31,6 +31,7 @@ class Reading:
     margin_from: margin = first column - second; or ("scores",).
     parse_hh: HH text becomes messages.  as_messages: so does other text.  None: as the form says.
     ignore: columns, and keys of messages, that are taken as absent.
+    keep_ties: two answers that are as good are a pair too, with a probability of 0.5.
     to_score: rows are scored and not trained on, so they need not say who won (forms.SCORED_FORMS).
     for_all: those of label_values and lower_is_better that were written for every source, and not for this one or its kind.
     """
@@ -44,6 +45,7 @@ class Reading:
     as_messages: bool | None = None
     ignore: tuple[str, ...] = ()
     for_all: tuple[str, ...] = ()
+    keep_ties: bool = False
     to_score: bool = False
     plans: dict = field(default_factory=dict, compare=False, repr=False)  # columns.plan_of's memory
 
@@ -62,7 +64,7 @@ class Reading:
 def reading_of_source(flags: DataFlags, split: str = "train", name: str | None = None, position: int = 0) -> Reading:
     """`make_reading` for a source of the mixer lists."""
     named = (flags.dataset_mixer_list[::2], flags.dataset_mixer_eval_list[::2])
-    return make_reading(flags, split, name, position, named=named)
+    return dataclasses.replace(make_reading(flags, split, name, position, named=named), keep_ties=flags.keep_ties)
 
 
 def make_reading(

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 
 from open_rm.data.columns import Plan, plan_of
-from open_rm.data.comparisons import Values, answers_of, comparisons
+from open_rm.data.comparisons import Unchecked, Values, answers_of, comparisons
 from open_rm.data.conversation import pair_of
 from open_rm.data.forms import OWN_NAMES
 from open_rm.data.grouping import Joined
@@ -47,6 +47,8 @@ class Preference:
 
     prompt, chosen, rejected: all text, all lists of messages, or all lists of token ids (each side complete then).
     margin: by how much chosen is better, where the row says so.  template: what the chat template is given besides.
+    label_prob: how probable it is that chosen is the better one, from 0.5, a tie, to 1.
+    levels: places of chosen and rejected in the row's list, 0 the best; equal in a tie.
     """
 
     prompt: str | list
@@ -54,6 +56,13 @@ class Preference:
     rejected: str | list
     margin: float | None = None
     template: dict = field(default_factory=dict)
+    label_prob: float = 1.0
+    levels: tuple[int, int] = (0, 1)
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether both sides are as good."""
+        return self.label_prob == 0.5
 
     @property
     def kind(self) -> str:
@@ -68,7 +77,7 @@ class Row:
     """A row that could be read.
 
     form: what the log calls it; empty where its ties leave that open.  plan: which column was what.  pairs: one, or those of a ranked list.
-    ties: pairs of it that prefer neither side.  oddities: what a person should hear of, by the keys of ODDITIES.
+    ties: pairs of it that prefer neither side and are not trained on.  oddities: what a person should hear of, by the keys of ODDITIES.
     """
 
     form: str
@@ -91,6 +100,7 @@ ODDITIES = {
     "prefill": "have a prompt that ends with the assistant's turn, so two of its turns follow each other",
     "no prompt": "have no prompt, and text in the column {}, which is not read",
     "nothing there": "have nothing at {}, which --column_map names",
+    "less likely": "have {}, so their sides change places",
     "lonely": "have fewer than two answers and give no pair",
 }
 
@@ -143,17 +153,25 @@ def _assembled(values: Values) -> Row:
     template = template_of(values.found)
     found, ties = comparisons(values)
     form, pairs = None, []
-    for *given, margin in found:
-        form, parts = pair_of(values, template, *given)
-        if parts[1] == parts[2] and len(found) + ties == 1:
+    for one in found:
+        form, parts = pair_of(values, template, one.prompt, one.chosen, one.rejected)
+        if parts[1] == parts[2] and len(found) + ties == 1 and one.label_prob != 0.5:
             raise UserError("chosen and rejected are identical, so the pair prefers nothing; remove the row")
         if parts[1] == parts[2]:
             ties += 1
         else:
-            pairs.append(Preference(*parts, margin, template))
+            pairs.append(_preference(one, parts, template))
     known = values.plan.form
     form = known.says or (known.name if known.name not in OWN_NAMES else form or "")
     return Row(form, values.plan, pairs, ties, tuple(dict.fromkeys(values.oddities)))
+
+
+def _preference(one: Unchecked, parts: tuple, template: dict) -> Preference:
+    """The pair with the side in front that is at least as probably the better one."""
+    prompt, chosen, rejected = parts
+    if one.label_prob < 0.5:
+        return Preference(prompt, rejected, chosen, one.margin, template, 1 - one.label_prob, one.levels)
+    return Preference(prompt, chosen, rejected, one.margin, template, one.label_prob, one.levels)
 
 
 def most_pairs(row: object, reading: Reading) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from open_rm.batching import feeding
+from open_rm.batching import feeding, targets
 from open_rm.batching.rules import BatchRules
 from open_rm.dry_run import alternatives, disk, hours, hub_and_wandb, memory, output_dir, sizes, steps, told
 from open_rm.dry_run.target import Target, target_of
@@ -151,9 +151,9 @@ def _planned(args: Args, target: Target, inputs: _Inputs, rate: hours.Rate | Non
     read = inputs.read
     model = sizes.planned(args, read.tokenizer, adapter=args, dtype=target.dtype, on_gpu=target.on_gpu)
     table, layout = read.train_pairs.table, read.layout
-    rules = feeding.rules_of(
-        args, layout.name, read.tokenizer.pad_token_id, max_token_length=args.max_token_length, on_gpu=target.on_gpu
-    )
+    how = {"max_token_length": args.max_token_length, "on_gpu": target.on_gpu, "table": table}
+    how["whole_lists"] = args.list_loss != "pairs"
+    rules = feeding.rules_of(args, layout.name, read.tokenizer.pad_token_id, **how)
     inputs.checks.extend(_benchmarks(args, model, inputs, rules))
     keys = float(fitting.keys_of_positions(table)[1].max()) if layout.name == "shared_prefix" else 1.0
     longest = int(max(table.chosen_length.max(), table.rejected_length.max()))
@@ -190,7 +190,9 @@ class _Steps:
 
 def _settled(args: Args, target: Target, read: Resolved, model: sizes.Planned, rules: BatchRules) -> _Steps:
     own = _pairs_per_step(args, target)
-    plan = make_plan(args, read.train_pairs.table, own, seed=args.seed, grouped=args.group_by_prompt)
+    targets.check(read.train_pairs, args, own)
+    how = {"seed": args.seed, "grouped": args.group_by_prompt, "whole_lists": rules.whole_lists}
+    plan = make_plan(args, read.train_pairs.table, own, **how)
     rules = feeding.with_attention_cost(rules, model.shape, on_gpu=target.on_gpu)
     _say("dealing steps ...")
     how = {"ranks": target.world_size // target.group, "group": target.group, "seed": args.seed}

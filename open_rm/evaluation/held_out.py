@@ -16,8 +16,9 @@ import torch
 from open_rm.batching import feeding
 from open_rm.batching.dealing import deal_step
 from open_rm.batching.rules import BatchRules
+from open_rm.batching.targets import TIE
 from open_rm.data.pairs import PairTable, PreferenceData
-from open_rm.evaluation.calibration import reward_statistics
+from open_rm.evaluation.calibration import TEMPERATURE, reward_statistics
 from open_rm.measures import calibration, lengths
 from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.training.losses import ranking_loss
@@ -78,32 +79,49 @@ def evaluate(
     started = time.perf_counter()
     rewards = score_pairs(rewards_of, data, np.arange(len(data)), rules, ranks)
     seconds = time.perf_counter() - started
-    overall = _means(rewards) | reward_statistics(rewards) | trust(rewards, data.table)
+    label_prob = torch.tensor(data.label_probs())
+    decided = label_prob != TIE
+    overall = _means(rewards, label_prob) | _spread(rewards, decided) | trust(rewards, data.table, decided.numpy())
     metrics = {f"eval/rm/{name}": value for name, value in overall.items()}
     if len(data.labels) > 1:
         sources = torch.tensor(data.source_ids())
         for number, label in enumerate(data.labels):
             if (sources == number).any():
-                means = _means(rewards[sources == number])
+                means = _means(rewards[sources == number], label_prob[sources == number])
                 metrics.update({f"eval/rm/{label}/{name}": value for name, value in means.items()})
     metrics["eval/samples_per_second"] = len(data) / seconds
     return Evaluation(metrics, rewards)
 
 
-def trust(rewards: torch.Tensor, table: PairTable) -> dict[str, float]:
+def _spread(rewards: torch.Tensor, decided: torch.Tensor) -> dict[str, float]:
+    """`reward_statistics` with the temperature of the decided pairs: of a tie no side is the right one. decided: [pairs] bool."""
+    found = reward_statistics(rewards)
+    if decided.all():
+        return found
+    found.pop(TEMPERATURE, None)
+    temperature = calibration.fit_temperature((rewards[:, 0] - rewards[:, 1])[decided].numpy())
+    return found if temperature is None else found | {TEMPERATURE: temperature}
+
+
+def trust(rewards: torch.Tensor, table: PairTable, decided: np.ndarray | None = None) -> dict[str, float]:
     """How far the accuracy of the pairs can be believed.
 
     Args:
         rewards: [pairs, 2], chosen and rejected.
+        decided: [pairs] bool, those that are no ties; None: all. Others are left out, and nothing is said where all are.
 
     Returns:
         ece: expected calibration error of sigmoid(margin); left out where a reward is not a number.
         length_accuracy: what the better of the rules "the longer response" and "the shorter response" scores on the same pairs.
         length_matched_accuracy: accuracy where the responses' tokens differ by at most a tenth; left out where none do.
     """
-    margins = (rewards[:, 0] - rewards[:, 1]).numpy()
-    prompt = np.minimum(table.prompt_length, np.minimum(table.chosen_length, table.rejected_length))
-    responses = table.chosen_length - prompt, table.rejected_length - prompt
+    which = np.arange(len(table)) if decided is None else np.flatnonzero(decided)
+    if not len(which):
+        return {}
+    margins = (rewards[:, 0] - rewards[:, 1]).numpy()[which]
+    chosen, rejected = table.chosen_length[which], table.rejected_length[which]
+    prompt = np.minimum(table.prompt_length[which], np.minimum(chosen, rejected))
+    responses = chosen - prompt, rejected - prompt
     _, by_length = lengths.best_rule(*responses)
     matched = lengths.are_matched(*responses)
     found = {} if np.isnan(margins).any() else {"ece": calibration.ece(margins)}
@@ -140,9 +158,11 @@ def _probe_indices(data: PreferenceData) -> np.ndarray:
     return short[np.unique(np.linspace(0, len(short) - 1, PROBES).astype(int))]
 
 
-def _means(rewards: torch.Tensor) -> dict[str, float]:
+def _means(rewards: torch.Tensor, label_prob: torch.Tensor) -> dict[str, float]:
+    """The loss is Bradley-Terry's with the pairs' own labels, and nothing else of the objective."""
     chosen, rejected = rewards.unbind(1)
-    return pair_means(pair_sums(chosen, rejected, ranking_loss(chosen, rejected)), len(rewards))
+    losses = ranking_loss(chosen, rejected, label_prob=label_prob)
+    return pair_means(pair_sums(chosen, rejected, losses, label_prob != TIE), len(rewards))
 
 
 def sample_table(evaluation: Evaluation, data: PreferenceData, tokenizer, *, count: int, seed: int) -> list[dict]:

@@ -3,5 +3,6 @@
 report     numbers per source, overlap
 findings   what is wrong, in sentences
 look       short lines, tables, files
+sharing    what a step computes, level by level, and headers
 views      length histograms, pairs token by token
 """

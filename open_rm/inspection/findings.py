@@ -22,7 +22,7 @@ UNREAD = {
 }
 # Of rows.ODDITIES; the others are in the log. Those of SOME are findings where some rows are so and others not, of ALL where all.
 ODD = ("equal scores", "contrary scores", "ranks", "JSON", "prefill", "no prompt")
-SOME, ALL = ("repeated", "in order"), ("nothing there",)
+SOME, ALL = ("repeated", "in order"), ("nothing there", "less likely")
 
 
 def find(report: dict) -> list[str]:

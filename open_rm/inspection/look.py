@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
-from open_rm.inspection import views
+from open_rm.inspection import sharing, views
 from open_rm.inspection.findings import check_strict, plural, token_name
 from open_rm.inspection.report import inspect_data
 
@@ -35,7 +35,21 @@ def before_training(
     report = inspect_data(train, held_out, tokenizer)
     if flags.strict:
         check_strict(report)
-    return short_lines(report) + _on_margins(train, margin_loss)
+    return short_lines(report) + _on_labels(train, held_out) + _on_margins(train, margin_loss)
+
+
+def _on_labels(train: PreferenceData, held_out: PreferenceData | None) -> list[str]:
+    """A line for ties that are trained and one for soft labels, of each split that has them."""
+    lines = []
+    for split, data in (("train", train), ("eval", held_out)):
+        facts = data.facts if data is not None else []
+        ties, soft = (sum(fact.get(name, 0) for fact in facts) for name in ("ties_trained", "soft_labels"))
+        if ties:
+            what = "trained towards equal rewards" if split == "train" else "left out of accuracy"
+            lines.append(f"{split}: {plural(ties, 'tie')} {what}")
+        if soft:
+            lines.append(f"{split}: {plural(soft, 'pair')} with a label_prob between 0.5 and 1")
+    return lines
 
 
 def _on_margins(train: PreferenceData, margin_loss: bool) -> list[str]:
@@ -68,6 +82,8 @@ def short_lines(report: dict) -> list[str]:
                 f"{shared['by_prompt']['ratio']:.2f}x by prompt; "
                 f"scored token {token_name(source['scored']['tokens'][0])}"
             )
+            if headers := sharing.sentence(shared["step"]):
+                lines.append(f"{split} {source['label']}: {headers}")
     return lines + [f"finding: {sentence}" for sentence in report["findings"]]
 
 

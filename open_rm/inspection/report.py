@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.tokenizer import prints_date
+from open_rm.inspection import sharing
 from open_rm.inspection.findings import drop_counts, find
 
 PERCENTILES = (5, 50, 95, 99)
@@ -106,7 +107,7 @@ def _numbers(data: PreferenceData, where: np.ndarray, last: np.ndarray, tokenize
             "shorter_is_better": 1 - longer,
         },
         "lengths": {name: _percentiles(values) for name, values in lengths.items()},
-        "shared": _shared(data, where),
+        "shared": _shared(data, where) | {"step": sharing.of_steps(data, where, tokenizer)},
         "scored": _scored(data, where, last[:, where], tokenizer),
     }
 

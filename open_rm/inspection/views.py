@@ -24,6 +24,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from open_rm.inspection import sharing
+
 MARKS = {"\n": "⏎", " ": "·", "\t": "⇥"}
 # Background and, in the terminal, style of each part; the scored token is its side's last.
 COLOURS = {"shared": "#dbe7f5", "chosen": "#d3efd4", "rejected": "#fadbd6", "scored": "#ffd23f"}
@@ -230,7 +232,7 @@ def _fact_cells(source: dict) -> dict[str, str]:
         f"{shared['by_pair']['ratio']:.2f}x fewer tokens, "
         f"{shared['by_prompt']['ratio']:.2f}x with all pairs of a prompt together"
     )
-    cells["prompts"] = str(shared["prompts"])
+    cells |= {"prompts": str(shared["prompts"])} | sharing.cells(shared["step"])
     cells["scored token"] = "\n".join(
         f"{token['text']!r} (id {token['id']}) in {token['sides']} sides" for token in source["scored"]["tokens"]
     )

@@ -26,7 +26,7 @@ MADE_FOR = {9: ("FA3", "FA4"), 10: ("FA4",)}
 OWN = "attention over packed rows: torch's own flash attention 2"
 
 # Two sequences of a prompt and a packed one, longer than a kernel's tile of 128; a window inside all of them.
-BOUNDS = [(0, 300, 0, 0), (300, 430, 0, 150), (430, 600, 0, 0)]
+BOUNDS = [(0, 300, ()), (300, 430, ((0, 150),)), (430, 600, ())]
 WINDOW = 100
 # Norm of the difference over the norm. bfloat16 keeps 8 bits: rounding gives some 4e-3; a key too many or too few for each
 # query, 5e-2 and more.

@@ -217,7 +217,7 @@ def _within(index: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tenso
 
 def _rows_as_segments(rows: int, length: int, device: torch.device) -> tuple[Segments, torch.Tensor]:
     """Padded rows one after another: the segments, and the position of each token in its row, [1, rows * length]."""
-    segments = make_segments([(row * length, (row + 1) * length, 0, 0) for row in range(rows)])
+    segments = make_segments([(row * length, (row + 1) * length, ()) for row in range(rows)])
     return segments.to(device), torch.arange(length, device=device).repeat(1, rows)
 
 

@@ -99,12 +99,20 @@ def _shown(value: object) -> str:
 
 
 def data_mark(data: PreferenceData | None, *, margins: bool = False) -> str | None:
-    """The pairs' content in a hash: tokens, prompts, sources, and margins where they enter the loss; in their order."""
+    """The pairs' content in a hash: tokens, prompts, sources, labels, lists, and margins where they enter the loss; in their
+    order."""
     if data is None:
         return None
     digest = hashlib.sha256()
     table = data.table
     for column in (table.chosen_id, table.rejected_id, table.prompt_id, table.prompt_length, data.source_ids()):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    _, first, of_pair = np.unique(table.list_id, return_index=True, return_inverse=True)
+    for column in (
+        data.label_probs(),
+        *data.levels(),
+        first[of_pair],
+    ):  # ids of lists follow from places, which may change
         digest.update(np.ascontiguousarray(column).tobytes())
     if margins:
         digest.update(np.ascontiguousarray(data.margins()).tobytes())

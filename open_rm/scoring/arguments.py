@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from open_rm.bounds import AmountOrNone, Count, Must, Number
 from open_rm.data.mixer import Source, parse_mixer
 from open_rm.data.reading import Reading, make_reading
 from open_rm.errors import UserError
-from open_rm.flags import AmountOrNone, Count, Must, Number, OpeningFlags, ReadingFlags
+from open_rm.flags import OpeningFlags, ReadingFlags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from open_rm.flags import Amount, Count, Must, Positive
+from open_rm.bounds import Amount, Count, Must, Positive
 
 TOKEN_VARIABLE = "OPEN_RM_SERVE_TOKEN"
 Port = Annotated[int, Must("from 0 to 65535", lambda n: 0 <= n <= 65535)]

@@ -1,6 +1,7 @@
 """Rewards to better weights.
 
 losses      per-pair objectives
+list_losses  objectives of whole ranked lists
 plan        numbers that follow from flags and data: steps, warm-up, when to evaluate
 engine      DeepSpeed behind `backward` and `step`, with optimizer and schedule
 engine_state  its weights and moments as flat tensors, whatever divides them

@@ -1,4 +1,4 @@
-"""Per-pair objectives: tensors in, one value per pair out.
+"""Per-pair objectives: tensors in, one value per pair out. Those of ranked lists are in list_losses.py.
 
 Everything is computed in float32 whatever the model's dtype. The caller sums over its pairs and divides by the
 number of pairs of the whole step on all ranks, so that no average of averages appears anywhere.
@@ -10,28 +10,34 @@ import math
 import torch
 import torch.nn.functional as F
 
-from open_rm.flags import BARRIER_EDGE, ObjectiveFlags
+from open_rm.batching.targets import Targets
+from open_rm.bounds import BARRIER_EDGE
+from open_rm.flags import ObjectiveFlags
+from open_rm.training.list_losses import list_loss
 
 
 def loss_terms(
-    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, margins: torch.Tensor | None, flags: ObjectiveFlags
+    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, targets: Targets, flags: ObjectiveFlags
 ) -> dict[str, torch.Tensor]:
     """The weighted terms whose sum is the loss: ranking, and penalty and centering where they are switched on.
 
     A new term is a function below, and a line here.
 
     Args:
-        chosen_rewards, rejected_rewards, margins: [B]; see `ranking_loss`. margins may be on the CPU.
+        chosen_rewards, rejected_rewards: [B]; see `ranking_loss`.  targets: of these pairs, may be on the CPU.
 
     Returns:
         [B] float32 each.
     """
     both = chosen_rewards, rejected_rewards
-    margins = None if margins is None else margins.to(chosen_rewards.device, non_blocking=True)
-    if flags.loss_type == "focal":
-        terms = {"ranking": focal_loss(*both, margins, gamma=flags.focal_gamma)}
+    targets = targets.to(chosen_rewards.device)
+    if flags.list_loss != "pairs":
+        terms = {"ranking": list_loss(*both, targets.lists)}
+    elif flags.loss_type == "focal":
+        terms = {"ranking": focal_loss(*both, targets.margins, gamma=flags.focal_gamma)}
     else:
-        terms = {"ranking": ranking_loss(*both, margins, label_smoothing=flags.label_smoothing)}
+        known = {"label_prob": targets.label_prob, "label_smoothing": flags.label_smoothing}
+        terms = {"ranking": ranking_loss(*both, targets.margins, **known)}
     if flags.penalty_type == "log_barrier":
         terms["penalty"] = flags.penalty_weight * log_barrier_penalty(*both, bound=flags.penalty_bound)
     elif flags.penalty_type == "L2":
@@ -46,6 +52,7 @@ def ranking_loss(
     rejected_rewards: torch.Tensor,
     margins: torch.Tensor | None = None,
     *,
+    label_prob: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Bradley-Terry negative log-likelihood of preferring chosen over rejected, per pair.
@@ -57,15 +64,23 @@ def ranking_loss(
         chosen_rewards: [B] rewards of the chosen responses.
         rejected_rewards: [B] rewards of the rejected responses.
         margins: [B] by how much chosen should lead, in units of reward; None is 0.
+        label_prob: [B] how probable it is that chosen is the better one, p * -log sigmoid(d) + (1 - p) * -log sigmoid(-d):
+            cross-entropy with p, least where sigmoid(d) = p; of a tie, p = 0.5, where both rewards are equal. None is 1.
         label_smoothing: the share e of labels taken to be swapped, (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d);
-            conservative DPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3) on rewards.
+            conservative DPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3) on rewards. p becomes
+            (1 - e) p + e (1 - p).
 
     Returns:
         [B] float32 losses in nats; ln 2 where chosen leads by just the margin.
     """
     lead = _lead(chosen_rewards, rejected_rewards, margins)
+    swapped = label_smoothing  # probability that rejected is the better one
+    if label_prob is not None:
+        if label_prob.shape != lead.shape:
+            raise ValueError(f"rewards and label_prob differ in shape: {tuple(lead.shape)}, {tuple(label_prob.shape)}")
+        swapped = label_smoothing + (1 - 2 * label_smoothing) * (1 - label_prob.float())
     # -log sigmoid(-d) = d - log sigmoid(d)
-    return label_smoothing * lead - F.logsigmoid(lead)
+    return swapped * lead - F.logsigmoid(lead)
 
 
 def focal_loss(

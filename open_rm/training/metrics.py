@@ -10,6 +10,7 @@ import time
 import torch
 
 from open_rm.batching.feeding import Step
+from open_rm.batching.targets import PLAIN, Targets
 from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.training.stragglers import Stragglers
 
@@ -25,22 +26,34 @@ SMALLEST_PRODUCT, LARGEST_PRODUCT = 256, 8192
 PRODUCT_SECONDS = 0.1  # most that the largest product should take
 
 
-def pair_sums(chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-    """Sums over pairs of the five metrics in the order of PAIR_METRICS.
+def pair_sums(
+    chosen: torch.Tensor, rejected: torch.Tensor, losses: torch.Tensor, decided: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sums over pairs of the five metrics in the order of PAIR_METRICS, and how many pairs are decided.
 
     Args:
-        chosen, rejected, losses: [B] rewards and losses.
+        chosen, rejected, losses: [B] rewards and losses.  decided: [B] bool, which pairs have a better side; None: all.
 
     Returns:
-        [5] float64. A tie is not a correct prediction, so accuracy counts chosen > rejected strictly.
+        [6] float64. Equal rewards are not a correct prediction, so accuracy counts chosen > rejected strictly; and pairs that are
+        ties by their labels have none, so it leaves them out.
     """
-    columns = ((chosen > rejected), losses, chosen, rejected, chosen - rejected)
+    right = chosen > rejected
+    decided = torch.ones_like(right) if decided is None else decided
+    columns = (right & decided, losses, chosen, rejected, chosen - rejected, decided)
     return torch.stack([column.detach().double().sum() for column in columns])
 
 
 def pair_means(sums: torch.Tensor, pairs: int) -> dict[str, float]:
-    """Means per pair from `pair_sums` totals; `pairs` is the number of pairs summed over."""
-    return dict(zip(PAIR_METRICS, (sums / pairs).tolist(), strict=True))
+    """Means from `pair_sums` totals: accuracy of the decided pairs, all else of all pairs.
+
+    Where no pair is decided nothing can be right or wrong; accuracy is 0.5 then, what a guess gets, so that every step has it.
+
+    pairs: the number of pairs summed over.
+    """
+    right, *others, decided = sums.tolist()
+    accuracy = right / decided if decided else 0.5
+    return dict(zip(PAIR_METRICS, (accuracy, *(total / pairs for total in others)), strict=True))
 
 
 class Meter:
@@ -55,27 +68,35 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        self._pairs = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=self._ranks.device)
+        self._pairs = torch.zeros(len(PAIR_METRICS) + 1, dtype=torch.float64, device=self._ranks.device)
         self._counts = [0.0] * len(COUNTS)  # plain numbers: copying each one to the device would wait for it
         self._terms: dict[str, torch.Tensor] = {}
         self._positions = 0  # of this rank alone
 
-    def add(self, chosen: torch.Tensor, rejected: torch.Tensor, terms: dict[str, torch.Tensor], batch) -> None:
-        """Add one micro-batch: [B] rewards and losses.loss_terms of its counted pairs, and the layouts.Batch of them.
+    def add(
+        self,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        terms: dict[str, torch.Tensor],
+        batch,
+        targets: Targets = PLAIN,
+    ) -> None:
+        """Add one micro-batch: [B] rewards, losses.loss_terms and targets of its counted pairs, and the layouts.Batch of them.
 
         Of a sequence group, whose ranks all have the same pairs and rewards, the first one's are counted.
         """
         self._positions += batch.positions
         positions = batch.positions if self._ranks.counts else 0
+        decided = targets.to(chosen.device).decided()
         if not self._ranks.counts:
-            chosen, rejected = chosen[:0], rejected[:0]
+            chosen, rejected, decided = chosen[:0], rejected[:0], None
             terms = {name: term[:0] for name, term in terms.items()}
         losses = sum(terms.values())
         # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
         counted = (batch.tokens, batch.computed, batch.area, len(batch.read_index)) if len(losses) else (0, 0, 0, 0)
         tokens, computed, area, read = counted
         counts = (tokens, computed, positions, training_flops(computed, area, self._shape, read=read))
-        self._pairs += pair_sums(chosen, rejected, losses)
+        self._pairs += pair_sums(chosen, rejected, losses, decided)
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         for name, term in terms.items():  # the same names in the same order on every rank: the flags decide them
             self._terms[name] = self._terms.get(name, 0.0) + term.detach().double().sum()

@@ -20,10 +20,11 @@ class Plan:
     pairs_per_step   = per_device_train_batch_size * gradient_accumulation_steps * world_size
     total_episodes   = the flag, or round(num_train_epochs * pairs); an episode is one pair seen
     total_steps      = the number of steps that steps.draw_steps draws: ceil(pairs / pairs_per_step) an epoch, since a
-                       step never crosses one; a few more with group_by_prompt, where groups do not always fill a step
+                       step never crosses one; a few more where prompts or lists are kept whole, which do not always fill one
     warmup_steps     = warm_up_steps, or ceil(warmup_ratio * total_steps)
     evaluation_steps = {0, total_steps} and every eval_steps, or round(total_steps * i / (num_evals + 1)), i = 1..num_evals
     grouped          = the pairs of a prompt stay in one step (group_by_prompt)
+    whole_lists      = the pairs of a ranked list stay in one step (list_loss)
     """
 
     pairs: int
@@ -34,29 +35,40 @@ class Plan:
     evaluation_steps: tuple[int, ...]
     seed: int
     grouped: bool
+    whole_lists: bool = False
 
     def numbers(self) -> dict:
         """What follows from flags and data, without the flags that are kept beside it."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("seed", "grouped")}
+        kept = ("seed", "grouped", "whole_lists")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in kept}
 
     def draw(self, table: PairTable) -> Iterator[np.ndarray]:
         """The pairs of each step. `make_plan` counts these, and the loop takes these."""
         prompt_ids = table.prompt_id if self.grouped else None
-        return draw_steps(self.pairs, self.pairs_per_step, self.total_episodes, self.seed, prompt_ids=prompt_ids)
+        together = {"prompt_ids": prompt_ids, "list_ids": table.list_id if self.whole_lists else None}
+        return draw_steps(self.pairs, self.pairs_per_step, self.total_episodes, self.seed, **together)
 
     def describe(self) -> str:
         """One line for the log."""
         return f"{self.total_steps} steps of {self.pairs_per_step} pairs, {self.total_episodes} episodes"
 
 
-def make_plan(flags: ScheduleFlags, table: PairTable, pairs_per_step: int, *, seed: int, grouped: bool = False) -> Plan:
+def make_plan(
+    flags: ScheduleFlags,
+    table: PairTable,
+    pairs_per_step: int,
+    *,
+    seed: int,
+    grouped: bool = False,
+    whole_lists: bool = False,
+) -> Plan:
     """Derive the plan; the formulas are in `Plan`. table: of the training pairs that are left."""
     pairs = len(table)
     episodes = flags.total_episodes
     if episodes is None:
         episodes = max(1, round(flags.num_train_epochs * pairs))
     uncounted = {"total_steps": 0, "warmup_steps": 0, "evaluation_steps": ()}
-    drawn = Plan(pairs, pairs_per_step, episodes, **uncounted, seed=seed, grouped=grouped)
+    drawn = Plan(pairs, pairs_per_step, episodes, **uncounted, seed=seed, grouped=grouped, whole_lists=whole_lists)
     steps = sum(1 for _ in drawn.draw(table))  # counted by drawing them, so that the loop makes as many
     warmup_steps = flags.warm_up_steps or math.ceil(flags.warmup_ratio * steps)
     if warmup_steps >= steps and flags.warm_up_steps:

@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 
 from open_rm import alive
-from open_rm.batching.dealing import pair_costs
 from open_rm.batching.feeding import MicroBatch
 from open_rm.batching.layouts import lay_out
 from open_rm.batching.rules import BatchRules
+from open_rm.batching.targets import Targets
+from open_rm.batching.work import units_of, work_of
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import OneRanksError, UserError
 from open_rm.flags import ObjectiveFlags, ScaleFlags
@@ -136,26 +138,29 @@ def _size(count: float) -> str:
 class Filling:
     """The worst micro-batches that the data can fill a budget with.
 
-    The longest pairs, each as if its prompt were its own; and in shared_prefix, where keys and values of a prompt are gathered
-    for each of its answers, copies of the prompt that has most of them.
+    The longest pairs, each as if its prompt were its own, or where lists stay whole the longest lists, so that a budget holds the
+    largest of them; and in shared_prefix, where keys and values of a prompt are gathered for each of its answers, copies of the
+    prompt that has most of them.
     """
 
     def __init__(self, rules: BatchRules, data: PreferenceData, devices: int, *, margins: bool):
         """devices: that compute a micro-batch together.  margins: whether the loss takes them."""
         self._rules, self._data, self._devices = rules, data, devices
         self._margins = data.margins() if margins else None
-        costs = pair_costs(np.arange(len(data.table.chosen_length)), data.table, rules.layout, 0.0)
-        self._longest = np.argsort(-costs, kind="stable")
-        self._positions = costs[self._longest].astype(np.int64)
+        everything = np.arange(len(data.table.chosen_length))
+        units = units_of(everything, data.table, rules.layout, 1, whole_lists=rules.whole_lists)
+        positions = work_of(units, data.table, rules.layout).tokens
+        longest = np.argsort(-positions, kind="stable")
+        self._longest, self._positions = units.take(longest), positions[longest]
         ids, keys = fitting.keys_of_positions(data.table)
         worst = int(keys.argmax())
-        alone = data.table.chosen_length + data.table.rejected_length
-        shared = rules.layout == "shared_prefix" and keys[worst] > KEYS * (alone / np.maximum(costs, 1)).max()
+        alone = np.add.reduceat((data.table.chosen_length + data.table.rejected_length)[units.pairs], units.first)
+        shared = rules.layout == "shared_prefix" and keys[worst] > KEYS * (alone / np.maximum(positions, 1)).max()
         self._answers = np.flatnonzero(data.table.prompt_id == ids[worst]) if shared else None
 
     @property
     def smallest(self) -> int:
-        """The least budget: the largest pair's, rounded up."""
+        """The least budget: the largest pair's or list's, rounded up."""
         return -(-int(self._positions[0]) // (STEP * self._devices)) * STEP
 
     def micro_batches(self, budget: int) -> list[MicroBatch]:
@@ -167,15 +172,18 @@ class Filling:
             count = room // int(positions[0])
         else:
             count = int(np.searchsorted(np.cumsum(positions), room, side="right"))
-        longest = np.resize(self._longest, max(count, 1))
-        made = [self._laid_out(longest, np.arange(len(longest)))]
+        made = [self._units(np.resize(np.arange(len(self._positions)), max(count, 1)))]
         if self._answers is not None:
             made.insert(0, self._copies_of_a_prompt(room))
         return made
 
     def least(self) -> MicroBatch:
-        """The smallest pair."""
-        return self._laid_out(self._longest[-1:], np.zeros(1, int))
+        """The smallest pair or list."""
+        return self._units(np.array([len(self._positions) - 1]))
+
+    def _units(self, which: np.ndarray) -> MicroBatch:
+        units = self._longest.take(which)
+        return self._laid_out(units.members(), np.repeat(np.arange(len(which)), units.size))
 
     def _copies_of_a_prompt(self, room: int) -> MicroBatch:
         pairs = self._answers
@@ -187,9 +195,10 @@ class Filling:
     def _laid_out(self, indices: np.ndarray, prompts: np.ndarray) -> MicroBatch:
         rules = self._rules
         pairs = self._data.pairs(indices)
-        batch = lay_out(rules.layout, pairs, pad_token_id=rules.pad_token_id, prompt_ids=prompts.tolist())
+        how = {"prompt_ids": prompts.tolist(), "least_header": sys.maxsize}  # else copies of a pair would share
+        batch = lay_out(rules.layout, pairs, pad_token_id=rules.pad_token_id, **how)
         margins = None if self._margins is None else torch.from_numpy(self._margins[indices])
-        return MicroBatch(indices, batch, margins, last=False)
+        return MicroBatch(indices, batch, Targets(margins), last=False)
 
 
 class _Climb:
@@ -197,7 +206,9 @@ class _Climb:
 
     def __init__(self, engine: Engine, objective: ObjectiveFlags, fill: Filling, *, most_pairs: int):
         """most_pairs: that a rank, or a sequence group, has of a step."""
-        self._engine, self._objective, self._fill, self._most_pairs = engine, objective, fill, most_pairs
+        self._engine, self._fill, self._most_pairs = engine, fill, most_pairs
+        # The losses of lists, and of labels that are not sure, differ in a few numbers a pair, which are nothing beside a forward.
+        self._objective = dataclasses.replace(objective, list_loss="pairs")
         self._ranks = engine.ranks
         hosts = self._ranks.gathered(socket.gethostname())
         sharing = hosts.count(hosts[self._ranks.rank])
@@ -264,7 +275,7 @@ class _Climb:
         return self._engine(**micro.batch.inputs(self._ranks.device))
 
     def _loss(self, micro: MicroBatch, rewards: torch.Tensor) -> torch.Tensor:
-        terms = loss_terms(*micro.sides(rewards), micro.margins, self._objective)
+        terms = loss_terms(*micro.sides(rewards), micro.targets, self._objective)
         return sum(terms.values()).sum() / max(1, len(micro.indices))
 
     def _unless_short(self, work: Callable[[], T], what: str, *, others_wait: bool) -> T | None:

@@ -17,20 +17,29 @@ WIDTH = 8
 OUTPUT_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 1e-5
 
-# (start, end, prefix_start, prefix_end) of each segment. A window of 5 is below the prefixes and below the segments.
+# (start, end, prefix) of each segment. A window of 5 is below the prefixes and below the segments.
 ROWS = {
-    "one sequence": [(0, 12, 0, 0)],
-    "packed": [(0, 7, 0, 0), (7, 8, 0, 0), (8, 21, 0, 0)],
-    "shared prefix": [(0, 16, 0, 0), (16, 24, 0, 9), (24, 25, 0, 9), (25, 31, 0, 9)],
+    "one sequence": [(0, 12, ())],
+    "packed": [(0, 7, ()), (7, 8, ()), (8, 21, ())],
+    "shared prefix": [(0, 16, ()), (16, 24, ((0, 9),)), (24, 25, ((0, 9),)), (25, 31, ((0, 9),))],
     "several groups": [
-        (0, 14, 0, 0),
-        (14, 22, 0, 8),
-        (22, 23, 0, 0),
-        (23, 40, 0, 0),
-        (40, 47, 23, 33),
-        (47, 59, 23, 33),
+        (0, 14, ()),
+        (14, 22, ((0, 8),)),
+        (22, 23, ()),
+        (23, 40, ()),
+        (40, 47, ((23, 33),)),
+        (47, 59, ((23, 33),)),
     ],
-    "prefix of one token": [(0, 2, 0, 0), (2, 12, 0, 1)],
+    "a header of two prompts": [
+        (0, 14, ()),
+        (14, 22, ((0, 9),)),
+        (22, 31, ((0, 6),)),
+        (31, 32, ((0, 6), (22, 25))),
+        (32, 39, ((0, 6), (22, 25))),
+        (39, 41, ()),
+    ],
+    "a prompt that is its header": [(0, 5, ()), (5, 12, ((0, 1),)), (12, 15, ((0, 1),)), (15, 19, ((0, 1), (5, 6)))],
+    "prefix of one token": [(0, 2, ()), (2, 12, ((0, 1),))],
 }
 KINDS = {
     "plain": {},
@@ -75,15 +84,13 @@ def test_outputs_and_gradients_are_those_of_the_reference(row, kind, key_heads):
 
 @st.composite
 def trees(draw):
-    """Random rows: each segment stands alone or continues any stretch of the row before it."""
+    """Random rows: each segment stands alone or continues any stretches of the row before it."""
     bounds, used = [], 0
     for _ in range(draw(st.integers(1, 6))):
         length = draw(st.integers(1, 9))
-        prefix = (0, 0)
-        if used and draw(st.booleans()):
-            start = draw(st.integers(0, used - 1))
-            prefix = (start, draw(st.integers(start + 1, used)))
-        bounds.append((used, used + length, *prefix))
+        ends = sorted(draw(st.sets(st.integers(0, used), max_size=6))) if used else []
+        prefix = tuple(zip(ends[::2], ends[1::2], strict=False))  # one that is left over is left out
+        bounds.append((used, used + length, prefix))
         used += length
     return bounds
 
@@ -114,15 +121,15 @@ def test_the_reference_is_each_sequence_spelled_out_alone(row, window):
     bounds = ROWS[row]
     (q, k, v), _ = random_qkv(bounds, 4, 4)
     out, _ = dense_attention(None, q, k, v, None, segments=make_segments(bounds), sliding_window=window)
-    for start, end, prefix_start, prefix_end in bounds:
-        tokens = [*range(prefix_start, prefix_end), *range(start, end)]
+    for start, end, prefix in bounds:
+        tokens = [token for a, b in (*prefix, (start, end)) for token in range(a, b)]
         expected = alone(*(tensor[:, :, tokens] for tensor in (q, k, v)), window).transpose(1, 2)
         torch.testing.assert_close(out[:, start:end], expected[:, start - end :], rtol=0, atol=OUTPUT_TOLERANCE)
 
 
 def test_a_window_is_counted_along_the_sequence_across_prefix_and_segment():
     """Token 2 of a segment behind a prefix of 6 sees, with a window of 5: the prefix's last two, and three of its own."""
-    bounds = [(0, 8, 0, 0), (8, 13, 0, 6)]
+    bounds = [(0, 8, ()), (8, 13, ((0, 6),))]
     (q, k, v), _ = random_qkv(bounds, 1, 1)
     for function in (segment_attention, dense_attention):
         out, _ = function(None, q, k, v, None, segments=make_segments(bounds), sliding_window=5)
@@ -130,9 +137,19 @@ def test_a_window_is_counted_along_the_sequence_across_prefix_and_segment():
         assert seen[0, 0].abs().sum(1).nonzero().flatten().tolist() == [4, 5, 8, 9, 10]
 
 
+def test_a_window_is_counted_across_header_prompt_and_segment():
+    """Token 1 of a segment behind 3 tokens of a header and 2 of a prompt sees, with a window of 6: all but the first one."""
+    bounds = [(0, 4, ()), (4, 8, ((0, 3),)), (8, 11, ((0, 3), (4, 6)))]
+    (q, k, v), _ = random_qkv(bounds, 1, 1)
+    for function in (segment_attention, dense_attention):
+        out, _ = function(None, q, k, v, None, segments=make_segments(bounds), sliding_window=6)
+        (seen,) = torch.autograd.grad(out[0, 9].sum(), v)
+        assert seen[0, 0].abs().sum(1).nonzero().flatten().tolist() == [1, 2, 4, 5, 8, 9]
+
+
 def test_soft_capping_is_the_formula_and_changes_the_result():
-    (q, k, v), _ = random_qkv([(0, 6, 0, 0)], 1, 1)
-    out, _ = dense_attention(None, q, k, v, None, segments=make_segments([(0, 6, 0, 0)]), softcap=1.5)
+    (q, k, v), _ = random_qkv([(0, 6, ())], 1, 1)
+    out, _ = dense_attention(None, q, k, v, None, segments=make_segments([(0, 6, ())]), softcap=1.5)
     scores = 1.5 * torch.tanh((q @ k.mT).double() * WIDTH**-0.5 / 1.5)
     weights = scores.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
     torch.testing.assert_close(out, (weights @ v.double()).transpose(1, 2).float(), rtol=0, atol=OUTPUT_TOLERANCE)
@@ -149,29 +166,60 @@ def test_segments_do_not_see_each_other():
     assert {23, 32, 40} <= touched
 
 
+@pytest.mark.parametrize("header", [0, 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_mask_of_the_whole_row_is_made_forward_or_backward(kind):
+def test_no_mask_of_the_whole_row_is_made_forward_or_backward(kind, header):
     """4,096 tokens in groups of 64 + 32: the largest tensors are the row's own, 32 a token, far from T * T."""
     tokens, bounds = 4096, []
     for used in range(0, tokens - 95, 96):
-        bounds += [(used, used + 64, 0, 0), (used + 64, used + 96, used, used + 40)]
-    bounds.append((bounds[-1][1], tokens, 0, 0))
+        root = ((0, header),) if header and used else ()
+        bounds += [(used, used + 64, root), (used + 64, used + 96, (*root, (used, used + 40)))]
+    bounds.append((bounds[-1][1], tokens, ()))
     segments = make_segments(bounds)
     inputs, upstream = random_qkv(bounds, 4, 2)
     with Largest() as largest:
         out, _ = segment_attention(None, *inputs, None, segments=segments, **KINDS[kind])
         torch.autograd.grad(out, inputs, upstream)
     assert 4 * tokens * WIDTH <= largest.elements <= 8 * tokens * WIDTH < tokens * tokens / 50
-    shapes = {(end - start, end - start + pe - ps) for start, end, ps, pe in bounds}
+    shapes = {(end - start, end - start + sum(b - a for a, b in prefix)) for start, end, prefix in bounds}
     assert {tuple(mask.shape) for mask in segments.masks.values()} <= shapes
     # the measure itself: the reference, on a shorter row, is caught
     shorter = [tensor[:, :, :1000] for tensor in inputs]
     with Largest() as largest:
-        dense_attention(None, *shorter, None, segments=make_segments([(0, 1000, 0, 0)]))
+        dense_attention(None, *shorter, None, segments=make_segments([(0, 1000, ())]))
     assert largest.elements >= 1000 * 1000
 
 
 def test_score_area_is_the_number_of_query_key_products():
     for bounds in ROWS.values():
-        products = sum(pe - ps + i + 1 for start, end, ps, pe in bounds for i in range(end - start))
-        assert make_segments(bounds).score_area() == products
+        seen = [sum(b - a for a, b in prefix) + i + 1 for start, end, prefix in bounds for i in range(end - start)]
+        assert make_segments(bounds).score_area() == sum(seen)
+
+
+def copies_of_the_row(bounds) -> int:
+    """How many tensors of the row's size a step makes of the keys, forward and backward, of one head."""
+    (q, k, v), upstream = random_qkv(bounds, 1, 1)
+    made, row = [], k.numel()
+
+    class Sized(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.extend(1 for tensor in (out if isinstance(out, tuple | list) else [out]) if tensor.numel() >= row)
+            return out
+
+    with Sized():
+        out, _ = segment_attention(None, q, k, v, None, segments=make_segments(bounds))
+        torch.autograd.grad(out, (q, k, v), upstream)
+    return len(made)
+
+
+def test_more_segments_behind_a_header_make_no_more_copies_of_the_row():
+    """The gradient of a slice of the row would be a tensor of its size, one for each segment that sees the header."""
+
+    def of(prompts: int):
+        bounds = [(0, 16, ()), (16, 20, ((0, 12),))]
+        for used in range(20, 20 + 8 * prompts, 8):
+            bounds += [(used, used + 6, ((0, 10),)), (used + 6, used + 8, ((0, 10), (used, used + 3)))]
+        return bounds
+
+    assert copies_of_the_row(of(12)) == copies_of_the_row(of(4))

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_rm import toy
-from open_rm.batching import dealing
 from open_rm.batching.dealing import Deal, attention_cost, deal_step, pair_costs
 from open_rm.batching.feeding import Step
 from open_rm.batching.layouts import Batch, lay_out
 from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.batching.steps import draw_steps
+from open_rm.batching.work import units_of, work_of
 from open_rm.data.pairs import PairTable
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.training.metrics import Meter, training_flops
@@ -42,7 +42,7 @@ def table_of(pairs, prompt_lengths) -> PairTable:
         (len(a), len(b), shared(a, b), length, number(a[:length]), number(a), number(b))
         for (a, b), length in zip(pairs, prompt_lengths, strict=True)
     ]
-    return PairTable(*np.array(columns, np.int64).T)
+    return PairTable(*np.array(columns, np.int64).T, list_id=np.arange(len(columns)))
 
 
 @st.composite
@@ -156,7 +156,7 @@ def test_planned_tokens_and_area_are_those_of_the_real_batch(data, layout):
     """Tokens exactly; the area up to half a product a token, since the planner halves squares."""
     pairs, table = data
     for i in range(len(pairs)):
-        planned = dealing._work(dealing._units(np.array([i]), table, layout, 1), table, layout)
+        planned = work_of(units_of(np.array([i]), table, layout, 1), table, layout)
         batch = real_batch(layout, pairs, table, [i])
         assert planned.tokens == batch.positions
         if layout != "padded":  # padded rows are computed whole, so their planned area is that of the padding too
@@ -260,7 +260,7 @@ def real_table(tmp_path_factory):
 def test_256_pairs_are_dealt_evenly_to_64_ranks(real_table, name):
     """Four pairs a rank, the attention of a model of a billion parameters, five steps; the figures are printed (-s)."""
     table = real_table(name)
-    table = dataclasses.replace(table, prompt_id=np.arange(len(table)))  # pairs are the units
+    table = dataclasses.replace(table, prompt_id=np.arange(len(table)), prompt_order=None)  # pairs are the units
     area_cost = attention_cost(10**9, 16, 2048)
     rng = np.random.default_rng(0)
     found = list(itertools.islice(draw_steps(len(table), 256, 10**6, seed=1), 5))

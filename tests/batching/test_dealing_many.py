@@ -1,5 +1,6 @@
 """Dealing many units at once is dealing them one by one, and takes time that grows with their number."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -12,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dealing import check_plan, preferences, real_batch, table_of
 
-from open_rm.batching import dealing
+from open_rm.batching import assigning, cutting, dealing, headers, work
+from open_rm.batching.headers import NONE
 from open_rm.batching.rules import LAYOUTS, BatchRules
+from open_rm.batching.work import units_of, work_of
+from open_rm.data import prefixes
 from open_rm.data.pairs import PairTable
+from open_rm.data.prefix_order import PromptOrder
 from open_rm.flags import ScheduleFlags
 from open_rm.training.plan import make_plan
 
@@ -65,11 +70,11 @@ def work_of_unit(unit: list[int], table: PairTable, layout: str) -> tuple[int, i
 )
 def test_the_work_of_all_units_at_once_is_that_of_each(data, layout, most):
     _, table = data
-    units = dealing._units(np.arange(len(table)), table, layout, most)
+    units = units_of(np.arange(len(table)), table, layout, most)
     expected = units_one_by_one(table, layout, most)
     assert [units.take([u]).members().tolist() for u in range(len(units.size))] == expected
     assert units.members().tolist() == sum(expected, [])
-    work = dealing._work(units, table, layout)
+    work = work_of(units, table, layout)
     assert list(zip(work.tokens.tolist(), work.area.tolist(), strict=True)) == [
         work_of_unit(unit, table, layout) for unit in expected
     ]
@@ -81,7 +86,7 @@ def test_pairs_that_take_as_many_tokens_together_as_apart_are_computed_together(
     pairs = [([1, 1, 2, 9], [1, 1, 3]), ([1, 1, 4, 4, 5], [1, 1, 4, 4, 6, 6])]
     table = table_of(pairs, [2, 2])
     apart = [work_of_unit([i], table, "shared_prefix") for i in (0, 1)]
-    work = dealing._work(dealing._units(np.arange(2), table, "shared_prefix", 2), table, "shared_prefix")
+    work = work_of(units_of(np.arange(2), table, "shared_prefix", 2), table, "shared_prefix")
     batch = real_batch("shared_prefix", pairs, table, [0, 1])
     assert work.tokens.tolist() == [batch.positions] == [sum(tokens for tokens, _ in apart)]
     assert work.area.tolist() == [work_of_unit([0, 1], table, "shared_prefix")[1]] != [sum(area for _, area in apart)]
@@ -97,9 +102,9 @@ def test_units_are_halved_until_they_fit(data, max_tokens):
             return [unit]
         return halved(unit[: len(unit) // 2]) + halved(unit[len(unit) // 2 :])
 
-    units = dealing._units(np.arange(len(table)), table, "shared_prefix", len(table))
+    units = units_of(np.arange(len(table)), table, "shared_prefix", len(table))
     ranks = np.arange(len(units.size)) // 2  # two units a rank
-    pieces, rank, tokens = dealing._pieces(units, ranks, table, "shared_prefix", max_tokens)
+    pieces, rank, tokens = cutting.halved(units, ranks, table, rules("shared_prefix", max_tokens))
     by_unit = list(map(halved, units_one_by_one(table, "shared_prefix", len(table))))
     expected = sum(by_unit, [])[::-1]
     assert [pieces.take([u]).members().tolist() for u in range(len(pieces.size))] == expected
@@ -123,7 +128,7 @@ def first_fit(sizes: list[int], capacity: int) -> list[int]:
 @given(sizes=st.lists(st.integers(1, 60), max_size=120), capacity=st.integers(1, 70))
 def test_every_size_goes_to_the_first_bin_with_enough_room(sizes, capacity):
     sizes = sorted(sizes, reverse=True)
-    assert dealing._first_fit(sizes, capacity) == first_fit(sizes, capacity)
+    assert cutting.first_fit(sizes, capacity) == first_fit(sizes, capacity)
 
 
 def exchange_one_by_one(mine: list[float], theirs: list[list[float]], load: float, loads: list[float]) -> tuple:
@@ -151,8 +156,8 @@ def test_the_best_exchange_is_that_of_a_search_through_all(mine, theirs, behind)
     padded = np.array([costs + [0.0] * (most - len(costs)) for costs in theirs])
     for looked_at in (0, 10**6):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dealing, "EXCHANGES", looked_at)
-            exchange = dealing._best_exchange(np.array(mine), padded, load, np.array(loads))
+            patch.setattr(assigning, "EXCHANGES", looked_at)
+            exchange = assigning._best_exchange(np.array(mine), padded, load, np.array(loads))
         assert (exchange.low, exchange.given, exchange.taken) == (low, given_unit, taken)
         assert (exchange.moved, exchange.larger) == (moved, larger)
 
@@ -164,12 +169,11 @@ def test_a_candidate_that_is_not_dealt_would_not_have_been_chosen(data, world_si
     indices, how = np.arange(len(table)), rules("shared_prefix", 100, area_cost)
     best = None
     for most in (len(table), 4, 2, 1):
-        units = dealing._units(indices, table, "shared_prefix", most)
-        costs = dealing._work(units, table, "shared_prefix").cost(area_cost)
-        candidate = dealing._candidate(units, costs, world_size)
+        units = units_of(indices, table, "shared_prefix", most)
+        candidate = dealing.ToDeal.of(units, table, NONE, how).candidate(world_size)
         if best is None or candidate.loads.max() < 0.99 * best.loads.max():
             best = candidate
-    found = dealing._best_candidate(indices, table, how, world_size)
+    found = dealing._best_candidate(indices, table, NONE, how, world_size)
     assert found.loads.tolist() == best.loads.tolist()
     assert found.units.members().tolist() == best.units.members().tolist()
     assert found.rank.tolist() == best.rank.tolist()
@@ -193,7 +197,20 @@ def random_table(pairs: int, most_of_a_prompt: int) -> PairTable:
         prompt_id=prompt,
         chosen_id=4 * prompt + first,
         rejected_id=4 * prompt + second,
+        list_id=every,
     )
+
+
+def behind_headers(table: PairTable, prompts_of_a_header: int) -> PairTable:
+    """The table where about so many prompts at a time begin with 500 tokens more, the same for them."""
+    lengths = {
+        field.name: getattr(table, field.name) + 500 for field in dataclasses.fields(table) if "length" in field.name
+    }
+    table = dataclasses.replace(table, **lengths)
+    ids = np.unique(table.cut_prompt_ids(np.arange(len(table))))
+    overlaps = np.where(np.arange(1, len(ids) + 1) % prompts_of_a_header, 500, 0)
+    order = PromptOrder(ids, np.arange(len(ids)), overlaps)
+    return dataclasses.replace(table, prompt_order=lambda: order)
 
 
 def shares_one_by_one(costs: np.ndarray, world_size: int) -> tuple[list[list[int]], np.ndarray]:
@@ -204,13 +221,13 @@ def shares_one_by_one(costs: np.ndarray, world_size: int) -> tuple[list[list[int
         shares[rank].append(unit)
         loads[rank] += costs[unit]
     loads = np.array([costs[share].sum() for share in shares])
-    for _ in range(dealing.SWAPS if world_size > 1 else 0):
+    for _ in range(assigning.SWAPS if world_size > 1 else 0):
         high = int(loads.argmax())
         lows = [rank for rank in np.argsort(loads, kind="stable")[:16].tolist() if rank != high]
         theirs = [costs[shares[low]].tolist() for low in lows]
         found = exchange_one_by_one(costs[shares[high]].tolist(), theirs, loads[high], loads[lows].tolist())
         larger, number, given_unit, taken, moved = found
-        if loads[high] <= dealing.BALANCED * loads.mean() or larger >= loads[high] * (1 - 1e-9):
+        if loads[high] <= assigning.BALANCED * loads.mean() or larger >= loads[high] * (1 - 1e-9):
             break
         low = lows[number]
         unit = shares[high].pop(given_unit)
@@ -293,14 +310,16 @@ def test_planning_for_many_ranks_makes_few_calls(layout):
     assert calls_made(256, layout, 64) < 5000
 
 
-def lines_run(pairs: int, layout: str, world_size: int, max_tokens: int, most_of_a_prompt: int) -> int:
-    """Lines of dealing.py that dealing so many pairs runs."""
+def lines_run(pairs: int, layout: str, world_size: int, max_tokens: int, most_of_a_prompt: int, behind: int = 0) -> int:
+    """Lines of the planner that dealing so many pairs runs."""
+    planner = {module.__file__ for module in (dealing, assigning, cutting, headers, prefixes, work)}
     table, how = random_table(pairs, most_of_a_prompt), rules(layout, max_tokens, 6e-5)
+    table = behind_headers(table, behind) if behind else table
     count = 0
 
     def trace(frame, event, argument):
         nonlocal count
-        if frame.f_code.co_filename != dealing.__file__:
+        if frame.f_code.co_filename not in planner:
             return None
         count += event == "line"
         return trace
@@ -323,6 +342,15 @@ def test_the_lines_run_grow_about_as_the_number_of_pairs(layout, world_size, max
     few, many = (lines_run(pairs, layout, world_size, max_tokens, most_of_a_prompt) for pairs in (1000, 4000))
     assert many < 5 * few
     assert many < 100 * 4000
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("max_tokens", [1536, 16384])
+@pytest.mark.parametrize("behind", [3, 100, 10**6])
+def test_the_lines_run_grow_about_as_the_number_of_pairs_behind_headers(world_size, max_tokens, behind):
+    few, many = (lines_run(pairs, "shared_prefix", world_size, max_tokens, 6, behind) for pairs in (1000, 4000))
+    assert many < 5 * few
+    assert many < 200 * 4000
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -363,6 +391,7 @@ def real_table(request) -> PairTable:
         prompt_id=known[0],
         chosen_id=known[1],
         rejected_id=known[2],
+        list_id=np.arange(len(sides)),
     )
 
 

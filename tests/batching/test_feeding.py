@@ -18,6 +18,7 @@ from open_rm.batching.dealing import Part, attention_cost, deal_step
 from open_rm.batching.prefetch import prefetch
 from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.batching.steps import draw_steps
+from open_rm.batching.targets import PLAIN, TargetColumns
 from open_rm.flags import BatchFlags
 from open_rm.ranks import Ranks
 
@@ -98,15 +99,17 @@ def test_a_batch_holds_the_pairs_that_it_names_chosen_first(data, layout, world_
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_margins_arrive_with_their_pairs(data, layout, world_size):
     margins = np.random.default_rng(1).normal(size=len(data)).astype(np.float32)
-    for steps in fed(data, rules(layout), world_size, margins=margins):
+    for steps in fed(data, rules(layout), world_size, targets=TargetColumns(margins, 1 - margins)):
         for micro in (micro for step in steps for micro in step.micro_batches):
-            assert micro.margins.dtype == torch.float32
-            assert micro.margins.tolist() == margins[micro.indices].tolist()
+            assert micro.targets.margins.dtype == torch.float32 and micro.targets.lists is None
+            assert micro.targets.margins.tolist() == margins[micro.indices].tolist()
+            assert micro.targets.label_prob.tolist() == (1 - margins)[micro.indices].tolist()
 
 
-def test_without_margins_there_are_none(data):
-    [steps] = fed(data, rules())
-    assert all(micro.margins is None for step in steps for micro in step.micro_batches)
+def test_plain_pairs_come_without_targets(data):
+    for columns in (None, TargetColumns()):
+        [steps] = fed(data, rules(), targets=columns)
+        assert all(micro.targets == PLAIN for step in steps for micro in step.micro_batches)
 
 
 # ---------------------------------------------------------------- ranks that only keep in step
@@ -164,7 +167,8 @@ def test_sides_leave_out_the_pairs_that_do_not_count(data):
 def test_margins_of_pairs_that_do_not_count_are_left_out(data):
     parts = [Part(np.array([7, 8]), 2), Part(np.array([4]), 0)]
     margins = np.arange(len(data), dtype=np.float32)
-    found = [micro.margins.tolist() for micro in feeding.micro_batches(parts, data, rules(), margins)]
+    targets = TargetColumns(margins).of_step(np.array([7, 8]))
+    found = [micro.targets.margins.tolist() for micro in feeding.micro_batches(parts, data, rules(), targets)]
     assert found == [[7, 8], []]
 
 
@@ -173,18 +177,18 @@ def test_margins_of_pairs_that_do_not_count_are_left_out(data):
 
 def described(step: feeding.Step):
     parts = [
-        (micro.indices.tolist(), micro.batch.input_ids.tolist(), micro.margins.tolist(), micro.last)
+        (micro.indices.tolist(), micro.batch.input_ids.tolist(), micro.targets.margins.tolist(), micro.last)
         for micro in step.micro_batches
     ]
     return step.number, step.pairs, step.imbalance, parts
 
 
 def test_the_same_steps_are_fed_again_and_fewer_draws_leave_them_as_they_were(data):
-    margins = np.arange(len(data), dtype=np.float32)
+    columns = TargetColumns(np.arange(len(data), dtype=np.float32))
     for rank in range(2):
         how = (data, rules(), rank_of(rank, 2))
         whole, again, fewer = (
-            list(map(described, feeding.training_steps(draws(data)[:count], *how, margins=margins)))
+            list(map(described, feeding.training_steps(draws(data)[:count], *how, targets=columns)))
             for count in (8, 8, 3)
         )
         assert whole == again and whole[:3] == fewer
@@ -203,6 +207,7 @@ def test_the_budget_of_training_is_what_the_flag_says_else_what_the_batch_sizes_
     assert (found.max_tokens, found.evaluation_tokens) == (400, 1600 if on_gpu else 1536)
     named = feeding.rules_of(BatchFlags(**flags, max_tokens_per_micro_batch=77), "packed", 5, **how)
     assert (named.max_tokens, named.evaluation_tokens) == (77, found.evaluation_tokens)
+    assert [feeding.rules_of(BatchFlags(), "packed", 5, **how, whole_lists=w).whole_lists for w in (0, 1)] == [0, 1]
 
 
 def test_attention_weighs_in_training_and_in_evaluation():

@@ -116,7 +116,7 @@ def test_keys_and_values_are_gathered_by_one_index_select():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("row", ["packed", "shared prefix"])
+@pytest.mark.parametrize("row", ["packed", "shared prefix", "a header of two prompts"])
 def test_shapes_dtypes_and_devices_of_a_gpus_forward_fit_together(row, window):
     """Fake tensors have these alone; no GPU is needed, and varlen_attn is torch's own."""
     bounds = ROWS[row]
@@ -250,7 +250,8 @@ def test_a_torch_without_newer_ones_says_so(install, monkeypatch):
 # and v. The same bfloat16 inputs, computed in float32 by the path of a CPU. Rounding to 8 bits, weights and results alike,
 # gives some 5e-3 and 7e-3; a window that is one token off gives 6e-2 and 1e-1.
 BF16_TOLERANCE = 2e-2
-LONG_ROW = [(0, 300, 0, 0), (300, 430, 0, 150), (430, 431, 0, 150), (431, 600, 0, 0), (600, 700, 431, 500)]
+LONG_ROW = [(0, 300, ()), (300, 430, ((0, 150),)), (430, 431, ((0, 150),)), (431, 600, ()), (600, 700, ((431, 500),))]
+LONG_ROW += [(700, 900, ((0, 140),)), (900, 960, ((0, 140), (700, 771)))]  # a header
 WIDTHS, GROUPS, WINDOWS = (8, 64, 96, 128, 256), (1, 4, 8), (None, 1, 100)
 
 
@@ -297,8 +298,11 @@ def apart_by_tree(device: str, count: int = 200) -> dict[str, float]:
         bounds, used = [], 0
         for _ in range(draw.randint(1, 8)):
             length = draw.choice((1, draw.randint(1, 20), draw.randint(1, 200)))
-            start = draw.randint(0, used - 1) if used and draw.random() < 0.6 else None
-            bounds.append((used, used + length, *((0, 0) if start is None else (start, draw.randint(start + 1, used)))))
+            prefix = ()
+            if used and draw.random() < 0.6:  # one stretch of the row before it, or two
+                ends = sorted(draw.sample(range(used + 1), 4 if used > 2 and draw.random() < 0.5 else 2))
+                prefix = tuple(zip(ends[::2], ends[1::2], strict=True))
+            bounds.append((used, used + length, prefix))
             used += length
         window, key_heads = draw.choice((None, draw.randint(1, 150))), draw.choice((8, 2, 1))
         found[f"seed {seed}: {bounds}, G = {key_heads}, window {window}"] = apart(

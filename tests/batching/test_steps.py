@@ -77,3 +77,36 @@ def test_grouped_steps_are_nearly_full():
     prompt_ids = np.repeat(np.arange(600), sizes)
     epoch = drawn(len(prompt_ids), 32, len(prompt_ids), 1, prompt_ids=prompt_ids)
     assert len(prompt_ids) >= 0.99 * 32 * (len(epoch) - 1)
+
+
+@repeatable
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=25),
+    pairs_per_step=st.integers(5, 12),
+    prompts=st.none() | st.integers(1, 10),
+    seed=st.integers(0, 9),
+)
+def test_every_list_is_in_one_step_whether_prompts_are_kept_together_or_not(sizes, pairs_per_step, prompts, seed):
+    """A prompt that fits into a step stays whole too; one that does not is cut between its lists."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(sum(sizes))
+    list_ids = np.repeat(np.arange(len(sizes)), sizes)
+    prompt_ids = None if prompts is None else rng.integers(0, prompts, len(sizes))[list_ids][order]
+    list_ids = list_ids[order]
+    how = {"prompt_ids": prompt_ids, "list_ids": list_ids}
+    epoch = drawn(len(list_ids), pairs_per_step, len(list_ids), seed, **how)
+    assert sorted(sum(epoch, [])) == list(range(len(list_ids)))
+    assert max(map(len, epoch)) <= pairs_per_step
+    steps_of = Counter(one for step in epoch for one in set(list_ids[step].tolist()))
+    assert set(steps_of.values()) == {1}
+    if prompts is not None:
+        steps_of = Counter(prompt for step in epoch for prompt in set(prompt_ids[step].tolist()))
+        fitting = [prompt for prompt, size in Counter(prompt_ids.tolist()).items() if size <= pairs_per_step]
+        assert all(steps_of[prompt] == 1 for prompt in fitting)
+
+
+def test_lists_are_drawn_anew_each_epoch_and_lists_of_one_pair_as_pairs_of_a_prompt_are():
+    list_ids = np.repeat(np.arange(10), 2)
+    found = drawn(20, 4, 40, seed=1, list_ids=list_ids)
+    assert len(found) == 10 and found[:5] != found[5:]
+    assert found == drawn(20, 4, 40, seed=1, prompt_ids=list_ids)

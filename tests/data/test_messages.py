@@ -140,13 +140,13 @@ def test_a_row_too_deep_to_be_sent_to_another_process_is_prepared_in_this_one(lo
 
 def test_memory_is_bounded_by_pairs_and_not_by_rows(load, write_rows, monkeypatch):
     sizes = []
-    original = preparation._record_batch
+    original = preparation.record_batch
 
     def watched(pairs, source):
         sizes.append(len(pairs))
         return original(pairs, source)
 
-    monkeypatch.setattr(preparation, "_record_batch", watched)
+    monkeypatch.setattr(preparation, "record_batch", watched)
     ranked = {"prompt": "q ", "responses": [f"answer {i}" for i in range(20)]}  # 190 pairs
     found = load([write_rows([ranked] * 40), "1.0"])
     assert (len(found), max(sizes)) == (40 * 190, 6 * 190)

@@ -82,6 +82,57 @@ def test_how_rewards_are_spread_is_said_overall_alone(data):
     assert found["eval/rm/reward_std"] == pytest.approx(np.std(np.arange(100, 146), ddof=1))
 
 
+def with_labels(data, label_prob: list[float], source: list[int]):
+    columns = data.dataset.to_dict() | {"label_prob": np.float32(label_prob), "source": source}
+    return dataclasses.replace(data, dataset=datasets.Dataset.from_dict(columns), labels=["first", "second", "ties"])
+
+
+def test_ties_are_left_out_of_what_is_said_of_right_and_wrong_and_of_nothing_else(data):
+    """Overall as if the ties were not there, and by source; one source has nothing but ties."""
+    probs = [0.5 if i % 3 == 0 else 0.8 if i % 5 == 0 else 1.0 for i in range(23)]
+    source = [2 if i in (3, 9) else i % 2 for i in range(23)]
+    labelled = with_labels(data, probs, source)
+    rewards = 2 * torch.randn(46, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def rewards_of(input_ids, reward_index, **_):
+        return rewards[input_ids.flatten()[reward_index] - 100]
+
+    found = held_out.evaluate(rewards_of, labelled, rules("packed"), alone()).metrics
+    pairs = rewards.view(23, 2).tolist()
+    for name, members in {
+        "": range(23),
+        **{f"{one}/": [i for i in range(23) if source[i] == number] for number, one in enumerate(labelled.labels)},
+    }.items():
+        decided = [pairs[i][0] > pairs[i][1] for i in members if probs[i] != 0.5]
+        losses = [
+            -probs[i] * math.log(sigmoid(pairs[i][0] - pairs[i][1]))
+            - (1 - probs[i]) * math.log(sigmoid(pairs[i][1] - pairs[i][0]))
+            for i in members
+        ]
+        assert found[f"eval/rm/{name}accuracy"] == pytest.approx(sum(decided) / len(decided) if decided else 0.5)
+        assert found[f"eval/rm/{name}loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert found[f"eval/rm/{name}chosen_rewards"] == pytest.approx(np.mean([pairs[i][0] for i in members]))
+    assert found["eval/rm/reward_std"] == pytest.approx(rewards.std().item())
+    # of the decided pairs alone
+    kept = np.flatnonzero(np.array(probs) != 0.5)
+    alone_there = dataclasses.replace(labelled, dataset=labelled.dataset.select(kept), labels=["one"])
+    only = held_out.evaluate(rewards_of, alone_there, rules("packed"), alone()).metrics
+    for name in ("ece", "length_accuracy", "length_matched_accuracy", "accuracy"):
+        assert found[f"eval/rm/{name}"] == pytest.approx(only[f"eval/rm/{name}"]), name
+    assert found.get("eval/rm/temperature") == only.get("eval/rm/temperature")
+
+
+def test_where_all_pairs_are_ties_nothing_is_said_of_how_far_accuracy_can_be_believed(data):
+    found = held_out.evaluate(last_token, with_labels(data, [0.5] * 23, [0] * 23), rules("packed"), alone()).metrics
+    assert found["eval/rm/accuracy"] == 0.5
+    assert {name for name in found if "length" in name or "ece" in name or "temperature" in name} == set()
+    assert all(map(math.isfinite, found.values()))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
 def test_how_far_the_accuracy_can_be_believed_is_what_counting_pair_by_pair_finds(data):
     rewards = torch.randn(23, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
     table = data.table

@@ -17,9 +17,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from open_rm.batching import dealing
 from open_rm.batching.layouts import lay_out
 from open_rm.batching.steps import groups_of
+from open_rm.batching.work import units_of, work_of
 from open_rm.data.templates import read_template
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
@@ -138,8 +138,8 @@ def test_saved_tokens_are_those_of_the_layout(report_on, load, write_rows, toy):
         return lay_out("shared_prefix", data.pairs(pairs), pad_token_id=2, prompt_ids=prompt_ids).computed
 
     assert shared["prompts"] == len(groups) < len(rows)
-    units = dealing._units(np.arange(len(data)), table, "shared_prefix", len(data))
-    assert shared["by_prompt"]["tokens"] == dealing._work(units, table, "shared_prefix").tokens.sum()
+    units = units_of(np.arange(len(data)), table, "shared_prefix", len(data))
+    assert shared["by_prompt"]["tokens"] == work_of(units, table, "shared_prefix").tokens.sum()
     # Where all answers to a prompt begin alike, the layout shares a few tokens more than the prompt.
     in_memory = sum(computed(group) for group in groups)
     assert in_memory <= shared["by_prompt"]["tokens"] < min(1.001 * in_memory, shared["by_pair"]["tokens"])
@@ -564,3 +564,36 @@ def test_alpaca_eval_duplicates_are_found(load, tokenizer):
     assert source["duplicates"]["count"] > 0
     assert any("duplicate pair" in finding for finding in report["findings"])
     assert source["shared"]["by_prompt"]["ratio"] > 1.5 * source["shared"]["by_pair"]["ratio"]
+
+
+# ---- headers
+
+
+def test_a_header_is_told_with_what_it_saves(report_on, load, write_rows, tokenizer):
+    rows = clean_rows(30)
+    words = "The old roof of the house at the lake was built under the answer of a line and about the answer "
+    for row in rows:
+        row["prompt"].insert(0, {"role": "system", "content": words * 2})
+    report = report_on(rows)
+    step = report["splits"]["train"]["sources"][0]["shared"]["step"]
+    data = load(write_rows(rows))
+    batch = lay_out(
+        "shared_prefix", data.pairs(range(30)), pad_token_id=2, prompt_ids=data.table.cut_prompt_ids(np.arange(30))
+    )
+    assert (step["pairs"], step["tokens"], step["by_prompt"]) == (30, batch.tokens, batch.per_prompt)
+    # The layout sees also the few prompts that have more in common than all.
+    assert batch.computed <= step["by_header"] < 1.02 * batch.computed < 0.7 * step["by_prompt"]
+    headers = step["headers"]
+    assert headers["prompts"] == headers["of_prompts"] == 30
+    most = headers["most"][0]
+    assert most["tokens"] >= len(tokenizer(words * 2)["input_ids"]) and "The old roof of the house" in most["begins"]
+    [line] = [line for line in look.short_lines(report) if "begin with a header" in line]
+    assert "30 of 30 prompts" in line and f"{step['by_header']} with headers shared too" in line
+
+
+def test_where_no_prompts_begin_alike_no_header_is_told(report_on):
+    rows = [messages(f"{i} lake {i}", f"answer {i}", f"line {i}") for i in range(100, 140)]
+    report = report_on(rows)
+    step = report["splits"]["train"]["sources"][0]["shared"]["step"]
+    assert step["headers"]["most"] == [] and step["by_header"] == step["by_prompt"] < step["tokens"]
+    assert not any("header" in line for line in look.short_lines(report))

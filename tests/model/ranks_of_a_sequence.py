@@ -18,7 +18,7 @@ from conftest import toy_flags
 from forking import be_ready_to_fork, forked
 from forking import become_a_rank as become_a_rank_of_a_run
 from pairs_of_ids import as_data
-from test_layouts_agree import CASES, CPU, FAMILIES, FAMILY_PAIRS, ranked, tokens
+from test_layouts_agree import CASES, CPU, FAMILIES, FAMILY_PAIRS, headed, ranked, tokens
 
 from open_rm import reward_modeling
 from open_rm.batching import feeding
@@ -56,6 +56,8 @@ ADAPTERS = {
 SHARING = {
     "sequences that end where stretches end": ([(tokens(32, 1), tokens(32, 2)), (tokens(32, 3), tokens(32, 4))], [0, 0])
 }
+HEADERS = "prompts of two headers"
+SHARING[HEADERS] = headed(64, 40)
 SHARING |= {
     name: CASES[name]
     for name in (
@@ -189,6 +191,8 @@ def cases(folder: Path, world: int, size: int) -> dict:
         add("all pairs", of_a_model, layout="padded", pairs=pairs)
         add("gradients", gradients_of, zero=STAGES["ZeRO 0"])
         add("losses", losses_of, layout="padded", zero=STAGES["ZeRO 0"], every=0)
+    if of_two:
+        add(HEADERS, of_a_model, layout="shared_prefix", pairs=as_data(*SHARING[HEADERS]))
     if of_two or of_four:
         for layout in LAYOUTS:
             add(f"all pairs, {layout}", of_a_model, layout=layout, pairs=pairs, every=int(of_four))

@@ -139,6 +139,48 @@ def test_rewards_and_gradients_are_equal_whatever_the_pairs_share(toy_models, ca
             assert_same(result, reference, f"{layout}, {world_size} ranks, {max_tokens} tokens")
 
 
+def headed(size: int, other: int = 0):
+    """Pairs of six prompts: three of them begin with `size` tokens, two with `other` tokens, one with none of both."""
+    first, second = tokens(size, 90), tokens(other, 91)
+    pairs, lengths = [], []
+    for number, header in enumerate((first, second, first, [], first, second)):
+        prompt, length = header + tokens(3 + 4 * number, 60 + number), len(header) + 3 + 4 * number
+        pairs.append((prompt + R[number % 4], prompt + R[(number + 1) % 4]))
+        lengths.append(length)
+    whole = pairs[0][0]  # and an answer that begins another, one answer in two pairs, a prompt that is another's header
+    pairs += [(whole, whole[:-4]), (whole, pairs[0][1]), (first + [7, 8], first + [7, 9, 10])]
+    return pairs, [*lengths, lengths[0], lengths[0], size]
+
+
+def laid_out_with(monkeypatch, least: int) -> list:
+    """Have pairs laid out with another least header; returns what is laid out."""
+    made = []
+
+    def with_least(*args, **kwargs):
+        made.append(lay_out(*args, **kwargs, least_header=least))
+        return made[-1]
+
+    monkeypatch.setattr(feeding, "lay_out", with_least)
+    return made
+
+
+HEADERS = [(0, 0, 16), (1, 0, 1), (1, 2, 1), (64, 0, 16), (64, 40, 16), (500, 0, 16)]  # tokens of two, and the least
+
+
+@pytest.mark.parametrize(("size", "other", "least"), HEADERS)
+def test_rewards_and_gradients_are_equal_with_headers_of_any_length(toy_models, monkeypatch, size, other, least):
+    made = laid_out_with(monkeypatch, least)
+    pairs = as_data(*headed(size, other))
+    reference = computed(toy_models("padded"), pairs, "padded", max_tokens=2500)
+    made.clear()
+    for checkpointing in (False, True):
+        result = computed(toy_models("shared_prefix", checkpointing), pairs, "shared_prefix")
+        assert_same(result, reference, f"checkpointing {checkpointing}")
+    for batch in made:  # four prompts of the first header, of which three have it for nothing; two of the other
+        assert batch.per_prompt - batch.computed >= 3 * size + other
+        assert max(len(prefix) for *_, prefix in batch.segments.bounds) == (2 if size + other else 1)
+
+
 def test_identical_responses_of_a_prompt_are_computed_once(toy_models):
     """Six pairs over four responses: the prompt once and each response once, and gradients as if computed six times."""
     pairs = as_data(ranked(P, R), [30] * 6)
@@ -219,8 +261,14 @@ def test_layouts_compute_fewer_positions_in_the_order_of_their_names(toy_models,
 
 def seeing_more(layout: str):
     """make_segments, but a segment also sees all that stands between its prefix and it: rejected sees chosen."""
-    packed, honest = layout == "packed", layouts.make_segments
-    return lambda bounds: honest([(s, e, ps, s if pe or packed else 0) for s, e, ps, pe in bounds])
+    honest = layouts.make_segments
+
+    def of(start, end, prefix):
+        if prefix:
+            return start, end, (*prefix[:-1], (prefix[-1][0], start))
+        return start, end, ((0, start),) if layout == "packed" and start else ()
+
+    return lambda bounds: honest([of(*bound) for bound in bounds])
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -235,6 +283,21 @@ def test_the_comparison_notices_a_rejected_response_that_sees_the_chosen_one(
     assert min(differences(mutated, reference)) > 100 * TOLERANCE
     with pytest.raises(AssertionError, match="apart"):
         assert_same(mutated, reference)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_the_comparison_notices_a_header_or_a_prompt_that_is_a_token_off(toy_models, monkeypatch, moved):
+    """One of the two ranges of a prefix begins a token late and ends one late."""
+    pairs, honest = as_data(*headed(64)), layouts.make_segments
+    reference = computed(toy_models("padded"), pairs, "padded")
+
+    def off(start, end, prefix):
+        shifted = tuple((a + 1, b + 1) if number == moved else (a, b) for number, (a, b) in enumerate(prefix))
+        return (start, end, shifted if len(prefix) == 2 else prefix)
+
+    monkeypatch.setattr(layouts, "make_segments", lambda bounds: honest([off(*bound) for bound in bounds]))
+    mutated = computed(toy_models("shared_prefix"), pairs, "shared_prefix")
+    assert min(differences(mutated, reference)) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -354,7 +417,24 @@ def family_folder(tmp_path_factory):
     return make
 
 
+HEADER = tokens(24, 77)  # longer than a window
 FAMILY_PAIRS = (ranked(P, R[:3]) + [(Q + R[3], Q + R[1]), (R[1], R[2] + R[0])], [30] * 3 + [12, 0])
+FAMILY_PAIRS_WITH_A_HEADER = (
+    ranked(HEADER + P, R[:3]) + [(HEADER + Q + R[3], HEADER + Q + R[1]), (R[1], R[2] + R[0])],
+    [54] * 3 + [36, 0],
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_behind_a_header(family_folder, tokenizer, family):
+    """A header of three windows; and every layer is recomputed in the second half of the tries."""
+    folder, pairs = family_folder(family), as_data(*FAMILY_PAIRS_WITH_A_HEADER)
+    reference = computed(load_model(folder, tokenizer), pairs, "padded")
+    for every in (0, 1):
+        [[micro]] = fed(pairs, "shared_prefix")
+        assert micro.batch.per_prompt - micro.batch.computed == len(HEADER) > 2 * WINDOW
+        result = computed(load_model(folder, tokenizer, layout="shared_prefix", every=every), pairs, "shared_prefix")
+        assert_same(result, reference, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -385,7 +465,7 @@ def test_every_family_gives_the_same_in_all_layouts(family_folder, tokenizer, fa
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "phi3", "gpt_neox"])
 def test_whole_models_give_the_same_by_what_a_gpu_is_told(family_folder, tokenizer, family, signature, monkeypatch):
     """Every layer calls torch's varlen_attn as on a GPU; here it is computed densely, with its kernel's demands."""
-    folder, pairs, called = family_folder(family), as_data(*FAMILY_PAIRS), []
+    folder, pairs, called = family_folder(family), as_data(*FAMILY_PAIRS_WITH_A_HEADER), []
     reference = computed(load_model(folder, tokenizer), pairs, "padded")
     monkeypatch.setattr(varlen, "varlen_attn", signature)
 
@@ -562,7 +642,8 @@ def test_rotary_embeddings_that_change_only_beyond_the_longest_sequence_may_be_p
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_no_mask_of_the_whole_row_is_made_by_the_model(family_folder, tokenizer, family):
     """A row of some 5,000 tokens forward and backward: no tensor comes near 5,000 * 5,000."""
-    pairs = as_data([pair for i in range(60) for pair in [(P + tokens(30, i), P + tokens(20, i + 99))]], [30] * 60)
+    prompts = [tokens(30, i + 999) for i in range(60)]  # none begins like another
+    pairs = as_data([(p + tokens(30, i), p + tokens(20, i + 99)) for i, p in enumerate(prompts)], [30] * 60)
     pairs = [(pair[0].tolist(), pair[1].tolist()) for pair in pairs.pairs(range(60))]
     for layout in ("packed", "shared_prefix"):
         reward_model = load_model(family_folder(family), tokenizer, layout=layout)

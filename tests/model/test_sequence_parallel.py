@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import REPOSITORY, environment_of_a_process, python_path, read_metrics
 from pairs_of_ids import as_data
-from ranks_of_a_sequence import ADAPTERS, SHARING, STAGES
+from ranks_of_a_sequence import ADAPTERS, HEADERS, SHARING, STAGES
 from safetensors.torch import load_file
 from test_layouts_agree import FAMILIES, LONGROPE
 
@@ -81,6 +81,10 @@ def test_rewards_and_gradients_in_every_layout_are_those_of_one_rank(found, layo
 def test_every_family_and_whatever_pairs_share_is_computed_as_by_one_rank(found, case):
     """Windows, soft caps, sinks and experts among them; rows that are shorter than a group has ranks, too."""
     assert apart(found[4, 4][case], found[1, 1][case]) < TOLERANCE
+
+
+def test_headers_in_stretches_of_two_ranks_are_computed_as_by_one(found):
+    assert apart(found[2, 2][HEADERS], found[1, 1][HEADERS]) < TOLERANCE
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -200,12 +204,12 @@ def test_groups_that_span_nodes_are_noticed():
 
 
 def test_a_row_of_another_length_is_computed_as_it_was_beside_what_fills_it():
-    bounds = [(0, 9, 0, 0), (9, 14, 0, 4), (14, 17, 0, 0)]
+    bounds = [(0, 9, ()), (9, 12, ((0, 4),)), (12, 14, ((0, 4), (9, 11))), (14, 17, ())]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 20, 8, generator=generator) for _ in range(3))
     longer = make_segments(bounds).extended(3)
-    assert longer.bounds[-1] == (17, 20, 0, 0)
-    made = make_segments([*bounds, (17, 20, 0, 0)])
+    assert longer.bounds[-1] == (17, 20, ())
+    made = make_segments([*bounds, (17, 20, ())])
     for name in ("key_index", "query_starts", "key_starts"):
         assert torch.equal(getattr(longer, name), getattr(made, name)), name
         assert getattr(longer, name).dtype == getattr(made, name).dtype

@@ -4,8 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from open_rm.batching import layouts
 from open_rm.batching.layouts import lay_out_sequences
+from open_rm.data.tokenizer import load_tokenizer
+from open_rm.flags import OpeningFlags
+from open_rm.scoring.opening import open_scorer
 from open_rm.scoring.planning import LEAST_SHARED, plan, shared_prompts
 
 
@@ -90,3 +96,102 @@ def test_answers_of_a_prompt_are_found_behind_a_beginning_that_all_have():
 
 def test_of_nothing_there_is_no_plan():
     assert plan([], None, layout="shared_prefix", max_tokens=9) == []
+
+
+def behind_a_header(sequences: list[np.ndarray], tokens: int = 200) -> list[np.ndarray]:
+    """The same behind a system prompt of so many tokens."""
+    header = np.random.default_rng(9).integers(5, 500, tokens)
+    return [np.r_[header, sequence] for sequence in sequences]
+
+
+def computed(sequences: list[np.ndarray], parts) -> list[int]:
+    """Positions of each micro-batch, as it lies in memory."""
+    return [
+        lay_out_sequences(
+            "shared_prefix", [sequences[i] for i in part.members], pad_token_id=0, prompt_of=part.prompt_of
+        ).positions
+        for part in parts
+    ]
+
+
+def without_headers(monkeypatch) -> None:
+    monkeypatch.setattr(layouts, "LEAST_HEADER", 10**9)
+    monkeypatch.setattr(layouts.lay_out_sequences, "__kwdefaults__", {"unit_of": None, "least_header": 10**9})
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 210, 500, 1500])
+def test_prompts_behind_a_header_fill_the_budget_and_compute_it_once_a_micro_batch(max_tokens, found, monkeypatch):
+    own = [sequence[4:] for sequence in answers(30, 3)]
+    sequences = behind_a_header(own)
+    prompt_of = None if found else [tuple(sequence[200:210]) for sequence in sequences]
+    if not found:
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt_of))}
+        prompt_of = [numbers[prompt] for prompt in prompt_of]
+    parts = plan(sequences, prompt_of, layout="shared_prefix", max_tokens=max_tokens)
+    assert sorted(i for part in parts for i in part.members) == list(range(len(sequences)))
+    positions = computed(sequences, parts)
+    assert all(n <= max_tokens or len(part.members) == 1 for n, part in zip(positions, parts, strict=True))
+    if max_tokens >= 500:
+        # What is behind the header takes what it takes without one, but for prompts that a micro-batch's end cuts in two.
+        behind = sum(positions) - 200 * len(parts)
+        alone = sum(computed(own, plan(own, prompt_of, layout="shared_prefix", max_tokens=10**6)))
+        assert alone <= behind and behind <= alone + 40 * len(parts)
+        assert len(parts) <= 1 + 1.2 * behind / (max_tokens - 200)
+    without_headers(monkeypatch)
+    before = plan(sequences, prompt_of, layout="shared_prefix", max_tokens=max_tokens)
+    if max_tokens >= 500:
+        assert len(parts) < 0.8 * len(before) and sum(positions) < 0.7 * sum(computed(sequences, before))
+
+
+def test_prompts_are_found_behind_a_header_as_they_are_without_one():
+    sequences = answers(20, 4)
+    assert sorted(groups_of(shared_prompts(behind_a_header(sequences)))) == sorted(groups_of(shared_prompts(sequences)))
+
+
+def test_where_there_is_no_header_the_plan_is_that_without_headers(monkeypatch):
+    sequences = [sequence[4:] for sequence in answers(40, 3)]
+    how = {"layout": "shared_prefix", "max_tokens": 300}
+    found = plan(sequences, None, **how)
+    without_headers(monkeypatch)
+    assert found == plan(sequences, None, **how) and len(found) > 3
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_budget_holds_whatever_beginnings_are_shared(seed, monkeypatch):
+    """Beginnings of many lengths in few symbols, so that headers overlap in all ways."""
+    monkeypatch.setattr(layouts, "LEAST_HEADER", 2)
+    monkeypatch.setattr(layouts.lay_out_sequences, "__kwdefaults__", {"unit_of": None, "least_header": 2})
+    rng = np.random.default_rng(seed)
+    stems = [rng.integers(0, 2, size) for size in (12, 20, 30)]
+    some = [
+        np.r_[stems[rng.integers(3)][: rng.integers(1, 31)], rng.integers(0, 2, rng.integers(1, 12))] for _ in range(60)
+    ]
+    sequences = [np.array(ids) for ids in dict.fromkeys(map(tuple, some))]
+    for prompt_of in (None, rng.integers(0, 9, len(sequences)), list(range(len(sequences)))):
+        parts = plan(sequences, prompt_of, layout="shared_prefix", max_tokens=90)
+        assert max(computed(sequences, parts)) <= 90
+        assert sorted(i for part in parts for i in part.members) == list(range(len(sequences)))
+
+
+def test_rewards_behind_a_header_are_those_of_padded_rows(toy, tmp_path):
+    config = LlamaConfig(
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        num_labels=1,
+        pad_token_id=3,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(toy / "model")).save_pretrained(tmp_path / "model")
+    sequences = behind_a_header(answers(12, 3))
+    with open_scorer(OpeningFlags(model=str(tmp_path / "model"), max_tokens_per_micro_batch=500)) as scorer:
+        padded = scorer.rewards(sequences, padded=True)
+        assert np.std(padded) > 0.01
+        assert scorer.rewards(sequences) == pytest.approx(padded, abs=1e-5)

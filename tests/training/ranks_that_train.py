@@ -90,7 +90,7 @@ def trained(engine: Engine, data, how: BatchRules, steps: int = 2, meter: Meter 
         total = 0.0
         for micro in step.micro_batches:
             chosen, rejected = micro.sides(engine(**micro.batch.inputs(engine.ranks.device)))
-            terms = loss_terms(chosen, rejected, None, ObjectiveFlags())
+            terms = loss_terms(chosen, rejected, micro.targets, ObjectiveFlags())
             loss = sum(terms.values()).sum() / step.pairs
             engine.backward(loss, last=micro.last)
             total += loss.item()

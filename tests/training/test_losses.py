@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from open_rm.batching.targets import PLAIN, Targets
 from open_rm.flags import ObjectiveFlags
 from open_rm.training import losses
 from open_rm.training.losses import loss_terms, ranking_loss
@@ -103,12 +104,68 @@ def test_label_smoothing_equals_its_formula():
     assert values.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+PROBS = [0.5, 0.6, 0.75, 0.9, 0.99, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_labels_equal_their_formula_alone_and_smoothed(smoothing):
+    given = {"label_prob": torch.tensor(PROBS), "label_smoothing": smoothing}
+    values = ranking_loss(torch.tensor(LEADS), torch.zeros(len(LEADS)), **given)
+    smoothed = [(1 - smoothing) * p + smoothing * (1 - p) for p in PROBS]
+    expected = [
+        p * -math.log(sigmoid(d)) + (1 - p) * -math.log(sigmoid(-d)) for p, d in zip(smoothed, LEADS, strict=True)
+    ]
+    assert values.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_that_are_sure_change_no_bit():
+    sides = torch.tensor(LEADS), torch.zeros(len(LEADS))
+    for smoothing in (0.0, 0.1):
+        sure = ranking_loss(*sides, label_prob=torch.ones(len(LEADS)), label_smoothing=smoothing)
+        assert torch.equal(sure, ranking_loss(*sides, label_smoothing=smoothing))
+
+
+def test_a_pair_is_the_same_whichever_side_stands_first():
+    sides = torch.tensor(LEADS), torch.zeros(len(LEADS))
+    swapped = ranking_loss(*sides[::-1], label_prob=1 - torch.tensor(PROBS))
+    assert torch.allclose(ranking_loss(*sides, label_prob=torch.tensor(PROBS)), swapped, rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.9])
+def test_a_soft_label_is_least_where_the_model_is_as_sure(p):
+    """Of a tie where both rewards are equal."""
+    chosen = torch.tensor([math.log(p / (1 - p))], requires_grad=True)
+    ranking_loss(chosen, torch.zeros(1), label_prob=torch.tensor([p])).sum().backward()
+    assert chosen.grad.item() == pytest.approx(0, abs=1e-6)
+    losses = ranking_loss(
+        chosen.detach() + torch.tensor([-0.1, 0.0, 0.1]), torch.zeros(3), label_prob=torch.full((3,), p)
+    )
+    assert losses.argmin() == 1
+
+
+def test_label_probs_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="label_prob differ in shape"):
+        ranking_loss(torch.zeros(4), torch.zeros(4), label_prob=torch.ones(4, 1))
+
+
+def test_soft_labels_of_the_data_reach_the_loss():
+    chosen, rejected, p = torch.tensor([1.0, 4.0]), torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.8])
+    flags = ObjectiveFlags(label_smoothing=0.2)
+    [found] = loss_terms(chosen, rejected, Targets(label_prob=p), flags).values()
+    assert torch.equal(found, ranking_loss(chosen, rejected, label_prob=p, label_smoothing=0.2))
+    assert not torch.equal(found, loss_terms(chosen, rejected, PLAIN, flags)["ranking"])
+
+
 DIFFERENTIATED = {
     "ranking": (ranking_loss, lambda c, r: -math.log(sigmoid(c - r))),
     "margin": (lambda c, r: ranking_loss(c, r, torch.tensor([0.7])), lambda c, r: -math.log(sigmoid(c - r - 0.7))),
     "label smoothing": (
         lambda c, r: ranking_loss(c, r, label_smoothing=0.1),
         lambda c, r: -0.9 * math.log(sigmoid(c - r)) - 0.1 * math.log(sigmoid(r - c)),
+    ),
+    "soft label": (
+        lambda c, r: ranking_loss(c, r, label_prob=torch.tensor([0.7])),
+        lambda c, r: -0.7 * math.log(sigmoid(c - r)) - 0.3 * math.log(sigmoid(r - c)),
     ),
     "L2": (losses.l2_penalty, lambda c, r: c * c + r * r),
     "centering": (losses.centering_penalty, lambda c, r: (c + r) ** 2),
@@ -160,7 +217,7 @@ def test_l2_and_centering_equal_their_formulas():
 
 def test_the_first_loss_of_focal_and_log_barrier_with_a_zero_head_is_xtuners():
     flags = ObjectiveFlags(loss_type="focal", penalty_type="log_barrier")
-    terms = loss_terms(torch.zeros(4), torch.zeros(4), None, flags)
+    terms = loss_terms(torch.zeros(4), torch.zeros(4), PLAIN, flags)
     assert list(terms) == ["ranking", "penalty"]
     assert sum(terms.values()).mean().item() == pytest.approx(0.628770, abs=1e-6)
 
@@ -171,7 +228,7 @@ def test_terms_are_weighted_float32_and_one_value_per_pair(penalty_type):
     how = {"penalty_type": penalty_type, "penalty_bound": 7.0}
     single = ObjectiveFlags(penalty_weight=0.5, center_rewards_coefficient=0.25, **how)
     double = ObjectiveFlags(penalty_weight=1.0, center_rewards_coefficient=0.5, **how)
-    terms, doubled = (loss_terms(chosen, rejected, None, flags) for flags in (single, double))
+    terms, doubled = (loss_terms(chosen, rejected, PLAIN, flags) for flags in (single, double))
     assert list(terms) == ["ranking", "penalty", "centering"]
     assert all(term.shape == (2,) and term.dtype == torch.float32 for term in terms.values())
     for name, factor in (("ranking", 1), ("penalty", 2), ("centering", 2)):
@@ -182,7 +239,7 @@ def test_terms_are_weighted_float32_and_one_value_per_pair(penalty_type):
 def test_margins_of_the_data_reach_the_loss(loss_type):
     chosen, rejected, margins = torch.tensor([1.0, 4.0]), torch.tensor([0.5, 1.0]), torch.tensor([0.5, 2.0])
     flags = ObjectiveFlags(loss_type=loss_type)
-    [with_margins] = loss_terms(chosen, rejected, margins, flags).values()
-    [moved] = loss_terms(chosen - margins, rejected, None, flags).values()
+    [with_margins] = loss_terms(chosen, rejected, Targets(margins), flags).values()
+    [moved] = loss_terms(chosen - margins, rejected, PLAIN, flags).values()
     assert torch.equal(with_margins, moved)
-    assert not torch.equal(with_margins, loss_terms(chosen, rejected, None, flags)["ranking"])
+    assert not torch.equal(with_margins, loss_terms(chosen, rejected, PLAIN, flags)["ranking"])

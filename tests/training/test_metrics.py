@@ -8,6 +8,7 @@ import torch
 from conftest import alone
 
 from open_rm.batching.feeding import Step
+from open_rm.batching.targets import PLAIN, Targets
 from open_rm.flags import ObjectiveFlags
 from open_rm.training import metrics
 from open_rm.training.losses import loss_terms, ranking_loss
@@ -20,7 +21,7 @@ def means(chosen, rejected):
     return pair_means(pair_sums(chosen, rejected, ranking_loss(chosen, rejected)), len(chosen))
 
 
-def test_a_tie_is_not_a_correct_prediction():
+def test_equal_rewards_are_not_a_correct_prediction():
     assert means(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))["accuracy"] == 0.5
 
 
@@ -30,6 +31,24 @@ def test_swapping_chosen_and_rejected_gives_one_minus_accuracy_and_negates_the_m
     straight, swapped = means(chosen, rejected), means(rejected, chosen)
     assert swapped["accuracy"] == pytest.approx(1 - straight["accuracy"])
     assert swapped["reward_margin"] == pytest.approx(-straight["reward_margin"])
+
+
+def test_accuracy_leaves_ties_out_and_nothing_else_does():
+    chosen, rejected = torch.tensor([1.0, 2.0, 9.0, 4.0]), torch.tensor([0.0, 3.0, 0.0, 4.5])
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = pair_means(pair_sums(chosen, rejected, losses, torch.tensor([True, True, False, True])), 4)
+    assert found == {
+        "accuracy": pytest.approx(1 / 3),  # the third is a tie, whatever its rewards
+        "loss": 2.5,
+        "chosen_rewards": 4.0,
+        "rejected_rewards": 1.875,
+        "reward_margin": 2.125,
+    }
+
+
+def test_pairs_that_are_all_ties_have_the_accuracy_of_a_guess():
+    ties = torch.zeros(2, dtype=torch.bool)
+    assert pair_means(pair_sums(torch.ones(2), torch.zeros(2), torch.ones(2), ties), 2)["accuracy"] == 0.5
 
 
 # ---- the meter
@@ -67,7 +86,7 @@ def micro_batch(**changes):
 
 
 def add(meter, chosen, rejected, **changes):
-    meter.add(chosen, rejected, loss_terms(chosen, rejected, None, ObjectiveFlags()), micro_batch(**changes))
+    meter.add(chosen, rejected, loss_terms(chosen, rejected, PLAIN, ObjectiveFlags()), micro_batch(**changes))
 
 
 def counts_of(meter, clock) -> dict[str, float]:
@@ -96,10 +115,20 @@ def test_uneven_micro_batches_average_over_pairs_not_over_batches(meter, clock):
     )
 
 
+def test_accuracy_is_over_the_decided_pairs_of_the_step_not_of_each_micro_batch(meter):
+    """Two of three decided pairs are right, in micro-batches of one and two decided pairs, and one without any."""
+    for rewards, label_prob in (([1.0, -1.0], [1.0, 0.5]), ([-2.0, 2.0, 5.0], [0.7, 1.0, 0.5]), ([-3.0], [0.5])):
+        chosen, targets = torch.tensor(rewards), Targets(label_prob=torch.tensor(label_prob))
+        terms = loss_terms(chosen, torch.zeros_like(chosen), targets, ObjectiveFlags())
+        meter.add(chosen, torch.zeros_like(chosen), terms, micro_batch(), targets)
+    found = meter.reduce(6)
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["reward_margin"] == pytest.approx(2 / 6)
+
+
 def test_a_micro_batch_that_only_keeps_ranks_in_step_adds_positions_but_nothing_else(meter, clock):
     empty = torch.zeros(0)
     meter.add(empty, empty, {"ranking": empty}, micro_batch())
-    assert set(meter.reduce(1).values()) == {0.0}
+    assert meter.reduce(1) == {"accuracy": 0.5} | dict.fromkeys([*metrics.PAIR_METRICS[1:], "loss_ranking"], 0.0)
     chosen, rejected = torch.tensor([1.0]), torch.tensor([0.5])
     add(meter, chosen, rejected)
     meter.add(empty, empty, {"ranking": empty}, micro_batch())

@@ -16,9 +16,10 @@ from open_rm.training import metrics
 from open_rm.training.metrics import Meter
 
 MICRO_BATCHES = """
-import contextlib, json, sys, torch
+import contextlib, json, sys, numpy, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from open_rm.batching.layouts import lay_out
+from open_rm.batching.targets import ListColumns, TargetColumns
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.flags import BatchFlags, ModelFlags, ObjectiveFlags, OptimizerFlags
 from open_rm.model.loading import load_reward_model
@@ -60,20 +61,25 @@ with joined_ranks() as ranks:
     config = fill_config(BatchFlags(deepspeed=file), width=model.width, bf16=dtype == torch.bfloat16, max_grad_norm=1.0)
     engine = Engine(model, OptimizerFlags(), config, ranks, total_steps=4)
     meter = Meter(ranks, model_shape(model), dtype, Stragglers(engine.module, ranks, print))
-    objective = ObjectiveFlags(margin_loss=True)
+    margins, label_prob = numpy.float32([0.5, 1.0]), numpy.float32([0.5, 0.8])
+    ids, levels = numpy.array([3, 1]), numpy.array([0, 1])
+    lists = ListColumns(numpy.array([7, 7]), (ids, ids[::-1]), (levels, levels[::-1]), best_alone=False)
+    # each of what the loss may be told, in one of the cases
+    told = {"padded": TargetColumns(margins), "packed": TargetColumns(None, label_prob), "shared_prefix": TargetColumns(lists=lists)}
+    objective = ObjectiveFlags(list_loss="plackett_luce" if layout == "shared_prefix" else "pairs")
     pairs = [([*range(5, 45), 7], [*range(5, 30), 9]), ([*range(50, 70)], [*range(50, 60), 3, 4])]
     for number in range(4):
         batch = lay_out(layout, pairs, pad_token_id=tokenizer.pad_token_id, prompt_ids=[0, 1])
-        margins = torch.tensor([0.5, 1.0])
+        targets = told[layout].of_step(numpy.arange(2))(numpy.arange(2))
         if ranks.on_gpu:
-            batch, margins = batch.pinned(), margins.pin_memory()
+            batch, targets = batch.pinned(), targets.pinned()
         with watching() if number == 2 else contextlib.nullcontext():
             chosen, rejected = engine(**batch.inputs(ranks.device)).chunk(2)
-            terms = loss_terms(chosen, rejected, margins, objective)
+            terms = loss_terms(chosen, rejected, targets, objective)
             if waits and number == 2:
                 float(chosen[0])
             engine.backward(sum(terms.values()).sum() / 4, last=number % 2 == 1)
-            meter.add(chosen, rejected, terms, batch)
+            meter.add(chosen, rejected, terms, batch, targets)
         if number % 2 == 1:
             meter.reduce(4)
             engine.step()

@@ -1,5 +1,7 @@
 """Derived numbers: they count optimizer steps that really happen."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,18 @@ def table(prompt_ids: np.ndarray) -> PairTable:
     zeros = np.zeros(len(prompt_ids), np.int64)
     columns = dict.fromkeys(PairTable.__dataclass_fields__, zeros)
     return PairTable(**columns | {"prompt_id": prompt_ids})
+
+
+def test_lists_are_kept_whole_with_and_without_prompts_and_the_steps_are_counted():
+    """Six lists of five pairs, of two prompts: one fits into a step of eight, a prompt does not."""
+    lists = np.repeat(np.arange(6), 5)
+    of_lists = dataclasses.replace(table(np.repeat(np.arange(2), 15)), list_id=lists)
+    for grouped in (False, True):
+        made = make_plan(ScheduleFlags(), of_lists, 8, seed=3, grouped=grouped, whole_lists=True)
+        drawn = list(made.draw(of_lists))
+        assert made.total_steps == len(drawn) == 6
+        assert all(len(step) == 5 and len(set(lists[step])) == 1 for step in drawn)
+    assert "whole_lists" not in made.numbers()
 
 
 def plan(*, prompt_ids=None, pairs_per_step=8, seed=1, **flags):

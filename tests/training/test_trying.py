@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import alone, in_a_process
@@ -97,6 +98,28 @@ def test_a_budget_is_filled_with_the_longest_pairs_and_never_exceeded(layout, la
             {0} if layout == "padded" else {0, 1, 2} if len(micro.indices) > 2 else {0}
         )
     assert fill.least().indices.tolist() == [1]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_where_lists_stay_whole_a_budget_holds_the_largest_list(layout):
+    """A list of three middling pairs is larger than the longest pair."""
+    answers = [[*ROW[:100], 7 + i, *ROW[:99]] for i in range(3)]
+    pairs = [(ROW[:250], ROW[3:240]), *((answers[i], answers[j]) for i, j in ((0, 1), (0, 2), (1, 2)))]
+    data = as_data(pairs, [0, 100, 100, 100])
+    columns = data.dataset.to_dict() | {"list_id": [4, 8, 8, 8]}
+    data = dataclasses.replace(data, dataset=datasets.Dataset.from_dict(columns))
+    whole = dataclasses.replace(rules(layout), whole_lists=True)
+    fill, of_pairs = (Filling(how, data, 1, margins=False) for how in (whole, rules(layout)))
+    # three answers of 200 tokens with a common beginning of 100 where that is shared: 400 tokens, less than the pair's 487
+    if layout == "shared_prefix":
+        assert fill.smallest == of_pairs.smallest == 512
+    else:
+        assert (fill.smallest, of_pairs.smallest) == (1280, 512)
+    for budget in (fill.smallest, 2 * fill.smallest):
+        for micro in fill.micro_batches(budget):
+            assert micro.batch.positions <= budget
+            assert sorted(micro.indices.tolist()).count(1) == micro.indices.tolist().count(3)  # no list is cut
+    assert fill.least().indices.tolist() == ([1, 2, 3] if layout == "shared_prefix" else [0])
 
 
 def test_the_prompt_whose_answers_gather_most_keys_is_tried_too_where_prefixes_are_shared():
