@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from open_rm.data.labels import TIE
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import UserError
 from open_rm.flags import ObjectiveFlags
 
-TIE = 0.5  # label_prob of a pair that has no better side
 NO_ANSWER = -1  # level, where a list has fewer answers than the longest
 
 

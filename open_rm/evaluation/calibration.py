@@ -14,14 +14,16 @@ from open_rm.model.contract import RewardStatistics
 MEAN, STD, TEMPERATURE = "reward_mean", "reward_std", "temperature"
 
 
-def reward_statistics(rewards: torch.Tensor) -> dict[str, float]:
+def reward_statistics(rewards: torch.Tensor, decided: torch.Tensor | None = None) -> dict[str, float]:
     """Mean and standard deviation (n - 1, as OpenRLHF's) of all rewards, and the fitted temperature where there is one.
 
     Args:
         rewards: [N, 2] float64, chosen and rejected.
+        decided: [N] bool, those that are no ties; None: all. Of a tie no side is the right one, so the fit leaves it out.
     """
     found = {MEAN: rewards.mean().item(), STD: rewards.std().item()}
-    temperature = fit_temperature((rewards[:, 0] - rewards[:, 1]).numpy())
+    margins = rewards[:, 0] - rewards[:, 1]
+    temperature = fit_temperature((margins if decided is None else margins[decided]).numpy())
     return found if temperature is None else found | {TEMPERATURE: temperature}
 
 

@@ -16,9 +16,9 @@ import torch
 from open_rm.batching import feeding
 from open_rm.batching.dealing import deal_step
 from open_rm.batching.rules import BatchRules
-from open_rm.batching.targets import TIE
+from open_rm.data.labels import TIE
 from open_rm.data.pairs import PairTable, PreferenceData
-from open_rm.evaluation.calibration import TEMPERATURE, reward_statistics
+from open_rm.evaluation.calibration import reward_statistics
 from open_rm.measures import calibration, lengths
 from open_rm.ranks import Ranks, all_reduce_sum
 from open_rm.training.losses import ranking_loss
@@ -81,7 +81,9 @@ def evaluate(
     seconds = time.perf_counter() - started
     label_prob = torch.tensor(data.label_probs())
     decided = label_prob != TIE
-    overall = _means(rewards, label_prob) | _spread(rewards, decided) | trust(rewards, data.table, decided.numpy())
+    overall = (
+        _means(rewards, label_prob) | reward_statistics(rewards, decided) | trust(rewards, data.table, decided.numpy())
+    )
     metrics = {f"eval/rm/{name}": value for name, value in overall.items()}
     if len(data.labels) > 1:
         sources = torch.tensor(data.source_ids())
@@ -91,16 +93,6 @@ def evaluate(
                 metrics.update({f"eval/rm/{label}/{name}": value for name, value in means.items()})
     metrics["eval/samples_per_second"] = len(data) / seconds
     return Evaluation(metrics, rewards)
-
-
-def _spread(rewards: torch.Tensor, decided: torch.Tensor) -> dict[str, float]:
-    """`reward_statistics` with the temperature of the decided pairs: of a tie no side is the right one. decided: [pairs] bool."""
-    found = reward_statistics(rewards)
-    if decided.all():
-        return found
-    found.pop(TEMPERATURE, None)
-    temperature = calibration.fit_temperature((rewards[:, 0] - rewards[:, 1])[decided].numpy())
-    return found if temperature is None else found | {TEMPERATURE: temperature}
 
 
 def trust(rewards: torch.Tensor, table: PairTable, decided: np.ndarray | None = None) -> dict[str, float]:
