@@ -3,6 +3,7 @@
 `python ranks_that_train.py CASES FOLDER`: FOLDER is the toy's model; prints what each case found, case -> the ranks' values, as JSON.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -177,17 +178,29 @@ class Small(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList([torch.nn.Linear(32, 32, dtype=torch.bfloat16) for _ in range(2)])
 
-    def forward(self, x):
+    def forward(self, x, breaks_off: bool = False):
         for layer in self.layers:
             x = torch.tanh(layer(x))
+            x = BreaksOff.apply(x) if breaks_off and layer is self.layers[0] else x
         return x.float().sum(-1)
 
 
+class BreaksOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise MemoryError
+
+
 def what_dropped_steps_leave(ranks: Ranks, _: str) -> dict:
-    """Norms of two steps from the beginning; after one that was no number; and after gradients that were forgotten."""
+    """Norms of two steps from the beginning; after one that was no number; and after gradients that were forgotten, of whole
+    passes and of one that broke off between its layers."""
     torch.manual_seed(1)
     xs, found = torch.randn(2, 4, 32, dtype=torch.bfloat16), {}
-    for stage, offload in itertools.product((1, 2), (False, True)):
+    for stage, offload in itertools.product((1, 2, 3), (False, True)):
 
         def fresh(stage=stage, offload=offload) -> Engine:
             torch.manual_seed(2)
@@ -203,6 +216,8 @@ def what_dropped_steps_leave(ranks: Ranks, _: str) -> dict:
         dropped = step(after_nan, math.nan)
         for _ in range(2):
             after_forgetting.backward(after_forgetting(x=xs[0]).sum() * 10, last=False)
+        with contextlib.suppress(MemoryError):
+            after_forgetting.backward(after_forgetting(x=xs[0], breaks_off=True).sum() * 10, last=False)
         after_forgetting.forget_gradients(lambda engine=after_forgetting: engine(x=xs[1][:1]).sum())
         norms = [[step(engine), step(engine)] for engine in (plain, after_nan, after_forgetting)]
         found[f"ZeRO {stage}" + (", offload" if offload else "")] = [str(dropped), *norms]
