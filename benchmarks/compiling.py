@@ -126,7 +126,8 @@ def run(
         [parts] = deal_step(indices, data.table, rules, world_size=1).ranks
         for micro in feeding.micro_batches(parts, data, rules):
             rewards = reward_model(**micro.batch.inputs(device))
-            ranking_loss(*micro.sides(rewards)).sum().backward()
+            chosen, rejected, _ = micro.sides(rewards)
+            ranking_loss(chosen, rejected).sum().backward()
             found.append(rewards.detach())
         reward_model.zero_grad()
     return time.perf_counter() - started, torch.cat(found).cpu()  # to the CPU: waits for the GPU

@@ -59,6 +59,10 @@ def train_ours(settings: dict) -> dict:
 
     if not settings.get("headers", True):
         without_headers()
+    if not settings.get("stretches", True):
+        from open_rm.batching import attention
+
+        attention.LEAST_STRETCH = sys.maxsize
 
     output = Path(settings["scratch"])
     with contextlib.redirect_stdout(sys.stderr):

@@ -3,7 +3,8 @@
     python -m benchmarks.headers           # 6 layers x 384, float32, 8 pairs a step; about half an hour on 2 cores
 
 A header is what prompts have in common at their start: here a policy for an assistant in front of hh_harmless and a rubric in
-front of alpaca_eval, 500 tokens each. Ours without headers shares a prompt among its answers alone. Rounds, clock and ratios are
+front of alpaca_eval, 500 tokens each. Ours without headers shares a prompt among its answers alone, and
+copies its keys in front of each answer's. Rounds, clock and ratios are
 those of throughput.py; the same pairs without any header are there too, since looking for one must cost nothing.
 """
 
@@ -25,10 +26,11 @@ import matplotlib.pyplot as plt
 from benchmarks import throughput, workloads
 from benchmarks.card import name as machine
 
-OURS, SWITCHED_OFF, TRL = "headers", "no headers", "TRL"
+OURS, COPIED, SWITCHED_OFF, TRL = "headers", "headers, copied", "no headers", "TRL"
 CONTESTANTS = {
     OURS: {"trainer": "ours", "layout": "shared_prefix"},
-    SWITCHED_OFF: {"trainer": "ours", "layout": "shared_prefix", "headers": False},
+    COPIED: {"trainer": "ours", "layout": "shared_prefix", "stretches": False},
+    SWITCHED_OFF: {"trainer": "ours", "layout": "shared_prefix", "headers": False, "stretches": False},
     TRL: {"trainer": "trl", "sampling": "random"},
 }
 POLICY = """You are the assistant of a public library. People of every age write to you, and many of them do not know whom else
@@ -100,7 +102,7 @@ class HeaderArgs:
     positions: int | None = None
     """--max_tokens_per_micro_batch of ours. None: as the recipe finds it."""
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
-    """Who runs."""
+    """Who runs. headers, copied: a header's keys and values stand in front of each segment's, no call of its own for them."""
     only: tuple[str, ...] = ()
     """Workloads to run, by the names of their data. Empty: all."""
     without: bool = True
@@ -192,7 +194,7 @@ def report(result: dict) -> None:
 
 def draw(results: list[dict], path: Path) -> None:
     """Bars of pairs/s over ours without headers, one group a workload; the lines are the range of the rounds."""
-    colours = {TRL: "silver", SWITCHED_OFF: "tab:cyan", OURS: "tab:green"}
+    colours = {TRL: "silver", SWITCHED_OFF: "tab:cyan", COPIED: "tab:olive", OURS: "tab:green"}
     figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), constrained_layout=True, squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         names = [name for name in colours if name in result["rounds"][0]]

@@ -96,8 +96,8 @@ class OurTraining:
     def forward_backward(self, step: feeding.Step) -> None:
         for micro in step.micro_batches:
             rewards = self.engine(**micro.batch.inputs(self.ranks.device))
-            chosen, rejected = micro.sides(rewards)
-            terms = loss_terms(chosen, rejected, micro.targets, self.args)
+            chosen, rejected, predicted = micro.sides(rewards)
+            terms = loss_terms(chosen, rejected, micro.targets, self.args, predicted)
             self.engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)
             self.meter.add(chosen, rejected, terms, micro.batch, micro.targets)
 

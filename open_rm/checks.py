@@ -4,6 +4,7 @@ One function a concern. Each sentence names the flags and the way on. What only 
 where those are read (data/, model/families.py).
 """
 
+import math
 import os
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -36,6 +37,7 @@ def check_args(args: Args) -> None:
     check_schedule(args, evaluates=bool(args.dataset_mixer_eval_list), lr_scheduler_type=args.lr_scheduler_type)
     check_objective(args, keep_ties=args.keep_ties, overlength=args.overlength)
     check_optimizer(args, starts_at_zero=args.use_peft or args.score_init == "zeros")
+    check_attributes(args, weights=args.attribute_weights)
     check_adapter(args, freeze_backbone=args.freeze_backbone, trust_remote_code=args.trust_remote_code)
     check_outputs(run=args, tracking=args, trains=not args.cache_dataset_only)
     check_checkpoints(args, evaluates=bool(args.dataset_mixer_eval_list))
@@ -114,6 +116,20 @@ def check_objective(flags: ObjectiveFlags, *, keep_ties: bool, overlength: str) 
             f"--overlength truncate cuts each pair by itself, and --list_loss {flags.list_loss} compares the answers of a whole "
             "list; remove one of them"
         )
+
+
+def check_attributes(flags: DataFlags, *, weights: list[float]) -> None:
+    """One weight for each attribute, each attribute once."""
+    names = [attribute.partition("=")[0] for attribute in flags.attributes]
+    if len(weights) != len(names):
+        raise UserError(
+            f"--attributes names {len(names)} and --attribute_weights has {len(weights)}; pass one weight for each attribute, in "
+            "the same order (0: it is predicted and is no part of the reward)"
+        )
+    if strange := [weight for weight in weights if not math.isfinite(weight)]:
+        raise UserError(f"--attribute_weights {strange[0]}: must be numbers")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--attributes names {twice[0]} twice; name each attribute once")
 
 
 def check_optimizer(flags: OptimizerFlags, *, starts_at_zero: bool) -> None:

@@ -50,6 +50,8 @@ class ModelFlags:
     """Token appended to every response and scored (XTuner), of the tokenizer or new; it must not occur in the data."""
     score_init: Literal["default", "zeros"] = "default"
     """A new score head: N(0, 1 / (h + 1)), or zeros, so that every reward begins at 0. A reward model keeps its head."""
+    attribute_weights: list[float] = field(default_factory=list)
+    """With --attributes: how much each one's prediction adds to the reward, e.g. 0.3 0.74 0.46 0.47 -0.33 (HelpSteer2's)."""
     freeze_backbone: bool = False
     """Train the score head alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -133,6 +135,9 @@ class DataFlags(ReadingFlags):
     """Processes that tokenize; each of them encodes on one core, a single one on all."""
     keep_ties: bool = False
     """Train on ties too: both answers should get the same reward. Accuracy leaves them out."""
+    attributes: list[str] = field(default_factory=list)
+    """Scores of each answer to be predicted beside the preference, e.g. helpfulness correctness; NAME=PLACE where one stands
+    elsewhere (docs/data.md). They are no part of the saved model but by --attribute_weights. Decoders alone."""
     strict: bool = False
     """Stop before training where the look at the data (python -m open_rm.inspection) has findings."""
     dataset_local_cache_dir: str = "local_dataset_cache"
@@ -186,6 +191,8 @@ class ObjectiveFlags:
     """Where log_barrier's wall stands, in units of reward."""
     center_rewards_coefficient: Amount = 0.0
     """Factor of (chosen + rejected reward)^2, which centres rewards at 0; 0.01 is common. 0: off."""
+    attribute_coefficient: Amount = 1.0
+    """With --attributes: weight of the mean squared error of their predictions beside the preference's loss."""
     margin_loss: bool = False
     """Chosen must lead by the pair's margin (Llama 2). Every training pair needs one."""
 

@@ -14,7 +14,7 @@ from open_rm.data.building import read_both
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.tokenizer import fingerprint, tokenizer_of
 from open_rm.flags import Args
-from open_rm.model import families, sequence_parallel
+from open_rm.model import attributes, families, sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def resolve(
     config = families.read_config(args, max_token_length=args.max_token_length)
     how = {"on_gpu": on_gpu, "bf16": dtype == torch.bfloat16, "capability": capability}
     how |= {"max_token_length": args.max_token_length}
+    attributes.check(config, args.attribute_weights, args.model_name_or_path)
     layout = families.choose_layout(args.batching, config, attn_implementation=args.attn_implementation, **how)
     sequence_parallel.check(config, args.sequence_parallel_size, args, **how)
     tokenizer = tokenizer_of(args)

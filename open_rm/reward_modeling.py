@@ -89,9 +89,9 @@ class Run(Prepared):
     def facts(self) -> dict:
         """Flags and what followed from them: for run.json, the trackers and the model card."""
         derived = {"run_name": self.place.name, "output_dir": self.place.folder, "hf_repo_id": self.place.repo_id}
-        derived |= {"world_size": self.ranks.world_size, "layout": self.rules.layout, "clients": self.checks}
+        derived |= {"world_size": self.ranks.world_size, "layout": self.rules.layout} | targets.facts(self.train_pairs)
         derived |= {"max_tokens_per_micro_batch": self.rules.max_tokens, "plan": self.plan.numbers()}
-        return dataclasses.asdict(self.args) | derived | {"commits": node_cache.kept(self.args, self.pinned)}
+        return vars(self.args) | derived | {"commits": node_cache.kept(self.args, self.pinned), "clients": self.checks}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -226,10 +226,10 @@ def train(run: Run, tracker: Tracker, progress: Progress) -> None:
         for step in steps if not best.out_of_patience(args, progress) else ():
             for micro in step.micro_batches:
                 with memory.explained(micro, run.train_pairs, run.rules):
-                    rewards = engine(**micro.batch.inputs(ranks.device))  # [2 B] float32: B chosen, then B rejected
+                    rewards = engine(**micro.batch.inputs(ranks.device))  # [2 B] or [2 B, 1 + K]: chosen, then rejected
                     # [B] each; [0] where this rank has no pair left and computes one only to keep in step with others
-                    chosen, rejected = micro.sides(rewards)
-                    terms = loss_terms(chosen, rejected, micro.targets, args)  # name -> [B]; their sum is a pair's loss
+                    chosen, rejected, predicted = micro.sides(rewards)
+                    terms = loss_terms(chosen, rejected, micro.targets, args, predicted)  # name -> [B], summed the loss
                     # The engine adds gradients over micro-batches and ranks and never averages, so each part is divided
                     # by the pairs of the whole step on all ranks: how a step is cut does not change the mathematics.
                     engine.backward(sum(terms.values()).sum() / step.pairs, last=micro.last)

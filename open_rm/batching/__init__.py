@@ -9,6 +9,7 @@ cutting     a rank's share to micro-batches
 dealing     who computes which pairs of a step, cut into micro-batches
 layouts     how a micro-batch lies in memory (padded, packed, shared prefix), and where each reward is read
 attention   attention over packed rows: kernels by device, the slow reference
+merged_attention  on a CPU: calls of one kernel for the same queries, merged by log-sum-exp
 targets     what the loss is told of each pair: margins, how sure its label is, the lists of a micro-batch
 feeding     steps and micro-batches as the loop takes them, made ahead
 prefetch    a background thread that makes items ahead of their use

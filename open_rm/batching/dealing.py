@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from open_rm.batching.assigning import deal_by_cost, deal_by_header
-from open_rm.batching.cutting import Part, cut
+from open_rm.batching.cutting import Part, cut, halved
 from open_rm.batching.headers import Headers, find_headers
 from open_rm.batching.rules import BatchRules
 from open_rm.batching.work import Units, units_of, work_of
@@ -93,7 +93,7 @@ def _best_candidate(
     indices: np.ndarray, table: PairTable, headers: Headers, rules: BatchRules, world_size: int
 ) -> Candidate:
     """Pairs of one prompt belong together, since they share it; but few large groups cannot be dealt evenly. So groups
-    are cut smaller as long as that takes more than a hundredth off the largest load."""
+    are cut smaller as long as that takes more than a hundredth off the largest load, and to what a micro-batch holds."""
     smaller = (4, 2, 1) if rules.layout == "shared_prefix" and world_size > 1 and not rules.whole_lists else ()
     best, dealt = None, 0
     for most in (len(indices), *smaller):
@@ -102,6 +102,10 @@ def _best_candidate(
             continue  # the same units as before
         dealt = len(units.size)
         tried = ToDeal.of(units, table, headers, rules)
+        if world_size > 1 and not rules.whole_lists and tried.is_too_large().any():
+            # They are cut in any case, and the halves together cost more; one rank with all of them would be waited for.
+            units, *_ = halved(units, np.zeros_like(units.size), table, rules)
+            tried = ToDeal.of(units.take(slice(None, None, -1)), table, headers, rules)
         # However they are dealt, a rank has at least the mean and one has the largest unit. 0.991: sums are rounded.
         if best is not None and tried.least(world_size) > 0.991 * best.loads.max():
             continue
@@ -132,6 +136,10 @@ class ToDeal:
         work = work_of(units, table, rules.layout).behind(headers.tokens[header])
         room = np.maximum(1, rules.max_tokens - headers.tokens)
         return ToDeal(units, work.cost(rules.area_cost), work.tokens, header, headers.cost(rules.area_cost), room)
+
+    def is_too_large(self) -> np.ndarray:
+        """[units] bool, of those of several pairs: whether no micro-batch holds one."""
+        return (self.units.size > 1) & (self.own > self.room[self.header])
 
     def least(self, world_size: int) -> float:
         """Load that a rank has however they are dealt: the mean without headers, or the largest unit's."""

@@ -74,10 +74,19 @@ class MicroBatch:
     targets: Targets
     last: bool
 
-    def sides(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards as the model gives them, of all pairs that were computed, to those of chosen and of rejected, [B] each."""
-        chosen, rejected = rewards.chunk(2)
-        return chosen[: len(self.indices)], rejected[: len(self.indices)]
+    def sides(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the model gives, of all sequences that were computed, to what the pairs that count have of it.
+
+        Args:
+            output: [N] rewards, all chosen and then all rejected; [N, 1 + K] with the predicted attributes behind them.
+
+        Returns:
+            rewards of chosen [B] and of rejected [B], and the predicted attributes of both [B, 2, K]; None of [N].
+        """
+        chosen, rejected = (side[: len(self.indices)] for side in output.chunk(2))
+        if output.dim() == 1:
+            return chosen, rejected, None
+        return chosen[:, 0], rejected[:, 0], torch.stack((chosen[:, 1:], rejected[:, 1:]), 1)
 
     def pinned(self) -> "MicroBatch":
         """The same in page-locked memory; see layouts.Batch.pinned."""

@@ -45,15 +45,18 @@ class Headers:
 NONE = Headers(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64))
 
 
-def find_headers(indices: np.ndarray, table: PairTable, layout: str) -> Headers:
-    """The headers of a step's pairs that leave fewest tokens if each is computed once."""
+def find_headers(indices: np.ndarray, table: PairTable, layout: str, *, least: int = LEAST_HEADER) -> Headers:
+    """The headers of a step's pairs that leave fewest tokens if each is computed once.
+
+    least: tokens; shorter ones are not shared.
+    """
     if layout != "shared_prefix" or table.prompt_order is None:
         return NONE
     prompts = np.unique(table.cut_prompt_ids(indices))
     order, overlaps = table.prompt_order().overlaps(prompts)
     # Shorter ones are not shared, and as zeros they are not looked at one after another.
-    overlaps = np.where(overlaps < LEAST_HEADER, 0, overlaps).tolist()
-    shared = [one for one in best_sharing(overlaps, least=LEAST_HEADER) if one.shared]
+    overlaps = np.where(overlaps < least, 0, overlaps).tolist()
+    shared = [one for one in best_sharing(overlaps, least=least) if one.shared]
     number = np.zeros(len(prompts), np.int64)
     for i, one in enumerate(shared, start=1):
         number[order[one.places]] = i

@@ -1,7 +1,8 @@
-"""What the loss is told of each pair besides its rewards: margins, how sure its label is, and the ranked lists that pairs form.
+"""What the loss is told of each pair besides its rewards: margins, how sure its label is, attributes of its answers, and the
+ranked lists that pairs form.
 
 What does not differ from plain pairs is None, so that plain pairs are trained by the plain loss.
-Shapes: B pairs of a micro-batch, L lists that they are of, K answers of the longest list.
+Shapes: B pairs of a micro-batch, L lists that they are of, K answers of the longest list; of attributes, K of them.
 """
 
 from collections.abc import Callable
@@ -42,11 +43,14 @@ class Targets:
     margins: [B] float32, by how much chosen should lead; None where the loss takes none.
     label_prob: [B] float32, how probable it is that chosen is the better one; None where it is sure of every pair of the data.
     lists: None where each pair is trained by itself.
+    attributes: [B, 2, K] float32, of chosen and of rejected, less the means of the training data (attribute_means); NaN where one
+        is not known. None where none are trained.
     """
 
     margins: torch.Tensor | None = None
     label_prob: torch.Tensor | None = None
     lists: Lists | None = None
+    attributes: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Targets":
         """On a device; from page-locked memory nobody waits for it."""
@@ -58,8 +62,9 @@ class Targets:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Targets":
         lists = self.lists and Lists(**{name: change(tensor) for name, tensor in vars(self.lists).items()})
-        margins, label_prob = (one if one is None else change(one) for one in (self.margins, self.label_prob))
-        return Targets(margins, label_prob, lists)
+        columns = self.margins, self.label_prob, self.attributes
+        margins, label_prob, attributes = (one if one is None else change(one) for one in columns)
+        return Targets(margins, label_prob, lists, attributes)
 
     def decided(self) -> torch.Tensor | None:
         """[B] bool, which pairs have a better side; None where all have. What is said of right and wrong leaves ties out."""
@@ -116,11 +121,12 @@ class ListColumns:
 
 @dataclass(frozen=True)
 class TargetColumns:
-    """What `Targets` are taken from: columns of all pairs of the data, [pairs] float32, None as there."""
+    """What `Targets` are taken from: columns of all pairs of the data, [pairs] float32, attributes [pairs, 2, K]; None as there."""
 
     margins: np.ndarray | None = None
     label_prob: np.ndarray | None = None
     lists: ListColumns | None = None
+    attributes: np.ndarray | None = None
 
     def of_step(self, indices: np.ndarray) -> Callable[[np.ndarray], Targets]:
         """Gives the targets of pairs [B] of a step.
@@ -135,10 +141,9 @@ class TargetColumns:
             per_list = len(indices) / len(np.unique(self.lists.list_id[indices]))
 
         def targets(pairs: np.ndarray) -> Targets:
-            margins, label_prob = (
-                one if one is None else torch.from_numpy(one[pairs]) for one in (self.margins, self.label_prob)
-            )
-            return Targets(margins, label_prob, self.lists and self.lists.of(pairs, per_list))
+            columns = self.margins, self.label_prob, self.attributes
+            margins, label_prob, attributes = (one if one is None else torch.from_numpy(one[pairs]) for one in columns)
+            return Targets(margins, label_prob, self.lists and self.lists.of(pairs, per_list), attributes)
 
         return targets
 
@@ -150,7 +155,23 @@ def columns_of(data: PreferenceData, flags: ObjectiveFlags) -> TargetColumns:
         ids = table.chosen_id, table.rejected_id
         lists = ListColumns(table.list_id, ids, data.levels(), best_alone=flags.list_loss == "best_of_k")
     margins = data.margins() if flags.margin_loss else None
-    return TargetColumns(margins, label_prob if (label_prob != 1).any() else None, lists)
+    known = data.attributes()
+    attributes = (known - attribute_means(known)).astype(np.float32) if known.shape[-1] else None
+    return TargetColumns(margins, label_prob if (label_prob != 1).any() else None, lists, attributes)
+
+
+def attribute_means(known: np.ndarray) -> np.ndarray:
+    """[K] float64, over the answers of all pairs of which one is known; an answer that stands in several pairs counts in each.
+
+    Heads without a bias predict attributes less these.  known: [pairs, 2, K].
+    """
+    return np.nanmean(known, axis=(0, 1), dtype=np.float64)
+
+
+def facts(data: PreferenceData) -> dict[str, list[float]]:
+    """For run.json and the model card: the means of the attributes in the order of the flag; nothing where none are trained."""
+    known = data.attributes()
+    return {"attribute_means": attribute_means(known).tolist()} if known.shape[-1] else {}
 
 
 def check(data: PreferenceData, flags: ObjectiveFlags, pairs_per_step: int) -> None:

@@ -9,6 +9,7 @@ lookup        where a value stands in a row: column, key, elements, several join
 forms         what makes a comparison; how a form of rows is described
 public_sets   the table of public data sets, by their columns
 labels        who won: labels, strengths, scores, ranks
+attributes    scores of each answer that are predicted beside the preference
 reading       the flags that say how the rows of a source are read
 messages      lists of messages of every shape, checked
 columns       which columns of a row are read as what, and what is left over

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from open_rm.data import cache, grouping, preparation
-from open_rm.data.counts import Counts, columns_line, source_line
+from open_rm.data.columns import columns_of
+from open_rm.data.counts import Counts, attribute_lines, columns_line, source_line
 from open_rm.data.mixer import MOST_PASSES, Source, parse_mixer
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.preparation import Policy, Taken
@@ -32,7 +33,7 @@ from open_rm.data.tokenizer import fingerprint
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
-CACHE_VERSION = "10"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "11"  # raise when the meaning of a cached column changes
 COUNT_BAD_ROWS_SECONDS = 10.0
 
 
@@ -101,6 +102,7 @@ def load_preference_data(
     found = json.loads((folder / "facts.json").read_text())
     facts = [fact | {"label": s.label, "name": _name(s)} for fact, s in zip(found["facts"], sources, strict=True)]
     _check_some_are_left(len(dataset), facts, flag)
+    _check_attributes([name for name, _ in readings[0].attributes], facts, opened)
     lines = [f"{split}: {line}" for fact in facts for line in _lines(fact)]
     return PreferenceData(dataset, [source.label for source in sources], lines, found["kind"], facts)
 
@@ -137,6 +139,19 @@ def _check_some_are_left(pairs: int, facts: list[dict], flag: str) -> None:
         if any(fact["dropped"] for fact in facts):
             advice = "raise --max_token_length or --max_prompt_token_length, or pass --overlength truncate"
         raise UserError(f"--{flag}: no pairs are left ({lines}); {advice}")
+
+
+def _check_attributes(names: list[str], facts: list[dict], opened: list[Opened]) -> None:
+    """Of each attribute some answers must be known, else there would be nothing to learn."""
+    for name in names:
+        if any(fact["attributes"].get(name, {}).get("known") for fact in facts):
+            continue
+        rows = (next((row for _, row in one.rows() if isinstance(row, dict)), {}) for one in opened)
+        there = "; ".join(f"{fact['name']}: {columns_of(row)}" for fact, row in zip(facts, rows, strict=True))
+        raise UserError(
+            f"--attributes {name}: it is known of no answer of the training data; name one that is, or write {name}=PLACE, of "
+            f"two sides {name}=PLACE,PLACE (docs/data.md); {there}"
+        )
 
 
 class _Writing:
@@ -265,4 +280,4 @@ def _lines(fact: dict) -> list[str]:
     """What became of a source: its rows, its columns, and all bad rows but the first, which stands in the first line."""
     columns = columns_line(fact)
     skipped = [f"  skipped {row['place']}: {row['what']}" for row in fact["skipped"][1:]]
-    return [source_line(fact), *([columns] if columns else []), *skipped]
+    return [source_line(fact), *([columns] if columns else []), *attribute_lines(fact), *skipped]

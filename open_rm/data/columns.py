@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from open_rm.data import labels
+from open_rm.data.attributes import Places, places_of
 from open_rm.data.forms import (
     DECIDING,
     OPTIONAL,
@@ -98,6 +99,7 @@ class Plan:
     """How rows of certain columns are read.
 
     form: of the table.  shape: a name of forms.SHAPES.  values: our column -> where it stands.
+    attributes: where those of --attributes stand.
     chat: whether texts become messages.  unread: columns that are not read.
     twins: two unread columns that say how good chosen and rejected are.
     """
@@ -105,6 +107,7 @@ class Plan:
     form: Form
     shape: str
     values: dict[str, Lookup]
+    attributes: Places
     chat: bool
     labels: dict[str, str]
     lower_is_better: bool
@@ -150,7 +153,9 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
     shape = next((shape for shape, needed in shapes.items() if set(needed) <= values.keys()), None)
     if shape is None:
         raise _no_form(row, filled)
-    used = {name for lookup in values.values() for name in lookup.columns} | set(reading.margin_from or ())
+    attributes = places_of(reading.attributes, shape, values, present)
+    lookups = [*values.values(), *(lookup for _, places in attributes for lookup in places)]
+    used = {name for lookup in lookups for name in lookup.columns} | set(reading.margin_from or ())
     unread = tuple(name for name in row if name in present and name not in used and name not in form.leaves)
     twins = next((pair for pair in TWINS if set(pair) <= filled and shape == "pairs"), None)
     chat = bool(form.chat or {"system", "history"} & values.keys())
@@ -161,7 +166,7 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
         _check_soft(shape, {ours: values[ours] for ours in SOFT if ours in values and _is_filled(values[ours], filled)})
     meant = reading.label_values or form.labels
     lower = form.lower_is_better if reading.lower_is_better is None else reading.lower_is_better
-    return Plan(form, shape, values, chat, meant, lower, unread, twins)
+    return Plan(form, shape, values, attributes, chat, meant, lower, unread, twins)
 
 
 def _check_used(mapped: dict[str, Lookup], shape: str) -> None:
@@ -286,7 +291,10 @@ def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -
 
 
 def _needs(form: Form, mapped, without=()) -> list[str]:
-    """The columns that a form needs where a mapping reads some of ours from elsewhere, and some (`without`) are not needed."""
+    """The columns that must have a value, where a mapping reads some of ours from elsewhere.
+
+    without: those of ours that need none, as do the form's that are left aside: they only tell which form it is.
+    """
     mapped = {*mapped, *without}
     replaced = {name for ours in mapped if ours in form.reads for name in parse_lookup(form.reads[ours]).columns}
     lookups = [parse_lookup(text) for ours, text in form.reads.items() if ours not in mapped]
@@ -294,7 +302,8 @@ def _needs(form: Form, mapped, without=()) -> list[str]:
     parts = {
         name for lookup in lookups if len(lookup.holes) > 1 for name in lookup.columns
     }  # any of which may be empty
-    return [name for name in form.needs if (name not in replaced or name in kept) and name not in parts]
+    others = {*parts, *form.leaves}
+    return [name for name in form.needs if (name not in replaced or name in kept) and name not in others]
 
 
 def _form_that_is_mapped(mapped, filled: set[str], own: tuple[Form, ...]) -> Form | None:

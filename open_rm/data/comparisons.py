@@ -18,6 +18,7 @@ class Unchecked(NamedTuple):
 
     margin: by how much the better side is better.  label_prob: how probable it is that chosen is that side, 0 to 1.
     levels: places in a list of the better side and of the other one.
+    answers: the numbers of chosen and rejected among the row's answers, chosen ones before rejected ones, a before b.
     """
 
     prompt: object
@@ -26,6 +27,7 @@ class Unchecked(NamedTuple):
     margin: float | None = None
     label_prob: float = 1.0
     levels: tuple[int, int] = (0, 1)
+    answers: tuple[int, int] = (0, 1)
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Values:
     row: as it stands in the file.  found: our column -> value.
     oddities: what is odd and yet readable, gathered on the way: keys of rows.ODDITIES.
     probability: that chosen, or the winner, is the better one, where the row says it.
+    attributes: those of each answer (attributes.py), where the row was joined from rows of one.
     """
 
     row: dict
@@ -43,6 +46,7 @@ class Values:
     found: dict
     oddities: list[str] = field(default_factory=list)
     probability: float | None = None
+    attributes: list[tuple[float, ...]] | None = None
 
     @property
     def keep_ties(self) -> bool:
@@ -145,9 +149,10 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
             f"first leave the column out (--ignore_columns {where})"
         )
     responses = responses_of(responses)
+    numbers = range(len(responses) if isinstance(responses, list) else 0)  # of the answers in the row
     lenient = form.gaps or values.plan.shape == "rows"
     if lenient and isinstance(responses, list) and isinstance(scores, list):
-        responses, scores = _without_gaps(values, responses, scores)
+        responses, scores, numbers = _without_gaps(values, responses, scores)
         if len(responses) < 2:
             values.oddities.append("lonely")
             return [], 0
@@ -173,6 +178,7 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
             pair.lead if with_margin else None,
             labels.TIE if pair.is_tie else 1.0,
             pair.levels,
+            tuple(numbers[i] for i in pair.answers),
         )
         for pair in kept
     ], len(pairs) - len(kept)
@@ -185,20 +191,22 @@ def responses_of(given: object) -> object:
     return [from_json("responses", text) if isinstance(text, str) else text for text in given]
 
 
-def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, list]:
-    """The answers that have both text and score."""
+def _without_gaps(values: Values, responses: list, scores: list) -> tuple[list, list, list[int]]:
+    """The answers that have both text and score: texts, scores, and their numbers in the row."""
     if len(responses) != len(scores):
         raise UserError(f"there are {len(responses)} responses and {len(scores)} scores; correct or remove the row")
     both = list(zip(responses, scores, strict=True))
     kept = [
-        (text, score) for text, score in both if (text.strip() if isinstance(text, str) else text) and score is not None
+        number
+        for number, (text, score) in enumerate(both)
+        if (text.strip() if isinstance(text, str) else text) and score is not None
     ]
     if both and all(score is None for _, score in both):
         where = (values.plan.values.get("scores") or values.plan.values["score"]).written
         raise UserError(f"no answer has a score in {where}; name others with --column_map scores=... (docs/data.md)")
     if len(kept) < len(both):
         values.oddities.append("left out")
-    return [text for text, _ in kept], [score for _, score in kept]
+    return [responses[i] for i in kept], [scores[i] for i in kept], kept
 
 
 def two_answers(values: Values) -> tuple[object, list]:
@@ -235,7 +243,8 @@ def _of_two(values: Values) -> tuple[list[Unchecked], int]:
         lead = _margin(values, swapped=winner == "b")
     else:
         lead = _checked_margin(values, lead, plan.shape)
-    pair = Unchecked(prompt, *(two if winner == "a" else reversed(two)), lead)
+    first = ("a", "b").index(winner)
+    pair = Unchecked(prompt, two[first], two[1 - first], lead, answers=(first, 1 - first))
     if _is_equal(values, lead):
         return ([_tied(pair)], 0) if values.keep_ties else ([], 1)
     return [pair], 0
@@ -271,7 +280,11 @@ def _of_sides(values: Values, prompt) -> tuple[list[Unchecked], int]:
     if {"chosen", "rejected"} <= values.reading.column_map.keys():
         _check_no_label_is_left(values)
     margin = _margin(values)
-    pairs = [Unchecked(prompt, good, bad, margin) for good in chosen for bad in rejected]
+    pairs = [
+        Unchecked(prompt, good, bad, margin, answers=(i, len(chosen) + j))
+        for i, good in enumerate(chosen)
+        for j, bad in enumerate(rejected)
+    ]
     if _is_equal(values, margin):
         return ([_tied(pair) for pair in pairs], 0) if values.keep_ties else ([], len(pairs))
     if values.plan.twins:

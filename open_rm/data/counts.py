@@ -4,6 +4,7 @@ One object for both: a block's counts are added to its source's. They are kept b
 and judged by the inspection.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from open_rm.data.columns import Plan, suspicion
@@ -22,6 +23,7 @@ class Counts:
     soft_labels: pairs that are kept with one between 0.5 and 1.  truncated: pairs that were cut; promptless: those that lost their whole prompt.
     read: our column -> where it stood.  unread: column -> {says: what its name or content says it is, or None; first}.
     held_out_form: rows of a form that is a benchmark's.
+    attributes: name -> {place; of how many answers of the kept pairs it is known, and of how many there are; least, most}.
     """
 
     forms: dict[str, int] = field(default_factory=dict)
@@ -35,6 +37,7 @@ class Counts:
     read: dict[str, str] = field(default_factory=dict)
     unread: dict[str, dict] = field(default_factory=dict)
     held_out_form: int = 0
+    attributes: dict[str, dict] = field(default_factory=dict)
 
     def drop(self, reason: str, pairs: int, place: str) -> None:
         """Count dropped pairs."""
@@ -46,6 +49,22 @@ class Counts:
             self.ties_trained += pairs
         elif label_prob < 1:
             self.soft_labels += pairs
+
+    def add_attributes(self, names: list[str], sides: tuple[tuple[float, ...], ...], pairs: int) -> None:
+        """Count kept pairs by which attributes are known of their two sides."""
+        for name, *numbers in zip(names, *sides, strict=True):
+            known = [number for number in numbers if not math.isnan(number)]
+            entry = {"place": None, "answers": pairs * len(numbers), "known": pairs * len(known)}
+            entry |= {"least": min(known, default=None), "most": max(known, default=None)}
+            self._add_attribute(name, entry)
+
+    def _add_attribute(self, name: str, entry: dict) -> None:
+        mine = self.attributes.setdefault(name, {"place": None, "answers": 0, "known": 0, "least": None, "most": None})
+        mine["place"] = mine["place"] or entry["place"]
+        for what in ("answers", "known"):
+            mine[what] += entry[what]
+        for what, best in (("least", min), ("most", max)):
+            mine[what] = best((one[what] for one in (mine, entry) if one[what] is not None), default=None)
 
     def add_rows(self, rows: list[tuple[str, dict, Row, int]]) -> None:
         """Count rows that were read: (place, as it stands in the file, as it was read, times it is taken)."""
@@ -62,6 +81,9 @@ class Counts:
             self._look_at_unread(place, raw, row.plan, looked)
         for plan in plans.values():
             self.read |= {ours: lookup.written for ours, lookup in plan.values.items() if ours not in self.read}
+            for name, places in plan.attributes:
+                place = ", ".join(lookup.written for lookup in places) or None
+                self._add_attribute(name, {"place": place, "answers": 0, "known": 0, "least": None, "most": None})
             for name in plan.unread:
                 self.unread.setdefault(shown(name), {"says": None, "first": None})
 
@@ -86,6 +108,8 @@ class Counts:
                 _count(mine, what, entry["count"], entry["first"])
         for name in ("ties", "ties_trained", "soft_labels", "truncated", "promptless", "held_out_form"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, entry in other.attributes.items():
+            self._add_attribute(name, entry)
         self.read = other.read | self.read
         for name, entry in other.unread.items():
             mine = self.unread.setdefault(name, entry)
@@ -138,6 +162,17 @@ def columns_line(fact: dict) -> str | None:
     read = [ours if ours == theirs else f"{ours} from {shown(theirs)}" for ours, theirs in places]
     unread = ", ".join(fact["unread"]) or "none"
     return f"  columns read: {', '.join(read)}; not read: {unread}"
+
+
+def attribute_lines(fact: dict) -> list[str]:
+    """Of how many answers each attribute is known, and the range of its values, which may differ between sources."""
+    lines = []
+    for name, entry in fact["attributes"].items():
+        place = f" (from {shown(entry['place'])})" if entry["place"] not in (None, name) else ""
+        known, answers = entry["known"], entry["answers"]
+        share = f" ({known / answers:.0%}), {entry['least']:g} to {entry['most']:g}" if known else ""
+        lines.append(f"  attribute {shown(name)}{place}: known of {known} of {answers} sides of pairs{share}")
+    return lines
 
 
 def shown(name: object) -> str:

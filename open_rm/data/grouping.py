@@ -7,8 +7,9 @@ answer is lost, and memory holds what is still open.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from open_rm.data.attributes import read_attributes
 from open_rm.data.columns import Plan, plan_of
 from open_rm.data.readers import Opened, Rows
 from open_rm.data.reading import Reading
@@ -20,11 +21,15 @@ PEEKED = 100  # rows that may be unreadable before one says what form a source i
 
 @dataclass(frozen=True)
 class Joined:
-    """A row of all answers to a prompt: the rows that were joined, the first of which stands for all."""
+    """A row of all answers to a prompt: the rows that were joined, the first of which stands for all.
+
+    attributes: of each answer those of --attributes; empty where none are asked.
+    """
 
     first: dict
     responses: list
     scores: list
+    attributes: list[tuple[float, ...]] = field(default_factory=list)
 
 
 def is_answer_a_row(opened: Opened, reading: Reading) -> bool:
@@ -59,6 +64,7 @@ def joined(opened: Opened, reading: Reading) -> Opened:
             at, joint = open_prompts.setdefault(key, (place, Joined(row, [], [])))
             joint.responses.append(plan.values["response"].get(row))
             joint.scores.append(plan.values["score"].get(row))
+            joint.attributes.extend(read_attributes(plan.attributes, row, (1,)))
             if last[key] == number:
                 del open_prompts[key]
                 yield at, joint
@@ -72,6 +78,7 @@ def _key(row: object, reading: Reading) -> bytes | None:
     if plan is None or plan.shape != "rows":
         return None
     try:
+        read_attributes(plan.attributes, row, (1,))  # a row with a wrong one stays alone, and is named
         said = [plan.values[name].get(row) if name in plan.values else None for name in CONTEXT]
         return hashlib.blake2b(json.dumps(said, default=str).encode(), digest_size=16).digest()
     except (UserError, ValueError, RecursionError, UnicodeEncodeError):

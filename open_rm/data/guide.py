@@ -54,6 +54,38 @@ All pairs of one row are one list (`--list_loss`): of ranked responses, of answe
 and rejected answers. Answers with equal scores have the same place in it. A row that is taken twice is two lists, and a pair that
 is filtered by its length is missing from its list.
 
+## Attributes of answers
+
+`--attributes` reads scores of each answer that are predicted beside the preference, and `--attribute_weights` says how much each
+prediction adds to the reward (0: nothing). HelpSteer2's five, with weights of its authors
+(https://arxiv.org/abs/2406.08673):
+
+```bash
+python -m open_rm.reward_modeling --dataset_mixer_list nvidia/HelpSteer2 1.0 \
+    --attributes helpfulness correctness coherence complexity verbosity --attribute_weights 0.3 0.74 0.46 0.47 -0.33
+```
+
+| rows | an attribute NAME stands in |
+| --- | --- |
+| of one answer | `NAME` |
+| of a ranked list | `NAME`, a list with a number for each response; or, for responses in `completions[].response`, `completions[].NAME` |
+| of two sides | `chosen_NAME` and `rejected_NAME`, or `NAME_chosen` and `NAME_rejected` |
+| of `response_a` and `response_b` | the same with `response_a` and `response_b`, `a` and `b`, or the columns that they are read from (`response_0_NAME`) |
+
+Elsewhere: `NAME=PLACE`, an expression of the next section that gives the number of an answer, or a list with a number for each;
+`NAME=PLACE,PLACE` gives one for each of two sides. A side of several answers has a list. True is 1 and false is 0.
+
+| set | `--attributes` |
+| --- | --- |
+| openbmb/UltraFeedback | `'helpfulness=completions[].annotations.helpfulness.Rating'`, `'honesty=completions[].annotations.honesty.Rating'` |
+| PKU-Alignment/PKU-SafeRLHF | `severity_level`, `safe=is_response_0_safe,is_response_1_safe` |
+| HuggingFaceH4/ultrafeedback_binarized | `score` |
+| llm-blender/Unified-Feedback:all | `rating` |
+
+What is empty or N/A is not known, and nothing is learned from it; nor is an attribute that a source does not have. The log
+says how many are known and in which range: sources of different scales are better not mixed. They are read from training data
+alone.
+
 ## Rows in other columns
 
 `--column_map ours=theirs` says where our columns stand:

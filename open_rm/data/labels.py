@@ -90,12 +90,13 @@ def winner_of_strength(value: object) -> tuple[str, float]:
 class Ranked(NamedTuple):
     """Two answers of a ranked list, the better one first, or of two that are as good the one that stands first.
 
-    lead: difference of their scores; None without scores.  levels: their places in the list, 0 the best; equal scores have
+    answers: their numbers among the responses.  lead: difference of their scores; None without scores.  levels: their places in the list, 0 the best; equal scores have
     equal ones.  alike: the answers are the same.
     """
 
     better: object
     worse: object
+    answers: tuple[int, int]
     lead: float | None
     levels: tuple[int, int]
     alike: bool
@@ -126,7 +127,7 @@ def ranked(responses: object, scores: object, lower_is_better: bool) -> list[Ran
     for i, j in itertools.combinations(order, 2):
         lead = None if in_order else values[i] - values[j]
         levels = level[values[i]], level[values[j]]
-        pairs.append(Ranked(responses[i], responses[j], lead, levels, responses[i] == responses[j]))
+        pairs.append(Ranked(responses[i], responses[j], (i, j), lead, levels, responses[i] == responses[j]))
     return pairs
 
 

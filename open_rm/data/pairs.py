@@ -64,7 +64,7 @@ class PreferenceData:
     """Tokenized pairs.
 
     dataset: columns chosen_input_ids, rejected_input_ids, those of PairTable, margin (NaN where there is none), label_prob,
-        chosen_level, rejected_level, source (index into labels) and place (file and row).
+        chosen_level, rejected_level, chosen_attributes, rejected_attributes, source (index into labels) and place (file and row).
     labels: one per source.  lines: one or more per source on what was read, dropped and kept, for the log.
     kind: what the rows were: text, messages (rendered by the chat template) or token ids.
     facts: one dict per source, what its lines say: label, name, rows, joined (rows of one answer each that became them),
@@ -124,6 +124,13 @@ class PreferenceData:
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """([pairs], [pairs]) int32, the places of chosen and of rejected in their list: 0 the best, equal ones of a tie."""
         return np.array(self._arrow("chosen_level")), np.array(self._arrow("rejected_level"))
+
+    def attributes(self) -> np.ndarray:
+        """[pairs, 2, K] float32, the attributes of chosen and of rejected, in the order of --attributes; NaN: not known."""
+        chunks = [self._arrow(f"{side}_attributes").chunks for side in ("chosen", "rejected")]
+        sides = [np.concatenate([np.zeros(0), *(chunk.flatten() for chunk in side)]) for side in chunks]
+        shape = (len(self), sides[0].size // max(1, len(self)))
+        return np.stack([side.astype(np.float32).reshape(shape) for side in sides], axis=1)
 
     def _column(self, name: str) -> np.ndarray:
         return np.array(self._arrow(name)).astype(np.int64)

@@ -196,7 +196,7 @@ def _judge(candidates: list[Candidate], block: Block, source: int, policy: Polic
         if one.ids is None:
             place, _, times, _ = block[one.row]
             counts.drop(f"a side > {policy.most_characters} characters", times, place)
-    kept = []
+    kept, names = [], [name for name, _ in policy.reading.attributes]
     for one in candidates:
         if one.ids is None:
             continue
@@ -210,12 +210,17 @@ def _judge(candidates: list[Candidate], block: Block, source: int, policy: Polic
         if _lost_its_prompt(one.pair, one.ids, ids):
             counts.promptless += times
         counts.add_label(one.pair.label_prob, times)
-        prompt_id, pair = _prompt_id(one.pair, one.ids), one.pair
-        kept += [
-            Kept(ids, prompt_id, pair.margin, place, pair.label_prob, list_id(source, place, before + i), pair.levels)
-            for i in range(times)
-        ]
+        counts.add_attributes(names, one.pair.attributes, times)
+        lists = [list_id(source, place, before + i) for i in range(times)]
+        kept += _copies(one.pair, ids, _prompt_id(one.pair, one.ids), place, lists)
     return kept
+
+
+def _copies(pair: Preference, ids: PairIds, prompt_id: int, place: str, lists: list[int]) -> list[Kept]:
+    """A pair as the cache takes it, once for each list that it is in."""
+    return [
+        Kept(ids, prompt_id, pair.margin, place, pair.label_prob, one, pair.levels, pair.attributes) for one in lists
+    ]
 
 
 def prepare_blocks(

@@ -10,6 +10,7 @@ A value of such a flag may be written for some sources alone; the most special o
 import dataclasses
 from dataclasses import dataclass, field
 
+from open_rm.data.attributes import Asked, parse_attributes
 from open_rm.data.forms import TARGETS, Form, form_named
 from open_rm.data.labels import SIDES
 from open_rm.data.lookup import parse_lookup
@@ -32,6 +33,7 @@ class Reading:
     parse_hh: HH text becomes messages.  as_messages: so does other text.  None: as the form says.
     ignore: columns, and keys of messages, that are taken as absent.
     keep_ties: two answers that are as good are a pair too, with a probability of 0.5.
+    attributes: scores of each answer that are read besides, and where they stand (attributes.py).
     to_score: rows are scored and not trained on, so they need not say who won (forms.SCORED_FORMS).
     for_all: those of label_values and lower_is_better that were written for every source, and not for this one or its kind.
     """
@@ -46,6 +48,7 @@ class Reading:
     ignore: tuple[str, ...] = ()
     for_all: tuple[str, ...] = ()
     keep_ties: bool = False
+    attributes: Asked = ()
     to_score: bool = False
     plans: dict = field(default_factory=dict, compare=False, repr=False)  # columns.plan_of's memory
 
@@ -62,9 +65,11 @@ class Reading:
 
 
 def reading_of_source(flags: DataFlags, split: str = "train", name: str | None = None, position: int = 0) -> Reading:
-    """`make_reading` for a source of the mixer lists."""
+    """`make_reading` for a source of the mixer lists. Attributes are trained, and held-out data is judged by the reward."""
     named = (flags.dataset_mixer_list[::2], flags.dataset_mixer_eval_list[::2])
-    return dataclasses.replace(make_reading(flags, split, name, position, named=named), keep_ties=flags.keep_ties)
+    reading = make_reading(flags, split, name, position, named=named)
+    attributes = parse_attributes(flags.attributes) if split == "train" else ()
+    return dataclasses.replace(reading, keep_ties=flags.keep_ties, attributes=attributes)
 
 
 def make_reading(

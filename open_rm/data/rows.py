@@ -7,6 +7,7 @@ what is odd and yet readable is counted, for the log and the inspection.
 import json
 from dataclasses import dataclass, field
 
+from open_rm.data.attributes import read_attributes
 from open_rm.data.columns import Plan, plan_of
 from open_rm.data.comparisons import Unchecked, Values, answers_of, comparisons
 from open_rm.data.conversation import pair_of
@@ -49,6 +50,7 @@ class Preference:
     margin: by how much chosen is better, where the row says so.  template: what the chat template is given besides.
     label_prob: how probable it is that chosen is the better one, from 0.5, a tie, to 1.
     levels: places of chosen and rejected in the row's list, 0 the best; equal in a tie.
+    attributes: those of chosen and of rejected, in the order of --attributes, NaN where the row has none.
     """
 
     prompt: str | list
@@ -58,6 +60,7 @@ class Preference:
     template: dict = field(default_factory=dict)
     label_prob: float = 1.0
     levels: tuple[int, int] = (0, 1)
+    attributes: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
     @property
     def is_tie(self) -> bool:
@@ -124,9 +127,9 @@ def values_of(row: object, reading: Reading) -> Values:
     Raises:
         UserError: the row is of no form, or lacks what it should have.
     """
-    answers = {}
+    answers, attributes = {}, None
     if isinstance(row, Joined):
-        answers = {"responses": row.responses, "scores": row.scores}
+        answers, attributes = {"responses": row.responses, "scores": row.scores}, row.attributes
         row = row.first
     if not isinstance(row, dict):
         raise UserError(f"a row is an object with columns such as chosen and rejected, not {type(row).__name__}")
@@ -145,12 +148,13 @@ def values_of(row: object, reading: Reading) -> Values:
     for name in LIST_COLUMNS:
         if values.get(name).__class__ is str and (found := parsed_json(values[name])) is not None:
             values[name] = found
-    return Values(row, plan, reading, values, odd)
+    return Values(row, plan, reading, values, odd, attributes=attributes)
 
 
 def _assembled(values: Values) -> Row:
     """The pairs that the values give, checked."""
     template = template_of(values.found)
+    attributes = _attributes(values)
     found, ties = comparisons(values)
     form, pairs = None, []
     for one in found:
@@ -160,18 +164,35 @@ def _assembled(values: Values) -> Row:
         if parts[1] == parts[2]:
             ties += 1
         else:
-            pairs.append(_preference(one, parts, template))
+            of_sides = tuple(attributes[i] if attributes else () for i in one.answers)
+            pairs.append(_preference(one, parts, template, of_sides))
     known = values.plan.form
     form = known.says or (known.name if known.name not in OWN_NAMES else form or "")
     return Row(form, values.plan, pairs, ties, tuple(dict.fromkeys(values.oddities)))
 
 
-def _preference(one: Unchecked, parts: tuple, template: dict) -> Preference:
-    """The pair with the side in front that is at least as probably the better one."""
+def _attributes(values: Values) -> list[tuple[float, ...]]:
+    """Of each answer of the row; empty where none are asked."""
+    found, plan = values.found, values.plan
+    if values.attributes is not None:
+        return values.attributes
+    counts = (1, 1)
+    if plan.shape == "ranked":
+        counts = (len(found["responses"]) if isinstance(found["responses"], list) else 0,)
+    elif plan.shape == "rows":
+        counts = (1,)
+    elif plan.shape == "pairs":
+        counts = (len(answers_of(found["chosen"])), len(answers_of(found["rejected"])))
+    return read_attributes(plan.attributes, values.row, counts)
+
+
+def _preference(one: Unchecked, parts: tuple, template: dict, attributes: tuple) -> Preference:
+    """The pair with the side in front that is at least as probably the better one. attributes: of the two as they stand."""
     prompt, chosen, rejected = parts
     if one.label_prob < 0.5:
-        return Preference(prompt, rejected, chosen, one.margin, template, 1 - one.label_prob, one.levels)
-    return Preference(prompt, chosen, rejected, one.margin, template, one.label_prob, one.levels)
+        attributes = attributes[::-1]
+        return Preference(prompt, rejected, chosen, one.margin, template, 1 - one.label_prob, one.levels, attributes)
+    return Preference(prompt, chosen, rejected, one.margin, template, one.label_prob, one.levels, attributes)
 
 
 def most_pairs(row: object, reading: Reading) -> int:

@@ -25,6 +25,8 @@ SCHEMA = pa.schema(
         "list_id": pa.int64(),
         "chosen_level": pa.int32(),
         "rejected_level": pa.int32(),
+        "chosen_attributes": pa.list_(pa.float32()),
+        "rejected_attributes": pa.list_(pa.float32()),
         "source": pa.int32(),
         "place": pa.string(),
     }
@@ -37,6 +39,7 @@ class Kept(NamedTuple):
     prompt_id: equal where prompts are.  margin: by how much chosen is better, where the row says so.
     label_prob: how probable it is that chosen is the better one, 0.5 (a tie) to 1.
     list_id: equal for the pairs of one list.  levels: the places of chosen and rejected in it, 0 the best.
+    attributes: those of chosen and of rejected, NaN where the row has none; empty where none are asked.
     """
 
     ids: PairIds
@@ -46,6 +49,7 @@ class Kept(NamedTuple):
     label_prob: float
     list_id: int
     levels: tuple[int, int]
+    attributes: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
 
 
 def record_batch(pairs: list[Kept], source: int) -> pa.RecordBatch:
@@ -67,6 +71,8 @@ def record_batch(pairs: list[Kept], source: int) -> pa.RecordBatch:
         "list_id": [pair.list_id for pair in pairs],
         "chosen_level": [pair.levels[0] for pair in pairs],
         "rejected_level": [pair.levels[1] for pair in pairs],
+        "chosen_attributes": [pair.attributes[0] for pair in pairs],
+        "rejected_attributes": [pair.attributes[1] for pair in pairs],
         "source": [source] * len(pairs),
         "place": [pair.place for pair in pairs],
     }

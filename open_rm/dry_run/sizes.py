@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from open_rm.dry_run.told import Told, size, thousands
 from open_rm.errors import UserError, quote_error
 from open_rm.flags import AdapterFlags, ModelFlags
-from open_rm.model import adapters, kernels, loading
-from open_rm.model.reward_model import RewardModel, Shape, model_shape
+from open_rm.model import adapters, attributes, kernels, loading
+from open_rm.model.reward_model import RewardModel, Shape, head_of, model_shape
 from open_rm.training import footprint
 from open_rm.training.footprint import Sizes
 
@@ -61,13 +61,14 @@ def planned(
         raise UserError(f"--model_name_or_path {name}: cannot be a reward model ({quote_error(error)})") from error
     loading.check_head(classifier, name)
     whole = sum(p.numel() for p in classifier.parameters())
+    attributes.add_rows(head_of(classifier), len(flags.attribute_weights))  # which are no part of what is saved
     if flags.freeze_backbone:
         loading.freeze(classifier, _new_weights(classifier))
     adapted = None
     if adapter.use_peft:
         with torch.device("meta"):
             adapted = adapters.adapt(classifier, adapter, name=name, revision=flags.model_revision, seed=0)
-    model = RewardModel(classifier, adapted)
+    model = RewardModel(classifier, adapted, flags.attribute_weights)
     if not on_gpu:
         kernels.apply_fused_kernels(model, torch.device("cpu"))
     sizes = footprint.sizes_of(model)

@@ -66,7 +66,7 @@ def score_pairs(
         how = rules.of_group(ranks.sequence_size)
         deal = deal_step(indices[start : start + DEALT_AT_ONCE], data.table, how, ranks.data_size)
         for micro in feeding.micro_batches(deal.ranks[ranks.data_rank], data, rules):
-            sides = micro.sides(rewards_of(**micro.batch.inputs(ranks.device)).double())
+            *sides, _ = micro.sides(rewards_of(**micro.batch.inputs(ranks.device)).double())
             if ranks.counts:
                 rewards[torch.from_numpy(micro.indices).to(ranks.device)] = torch.stack(sides, 1)
     return all_reduce_sum(rewards)[torch.from_numpy(indices).to(ranks.device)].cpu()
@@ -158,11 +158,12 @@ def _means(rewards: torch.Tensor, label_prob: torch.Tensor) -> dict[str, float]:
 
 
 def sample_table(evaluation: Evaluation, data: PreferenceData, tokenizer, *, count: int, seed: int) -> list[dict]:
-    """A few pairs as a person reads them: prompt, both responses, both rewards, right or wrong.
+    """A few pairs as a person reads them: prompt, both responses, both rewards, right or wrong; of a tie neither (None).
 
     The same pairs at every evaluation of a run, so that one can watch a reward move.
     """
     chosen_ids = np.sort(np.random.default_rng(seed).permutation(len(data))[:count])
+    is_tie = data.label_probs() == TIE
     rows = []
     for index, (chosen, rejected) in zip(chosen_ids, data.pairs(chosen_ids), strict=True):
         prompt_length = min(data.dataset[int(index)]["prompt_length"], len(chosen), len(rejected))
@@ -174,7 +175,7 @@ def sample_table(evaluation: Evaluation, data: PreferenceData, tokenizer, *, cou
                 "rejected": tokenizer.decode(rejected[prompt_length:]),
                 "chosen_reward": round(reward_chosen, 4),
                 "rejected_reward": round(reward_rejected, 4),
-                "right": reward_chosen > reward_rejected,
+                "right": None if is_tie[index] else reward_chosen > reward_rejected,
             }
         )
     return rows

@@ -93,7 +93,7 @@ def _source_findings(source: dict) -> list[str]:
             f"{contradictory['first']['place']} against {contradictory['first']['other']}"
         )
     baseline = source["length_baseline"]
-    if baseline["accuracy"] > max(LENGTH_ACCURACY, 0.5 + source["pairs"] ** -0.5):
+    if baseline["accuracy"] > max(LENGTH_ACCURACY, 0.5 + max(1, baseline["pairs"]) ** -0.5):
         findings.append(
             f'"{baseline["rule"]}" alone is right in {baseline["accuracy"]:.1%} of the pairs; a model can score that '
             "without reading, so compare its accuracy with it"

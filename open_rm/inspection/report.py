@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from open_rm.data.labels import TIE
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.tokenizer import prints_date
 from open_rm.inspection import sharing
@@ -87,8 +88,9 @@ def _numbers(data: PreferenceData, where: np.ndarray, last: np.ndarray, tokenize
         return {}
     table = data.table
     chosen, rejected, shared = table.chosen_length[where], table.rejected_length[where], table.shared_length[where]
-    # The shared start is in both sides, so comparing sides compares responses.
-    longer = float((chosen > rejected).mean() + (chosen == rejected).mean() / 2)
+    # The shared start is in both sides, so comparing sides compares responses. Of a tie, no side is the better one.
+    lead = np.sign(chosen - rejected)[data.label_probs()[where] != TIE]
+    longer = float((1 + lead.mean()) / 2) if len(lead) else 0.5
     lengths = {
         "prompt": table.prompt_length[where],
         "chosen": chosen,
@@ -98,9 +100,10 @@ def _numbers(data: PreferenceData, where: np.ndarray, last: np.ndarray, tokenize
     }
     return {
         **_repeats(data, where, repeated),
-        "chosen_longer": float((chosen > rejected).mean()),
-        "equally_long": float((chosen == rejected).mean()),
+        "chosen_longer": float((lead > 0).mean()) if len(lead) else 0.0,
+        "equally_long": float((lead == 0).mean()) if len(lead) else 0.0,
         "length_baseline": {  # equally long pairs count half
+            "pairs": len(lead),
             "rule": "longer is better" if longer >= 0.5 else "shorter is better",
             "accuracy": max(longer, 1 - longer),
             "longer_is_better": longer,
@@ -130,8 +133,10 @@ def first_with_same(*keys: np.ndarray) -> np.ndarray:
 
 
 def _repeats(data: PreferenceData, where: np.ndarray, repeated: bool) -> dict:
-    """duplicates: pairs that came before.  contradictory: pairs that came before the other way round, counted once."""
+    """duplicates: pairs that came before.  contradictory: pairs that came before the other way round, counted once; a tie
+    contradicts none."""
     chosen, rejected = data.table.chosen_id[where], data.table.rejected_id[where]
+    tie = data.label_probs()[where] == TIE
     own = np.arange(len(where))
     same = first_with_same(chosen, rejected)
     duplicate = same != own
@@ -139,8 +144,8 @@ def _repeats(data: PreferenceData, where: np.ndarray, repeated: bool) -> dict:
         places = data.dataset.with_format("arrow", columns=["place"])[:]["place"].cast(pa.large_string())
         place = places.combine_chunks().dictionary_encode().indices.to_numpy()[where].astype(np.int64)
         duplicate &= first_with_same(chosen, rejected, place, data.source_ids()[where]) == own
-    first_of_both = first_with_same(np.minimum(chosen, rejected), np.maximum(chosen, rejected))
-    contradictory = (same == own) & (first_of_both != own)
+    first_of_both = first_with_same(np.minimum(chosen, rejected), np.maximum(chosen, rejected), tie)
+    contradictory = (first_with_same(chosen, rejected, tie) == own) & (first_of_both != own) & ~tie
 
     def described(found: np.ndarray, other: np.ndarray) -> dict:
         first = None

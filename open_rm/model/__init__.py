@@ -7,6 +7,7 @@ loading        a checkpoint becomes a reward model: head, dropout off, what is t
 reward_model   backbone and score head: batch in, rewards out
 contract       what a client has to know besides the weights: contract.json
 adapters       LoRA and QLoRA: adapt, save, load, merge
+attributes     regression heads beside the preference head, saved as one row
 kernels        what is fast on a device: fused kernels (Liger's on a GPU, ours on a CPU), attention, float8
 cpu_kernels    rotary embeddings and norms in fewer passes over a CPU's memory
 flash          which flash attention computes packed rows on a GPU

@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from open_rm.batching import attention
 from open_rm.errors import UserError, quote_error
 from open_rm.flags import AdapterFlags, ModelFlags
-from open_rm.model import adapters, any_decoder, families
+from open_rm.model import adapters, any_decoder, attributes, families
 from open_rm.model.reward_model import RewardModel, head_of, size_of
 
 NO_ADAPTER = AdapterFlags()
@@ -107,6 +107,7 @@ def load_reward_model(
         the model, and one line for the log on each thing a user would want to know about it.
     """
     config, loader = mended_config(flags)
+    attributes.check(config, flags.attribute_weights, flags.model_name_or_path)
     torch.manual_seed(seed)  # rows added to the embeddings are random
     with _zero3_loading(deepspeed_config):
         classifier, new = _load(flags, config, loader, adapter, layout, dtype)
@@ -114,6 +115,8 @@ def load_reward_model(
     for part in families.configs_of(classifier.config):
         part.pad_token_id = tokenizer.pad_token_id
     lines += _make_head(classifier, new, seed, flags.score_init)
+    with _gathered(head_of(classifier).weight):
+        attributes.add_rows(head_of(classifier), len(flags.attribute_weights))
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -128,7 +131,7 @@ def load_reward_model(
         name, revision = flags.model_name_or_path, flags.model_revision
         adapted = adapters.adapt(classifier, adapter, name=name, revision=revision, seed=seed)
         lines.append(adapters.describe(classifier, adapter))
-    model = RewardModel(classifier, adapted)
+    model = RewardModel(classifier, adapted, flags.attribute_weights)
     model.train()
     return model, lines
 

@@ -7,7 +7,7 @@ Shapes: S sequences, T positions, D hidden width, N rewards.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,28 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from open_rm.batching import attention
-from open_rm.model import families, last_layer
+from open_rm.model import attributes, families, last_layer
 
 
 class ScoreHead(nn.Linear):
     """The linear score head, computed in float32 whatever the weights' dtype: bfloat16 would round a reward of 5 by
-    up to 0.016, more than many margins."""
+    up to 0.016, more than many margins.
+
+    attribute_weights: of the rows behind the first, where attributes are trained too (attributes.py).
+    """
+
+    attribute_weights: tuple[float, ...] = ()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] to [..., 1] rewards; to [..., 1 + K], the predicted attributes behind it, while they are trained."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+            row = attributes.merged_row(self.weight, self.attribute_weights)
+            if self.training and self.attribute_weights:
+                row = torch.cat((row, self.weight[1:]))
+            read = F.linear(hidden.float(), row.float())
+            if self.bias is not None:  # the reward's alone
+                read = read + F.pad(self.bias.float(), (0, len(row) - 1))
+            return read
 
 
 class RewardModel(nn.Module):
@@ -34,8 +46,9 @@ class RewardModel(nn.Module):
     The whole computation is this module's forward, so that wrappers (DeepSpeed, autocast) see every call.
     """
 
-    def __init__(self, classifier: PreTrainedModel, adapted=None):
-        """adapted: peft's wrapper of the classifier (adapters.adapt), None where all of it is trained."""
+    def __init__(self, classifier: PreTrainedModel, adapted=None, attribute_weights: Sequence[float] = ()):
+        """adapted: peft's wrapper of the classifier (adapters.adapt), None where all of it is trained.
+        attribute_weights: of the head's rows behind the first (attributes.add_rows)."""
         super().__init__()
         self.classifier = classifier
         object.__setattr__(self, "adapted", adapted)  # no submodule: it holds the same modules under other names
@@ -43,6 +56,7 @@ class RewardModel(nn.Module):
         self.is_encoder = classifier.config.model_type in families.ENCODERS
         # Swapping the class keeps the parameter, its name and ZeRO-3's hooks on the module.
         self.head.__class__ = ScoreHead
+        self.head.attribute_weights = tuple(attribute_weights)
         # A family that is not known to pass keywords down to its layers computes its last layer in full.
         self.read_only_parameters = 0
         self.sequence_group = None  # the ranks that compute a row with this one (sequence_parallel.use)
@@ -54,7 +68,7 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The linear layer [1, D] that gives the reward."""
+        """The linear layer that gives the reward: [1, D], or [1 + K, D] where attributes are trained too."""
         return head_of(self.classifier)
 
     @property
@@ -63,7 +77,8 @@ class RewardModel(nn.Module):
         return self.classifier.config.get_text_config().hidden_size
 
     def forward(self, input_ids, reward_index, read_index, **layout) -> torch.Tensor:
-        """[N] float32 rewards.
+        """[N] float32 rewards; [N, 1 + K] in training where attributes are trained too: the reward and what they are predicted
+        to be.
 
         Args:
             input_ids: [S, T].
@@ -82,9 +97,10 @@ class RewardModel(nn.Module):
         return self._read(reward_index, layout)
 
     def _read(self, reward_index: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """[N] float32 what the head makes of these positions. inputs: the backbone's."""
+        """[N] or [N, 1 + K] float32 what the head makes of these positions. inputs: the backbone's."""
         hidden = getattr(self.classifier, self.backbone_name)(use_cache=False, **inputs).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[reward_index]).squeeze(-1)
+        read = self.head(hidden.flatten(0, 1)[reward_index])
+        return read.squeeze(-1) if read.shape[-1] == 1 else read
 
     def _by_stretches(self, stretch) -> torch.Tensor:
         """[N] float32, the rewards of the whole row on every rank of the group. stretch: this rank's part of it."""
@@ -92,7 +108,8 @@ class RewardModel(nn.Module):
         if self.read_only_parameters:
             reads = {"read_index": stretch.read_index, "read_here": stretch.read_here}
         rewards = self._read(stretch.reward_index, stretch.inputs | reads)
-        return self.sequence_group.summed(rewards.masked_fill(~stretch.reward_here, 0.0))
+        here = stretch.reward_here if rewards.dim() == 1 else stretch.reward_here[:, None]
+        return self.sequence_group.summed(rewards.masked_fill(~here, 0.0))
 
     @contextlib.contextmanager
     def padded_rows(self) -> Iterator[None]:
@@ -133,7 +150,7 @@ def model_shape(model: RewardModel) -> Shape:
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     body = sum(size_of(p) for p in model.parameters() if id(p) not in embeddings)
     widths = [heads * width for heads, _, width in families.attention_shapes(config)]
-    read = model.read_only_parameters + model.width
+    read = model.read_only_parameters + model.width * (1 + len(model.head.attribute_weights))
     frozen = not any(p.requires_grad for p in getattr(model.classifier, model.backbone_name).parameters())
     passes = 1 if frozen else 2 if model.adapted is not None else 3
     return Shape(body - read, read, len(widths), sum(widths) // len(widths), passes)

@@ -51,6 +51,10 @@ MEANING = """## What the number means
 Only differences between answers to the same prompt have a meaning: sigmoid(r_a - r_b) is the modelled probability that people
 prefer a to b. A single reward has none."""
 
+ATTRIBUTES = """It was also trained to predict attributes of an answer: {attributes}. The reward is merged: what was learned from
+preferences, plus each prediction, less the attribute's mean, times its weight. The saved model gives this one number alone, and
+no attributes."""
+
 SPREAD = """Over both answers of {pairs} held-out pairs, rewards have the mean {mean:.4g} and the standard deviation {std:.4g} ({names}).
 For a learner that wants rewards of mean 0 and standard deviation 1:
 
@@ -122,6 +126,7 @@ def write_card(
         ),
         f"Loading runs Python code ({', '.join(code) or f'of {base_model}'}): read it first." if trusted else None,
         *_meaning(contract),
+        *_attributes(facts),
         # they need no trust for a file of ours
         COMMANDS.format(
             opening=_opening(name, place.revision if place.repo_id else None, trusted=contract.trust_remote_code)
@@ -191,6 +196,17 @@ def _meaning(contract: Contract) -> list[str]:
         SPREAD.format(**numbers, names=names),
         (TEMPERATURE if fitted else NO_TEMPERATURE).format(**numbers),
     ]
+
+
+def _attributes(facts: dict[str, object]) -> list[str]:
+    """What the reward is merged of, where attributes were trained. The means are those of the run that read the data."""
+    weights, means = facts.get("attribute_weights") or [], facts.get("attribute_means")
+    of_each = [f"weight {weight:g}" for weight in weights]
+    if means:
+        of_each = [f"{said}, mean {mean:.4g} in the training data" for said, mean in zip(of_each, means, strict=True)]
+    names = [given.partition("=")[0] for given in facts.get("attributes") or []]
+    named = ", ".join(f"{_cell(name)} ({said})" for name, said in zip(names, of_each, strict=True))
+    return [ATTRIBUTES.format(attributes=named)] if named else []
 
 
 def _opening(name: str, revision: str | None, *, trusted: bool) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_rm.model import adapters, any_decoder, families
+from open_rm.model import adapters, any_decoder, attributes, families
 from open_rm.model.contract import Contract, RewardStatistics
 from open_rm.model.reward_model import RewardModel
 from open_rm.publishing.tokenizer_files import save_tokenizer
@@ -42,6 +42,7 @@ def save_reward_model(
     """
     path = Path(folder)
     weights = {name.removeprefix("classifier."): tensor.contiguous() for name, tensor in state.items()}
+    weights = attributes.merged_state(weights, model.head.attribute_weights)
     said = contract
     if contract.holds_adapter:
         adapters.save(model.adapted, weights, path)

@@ -99,8 +99,8 @@ def _shown(value: object) -> str:
 
 
 def data_mark(data: PreferenceData | None, *, margins: bool = False) -> str | None:
-    """The pairs' content in a hash: tokens, prompts, sources, labels, lists, and margins where they enter the loss; in their
-    order."""
+    """The pairs' content in a hash: tokens, prompts, sources, labels, lists, attributes where there are any, and margins where they
+    enter the loss; in their order."""
     if data is None:
         return None
     digest = hashlib.sha256()
@@ -114,6 +114,9 @@ def data_mark(data: PreferenceData | None, *, margins: bool = False) -> str | No
         first[of_pair],
     ):  # ids of lists follow from places, which may change
         digest.update(np.ascontiguousarray(column).tobytes())
+    attributes = data.attributes()
+    if attributes.size:
+        digest.update(np.ascontiguousarray(attributes).tobytes())
     if margins:
         digest.update(np.ascontiguousarray(data.margins()).tobytes())
     return digest.hexdigest()

@@ -17,6 +17,7 @@ best        the best evaluation, early stopping
 footprint   bytes of weights, gradients and moments on each device
 activations  bytes that a forward keeps of each position
 fitting     how large a micro-batch is and what is recomputed, from the memory that is left
+gathered    keys that a micro-batch gathers of headers and prompts, at most
 trying      micro-batch budgets tried on the device
 memory      out of memory, explained
 stragglers  each rank's own seconds; which one is slow

@@ -109,7 +109,7 @@ def of_model(
 
     Args:
         layout: of batching.rules.LAYOUTS.  itemsize: bytes of a number that is computed with.
-        keys: that are gathered for each position (fitting.keys_of_a_position).
+        keys: that are gathered for each position (gathered.most_keys).
         reads_last: whether the last layer computes only what the head reads (model/last_layer.py).
     """
     text, layer = classifier.config.get_text_config(), layer_of(classifier)

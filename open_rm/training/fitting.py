@@ -13,6 +13,7 @@ import torch
 
 from open_rm.batching.layouts import lay_out_sequences
 from open_rm.batching.rules import BatchRules
+from open_rm.batching.work import units_of, work_of
 from open_rm.data.pairs import PairTable
 from open_rm.flags import BatchFlags
 from open_rm.model import families, recompute
@@ -20,6 +21,7 @@ from open_rm.model.reward_model import RewardModel
 from open_rm.ranks import Ranks
 from open_rm.training import footprint
 from open_rm.training.engine import Engine
+from open_rm.training.gathered import most_keys
 
 MOST_POSITIONS = 32_768  # more gain nothing: matrix products are as fast as they get, and gathers are hidden
 SHARE = 0.9  # of the memory left that activations may take; fragments, and tensors for a moment, need the rest
@@ -39,7 +41,7 @@ class Memory:
 @dataclass(frozen=True)
 class Fit:
     """every: recompute every so many layers (0: none).  max_tokens: positions of a micro-batch.  fits: whether even so the
-    largest pair, and a budget that was asked for, are expected to fit."""
+    largest pair or whole list, and a budget that was asked for, are expected to fit."""
 
     every: int
     max_tokens: int
@@ -65,18 +67,17 @@ def fit(
         recompute.recompute(model.classifier, every or 0)
         return rules, [recompute.describe(model.classifier, every)] if every else []
     state = sum(footprint.state_bytes(footprint.sizes_of(model), engine.config, optim, ranks.world_size).values())
-    longest = _longest(table)
-    largest = -(-2 * longest // ranks.sequence_size)  # positions of a pair on each device that computes it
-    memory = measure(model, engine, rules, table=table, state=state)
-    layers = len(recompute.layers_of(model.classifier))
+    unit = largest_unit(table, rules)
+    largest = -(-unit // ranks.sequence_size)  # positions of it on each device that computes it
     asked = flags.max_tokens_per_micro_batch
+    memory = measure(model, engine, rules, table=table, state=state, budget=largest_budget(asked, largest))
+    layers = len(recompute.layers_of(model.classifier))
     found = choose(memory, layers, every=every, asked=asked, at_least=rules.max_tokens, largest=largest)
     recompute.recompute(model.classifier, found.every)
     budget = "" if sought else f"; micro-batches have up to {found.max_tokens} positions"
     if not found.fits:
-        budget += (
-            f"; a pair of {2 * longest} may not fit" if sought else f", which may not fit, nor a pair of {2 * longest}"
-        )
+        what = f"a {'list' if unit > 2 * _longest(table) else 'pair'} of {unit}"
+        budget += f"; {what} may not fit" if sought else f", which may not fit, nor {what}"
     return dataclasses.replace(rules, max_tokens=found.max_tokens), [
         f"memory: {max(memory.left, 0.0) / GIB:.1f} GiB left beside weights, gradients and optimizer; a position keeps "
         f"{memory.kept / 2**20:.2f} MiB of activations{budget}",
@@ -90,7 +91,7 @@ def choose(memory: Memory, layers: int, *, every: int | None, asked: int | None,
     Args:
         layers: that can be recomputed one by one; the last one never is.
         every: recompute every so many layers; None: as few as possible.  asked: --max_tokens_per_micro_batch.
-        at_least: positions that --per_device_train_batch_size asks for.  largest: those of the largest pair.
+        at_least: positions that --per_device_train_batch_size asks for.  largest: those of the largest pair or whole list.
     """
     wanted = max(asked or min(at_least, MOST_POSITIONS), largest)
     plain = bytes_of_position(memory, layers, 0)
@@ -113,8 +114,19 @@ def bytes_of_position(memory: Memory, layers: int, every: int) -> float:
     return (layers - again) * layer + again * memory.passed + (layer if again else 0) + layer
 
 
-def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: PairTable, state: float) -> Memory:
+def measure(
+    model: RewardModel,
+    engine: Engine,
+    rules: BatchRules,
+    *,
+    table: PairTable,
+    state: float,
+    budget: int = MOST_POSITIONS,
+) -> Memory:
     """Forwards of a single row, thrown away; the numbers of the rank with the least memory. A collective call.
+
+    state: bytes between steps.  budget: most positions of a micro-batch on each device; with more of them behind one header
+    more keys are gathered for each.
 
     Two lengths tell what a token keeps by itself and what it keeps for each token beside it: some attention keeps scores.
     """
@@ -126,9 +138,9 @@ def measure(model: RewardModel, engine: Engine, rules: BatchRules, *, table: Pai
         slope = max(0.0, (kept - _kept(engine, rules, fewer)) / (tokens - fewer))
         kept += slope * max(0, longest - tokens)
     itemsize, text = engine.dtype.itemsize, model.classifier.config.get_text_config()
-    if rules.layout == "shared_prefix":  # keys and values of a prompt are gathered for each of its answers
+    if rules.layout == "shared_prefix":  # keys and values of header and prompt are gathered for each answer
         _, key_heads, width = families.attention_shape(text)
-        most = keys_of_positions(table)[1].max()
+        most = most_keys(table, budget * devices)
         # In a sequence group a device has its share of the heads, one at least, at the positions of all.
         kept += text.num_hidden_layers * 2 * max(key_heads, devices) * width * itemsize * (most - 1)
     everywhere = ranks.gathered((_left(ranks, state), kept))
@@ -150,21 +162,18 @@ def _longest(table: PairTable) -> int:
     return int(max(table.chosen_length.max(), table.rejected_length.max()))
 
 
-def keys_of_positions(table: PairTable) -> tuple[np.ndarray, np.ndarray]:
-    """[prompts] their ids; keys that are gathered for each position of a row in which all of a prompt's sequences are."""
-    ids, lengths = (
-        np.concatenate(sides)
-        for sides in ((table.chosen_id, table.rejected_id), (table.chosen_length, table.rejected_length))
-    )
-    prompts, prompt, pairs = np.unique(table.prompt_id, return_inverse=True, return_counts=True)
-    of_pair = np.where(pairs[prompt] == 1, table.shared_length, np.minimum(table.prompt_length, table.shared_length))
-    prompt = np.tile(prompt, 2)
-    _, first = np.unique(np.stack((prompt, ids)), axis=1, return_index=True)  # each sequence of a prompt once
-    keys = np.bincount(prompt[first], lengths[first])
-    answers = np.bincount(prompt[first])
-    shared = np.full(len(keys), lengths.max())
-    np.minimum.at(shared, prompt, np.tile(of_pair, 2))
-    return prompts, keys / (keys - shared * (answers - 1))
+def largest_unit(table: PairTable, rules: BatchRules) -> int:
+    """Positions of the largest pair at most, and where lists stay whole of the largest list: one micro-batch holds it."""
+    pair = 2 * _longest(table)
+    if not rules.whole_lists:
+        return pair
+    lists = units_of(np.arange(len(table)), table, rules.layout, 1, whole_lists=True)
+    return max(pair, int(work_of(lists, table, rules.layout).tokens.max()))
+
+
+def largest_budget(asked: int | None, largest: int) -> int:
+    """Most positions of a micro-batch that `choose` can find. asked, largest: as there."""
+    return max(asked or MOST_POSITIONS, largest)
 
 
 def _left(ranks: Ranks, state: float) -> float:

@@ -2,7 +2,7 @@
 
 Everything is computed in float32 whatever the model's dtype. The caller sums over its pairs and divides by the
 number of pairs of the whole step on all ranks, so that no average of averages appears anywhere.
-Shapes: B pairs.
+Shapes: B pairs, K attributes.
 """
 
 import math
@@ -17,14 +17,19 @@ from open_rm.training.list_losses import list_loss
 
 
 def loss_terms(
-    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, targets: Targets, flags: ObjectiveFlags
+    chosen_rewards: torch.Tensor,
+    rejected_rewards: torch.Tensor,
+    targets: Targets,
+    flags: ObjectiveFlags,
+    predicted: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The weighted terms whose sum is the loss: ranking, and penalty and centering where they are switched on.
+    """The weighted terms whose sum is the loss: ranking; penalty, centering and attributes where they are switched on.
 
     A new term is a function below, and a line here.
 
     Args:
         chosen_rewards, rejected_rewards: [B]; see `ranking_loss`.  targets: of these pairs, may be on the CPU.
+        predicted: [B, 2, K]; see `attribute_loss`. None where no attributes are trained.
 
     Returns:
         [B] float32 each.
@@ -44,6 +49,8 @@ def loss_terms(
         terms["penalty"] = flags.penalty_weight * l2_penalty(*both)
     if flags.center_rewards_coefficient:
         terms["centering"] = flags.center_rewards_coefficient * centering_penalty(*both)
+    if targets.attributes is not None:
+        terms["attributes"] = flags.attribute_coefficient * attribute_loss(predicted, targets.attributes)
     return terms
 
 
@@ -129,6 +136,28 @@ def l2_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> 
 def centering_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
     """[B] float32 (r_chosen + r_rejected)^2, which fixes the zero of the rewards; https://arxiv.org/abs/2312.09244, eq. 2."""
     return (chosen_rewards.float() + rejected_rewards.float()) ** 2
+
+
+def attribute_loss(predicted: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the attributes of both answers, per pair, over those that are known.
+
+    (sum over known (side, k) of (y_side,k - a_side,k)^2) / (how many are known), a the attribute less its mean in the training
+    data; 0 where none is known. The loss of HelpSteer2's regression reward models (Wang et al. 2024,
+    https://arxiv.org/abs/2406.08673), which take an answer at a time: where all are known, a pair's loss is the mean of its two
+    answers'.
+
+    Args:
+        predicted: [B, 2, K] y, of chosen and of rejected.  targets: [B, 2, K] a, NaN where one is not known.
+
+    Returns:
+        [B] float32, in squared units of the attributes.
+    """
+    if predicted.shape != targets.shape:
+        raise ValueError(f"predicted and attributes differ in shape: {tuple(predicted.shape)}, {tuple(targets.shape)}")
+    known = ~targets.isnan()
+    # Zeros take the places that are not known before anything is computed: a NaN's gradient would be NaN, times 0 too.
+    difference = torch.where(known, predicted.float(), 0.0) - torch.where(known, targets.float(), 0.0)
+    return difference.square().sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
 
 
 def _lead(chosen: torch.Tensor, rejected: torch.Tensor, margins: torch.Tensor | None) -> torch.Tensor:

@@ -18,6 +18,7 @@ PAIR_METRICS = ("accuracy", "loss", "chosen_rewards", "rejected_rewards", "rewar
 COUNTS = (
     "tokens",  # tokens of all sequences
     "computed",  # tokens that were computed; fewer where a prefix is shared
+    "per_prompt",  # tokens that would have been computed if each prompt were shared by its answers alone
     "positions",  # positions that were computed, padding included
     "flops",  # FLOPs that the model needs for the tokens computed
 )
@@ -93,9 +94,9 @@ class Meter:
             terms = {name: term[:0] for name, term in terms.items()}
         losses = sum(terms.values())
         # A micro-batch that only keeps this rank in step has no counted pair; its positions are computed all the same.
-        counted = (batch.tokens, batch.computed, batch.area, len(batch.read_index)) if len(losses) else (0, 0, 0, 0)
-        tokens, computed, area, read = counted
-        counts = (tokens, computed, positions, training_flops(computed, area, self._shape, read=read))
+        counted = (batch.tokens, batch.computed, batch.per_prompt, batch.area, len(batch.read_index))
+        tokens, computed, per_prompt, area, read = counted if len(losses) else (0,) * len(counted)
+        counts = (tokens, computed, per_prompt, positions, training_flops(computed, area, self._shape, read=read))
         self._pairs += pair_sums(chosen, rejected, losses, decided)
         self._counts = [total + count for total, count in zip(self._counts, counts, strict=True)]
         for name, term in terms.items():  # the same names in the same order on every rank: the flags decide them
@@ -122,6 +123,9 @@ class Meter:
         mfu = FLOPs of the model that the step needed (training_flops: nothing for padding, for what a shared prefix saves,
         or for recomputation) / (step_seconds * the matrix-product rate of all devices together).  data_seconds: this rank's
         wait for batches.  memory_gib: this rank's peak.  rank_seconds_max, slowest_rank: see stragglers.py.
+        Of the tokens of all sequences, distinct_token_fraction is the share that was computed; prompt_saving is the share that was
+        not because answers share their prompt (or, of a pair, more), header_saving because prompts share a header too: the three
+        add up to 1. What layouts.py shares in a micro-batch counts, so that smaller ones save less.
         flops_before: of the run's earlier steps.
         """
         counts, seconds = self._totals, time.perf_counter() - step.asked
@@ -134,6 +138,8 @@ class Meter:
             "perf/memory_gib": peak_memory_gib(self._ranks),
             "perf/padding_fraction": 1 - counts["computed"] / counts["positions"],
             "perf/distinct_token_fraction": counts["computed"] / counts["tokens"],
+            "perf/prompt_saving": 1 - counts["per_prompt"] / counts["tokens"],
+            "perf/header_saving": (counts["per_prompt"] - counts["computed"]) / counts["tokens"],
             "perf/rank_imbalance": step.imbalance,
             "perf/mfu": counts["flops"] / (seconds * self._peak_flops),
             "perf/total_flops": flops_before + counts["flops"],

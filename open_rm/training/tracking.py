@@ -258,7 +258,7 @@ def _sample_table(rows: list[dict], title: str) -> Table:
     for row in rows:
         texts = [_shorten(row[key]) for key in ("prompt", "chosen", "rejected")]
         rewards = f"{row['chosen_reward']:+.3f} {row['rejected_reward']:+.3f}"
-        table.add_row(*texts, rewards, "yes" if row["right"] else "NO")
+        table.add_row(*texts, rewards, "tie" if row["right"] is None else "yes" if row["right"] else "NO")
     return table
 
 

@@ -24,14 +24,14 @@ import torch
 
 from open_rm import alive
 from open_rm.batching.feeding import MicroBatch
-from open_rm.batching.layouts import lay_out
+from open_rm.batching.layouts import LEAST_HEADER, lay_out
 from open_rm.batching.rules import BatchRules
-from open_rm.batching.targets import Targets
+from open_rm.batching.targets import TargetColumns, columns_of
 from open_rm.batching.work import units_of, work_of
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import OneRanksError, UserError
 from open_rm.flags import ObjectiveFlags, ScaleFlags
-from open_rm.training import fitting, footprint, memory
+from open_rm.training import fitting, footprint, gathered, memory
 from open_rm.training.engine import Engine
 from open_rm.training.losses import loss_terms
 
@@ -40,6 +40,7 @@ GIB = fitting.GIB
 STEP = 256  # budgets are multiples of it
 FASTER = 1.1  # by so much a smaller micro-batch has to be faster a position to be mentioned
 KEYS = 1.5  # so many times the keys a position of a pair alone, and a prompt with many answers is tried too
+FILLED_AGAIN = 4  # times at most that a micro-batch behind headers is filled
 T = TypeVar("T")
 MOMENTS = {"AdamW": "adamw", "AdamW8bit": "adamw_8bit", "Adafactor": "adafactor"}  # optimizers by --optim
 
@@ -102,7 +103,9 @@ def find(
         same = dataclasses.replace(rules, max_tokens=before["max_tokens"])
         if all(ranks.gathered(kept(flags, same, engine) == before)):  # a rank may have another device
             return same, [f"micro-batches of up to {same.max_tokens} positions, as --find_batch_size found them before"]
-    fill = Filling(rules, data, ranks.sequence_size, margins=objective.margin_loss)
+    # The losses of lists differ in a few numbers a pair, which are nothing beside a forward.
+    objective = dataclasses.replace(objective, list_loss="pairs")
+    fill = Filling(rules, data, ranks.sequence_size, columns_of(data, objective))
     climb = _Climb(engine, objective, fill, most_pairs=-(-pairs_per_step // ranks.data_size))
     schedule, started = engine.schedule_state(), time.perf_counter()
     devices = [ranks.device] if ranks.on_gpu else []
@@ -139,24 +142,26 @@ class Filling:
     """The worst micro-batches that the data can fill a budget with.
 
     The longest pairs, each as if its prompt were its own, or where lists stay whole the longest lists, so that a budget holds the
-    largest of them; and in shared_prefix, where keys and values of a prompt are gathered for each of its answers, copies of the
-    prompt that has most of them.
+    largest of them. In shared_prefix, where keys and values of header and prompt are gathered for each answer, also copies of the
+    prompt that has most of them; and where prompts share headers, the pairs that together gather most.
     """
 
-    def __init__(self, rules: BatchRules, data: PreferenceData, devices: int, *, margins: bool):
-        """devices: that compute a micro-batch together.  margins: whether the loss takes them."""
+    def __init__(self, rules: BatchRules, data: PreferenceData, devices: int, columns: TargetColumns | None = None):
+        """devices: that compute a micro-batch together.  columns: what the loss is told; None of plain pairs."""
         self._rules, self._data, self._devices = rules, data, devices
-        self._margins = data.margins() if margins else None
+        self._columns = columns or TargetColumns()
         everything = np.arange(len(data.table.chosen_length))
         units = units_of(everything, data.table, rules.layout, 1, whole_lists=rules.whole_lists)
         positions = work_of(units, data.table, rules.layout).tokens
         longest = np.argsort(-positions, kind="stable")
         self._longest, self._positions = units.take(longest), positions[longest]
-        ids, keys = fitting.keys_of_positions(data.table)
+        ids, keys = gathered.keys_of_prompts(data.table)
         worst = int(keys.argmax())
         alone = np.add.reduceat((data.table.chosen_length + data.table.rejected_length)[units.pairs], units.first)
         shared = rules.layout == "shared_prefix" and keys[worst] > KEYS * (alone / np.maximum(positions, 1)).max()
         self._answers = np.flatnonzero(data.table.prompt_id == ids[worst]) if shared else None
+        sharing = rules.layout == "shared_prefix"
+        self._behind = gathered.fillings(data.table, whole_lists=rules.whole_lists) if sharing else []
 
     @property
     def smallest(self) -> int:
@@ -175,6 +180,8 @@ class Filling:
         made = [self._units(np.resize(np.arange(len(self._positions)), max(count, 1)))]
         if self._answers is not None:
             made.insert(0, self._copies_of_a_prompt(room))
+        if (behind := self._behind_headers(room)) is not None:
+            made.insert(0, behind)
         return made
 
     def least(self) -> MicroBatch:
@@ -192,13 +199,33 @@ class Filling:
         copies = max(1, room // one.batch.positions)
         return self._laid_out(np.tile(pairs, copies), np.repeat(np.arange(copies), len(pairs)))
 
-    def _laid_out(self, indices: np.ndarray, prompts: np.ndarray) -> MicroBatch:
+    def _behind_headers(self, room: int) -> MicroBatch | None:
+        """The pairs that gather most keys, laid out as training does it. That shares rather more than was planned, and pairs of one
+        prompt that were planned apart are joined, so room that is left is filled and what is too much left out."""
+        best, most = None, 0
+        for filling in self._behind:
+            aim, too_much = room, sys.maxsize
+            for _ in range(FILLED_AGAIN):
+                pairs, planned = filling.pairs(aim)
+                if not planned:
+                    break
+                one = self._laid_out(pairs, self._data.table.cut_prompt_ids(pairs), least_header=LEAST_HEADER)
+                keys = int(one.batch.segments.key_starts[-1])
+                if one.batch.positions <= room and keys > most:
+                    best, most = one, keys
+                if one.batch.positions == room:
+                    break
+                too_much = min(too_much, planned) if one.batch.positions > room else too_much
+                aim = min(planned + room - one.batch.positions, too_much - 1)
+        return best
+
+    def _laid_out(self, indices: np.ndarray, prompts: np.ndarray, *, least_header: int = sys.maxsize) -> MicroBatch:
+        """least_header: else copies of a pair would share."""
         rules = self._rules
         pairs = self._data.pairs(indices)
-        how = {"prompt_ids": prompts.tolist(), "least_header": sys.maxsize}  # else copies of a pair would share
+        how = {"prompt_ids": prompts.tolist(), "least_header": least_header}
         batch = lay_out(rules.layout, pairs, pad_token_id=rules.pad_token_id, **how)
-        margins = None if self._margins is None else torch.from_numpy(self._margins[indices])
-        return MicroBatch(indices, batch, Targets(margins), last=False)
+        return MicroBatch(indices, batch, self._columns.of_step(indices)(indices), last=False)
 
 
 class _Climb:
@@ -207,8 +234,7 @@ class _Climb:
     def __init__(self, engine: Engine, objective: ObjectiveFlags, fill: Filling, *, most_pairs: int):
         """most_pairs: that a rank, or a sequence group, has of a step."""
         self._engine, self._fill, self._most_pairs = engine, fill, most_pairs
-        # The losses of lists, and of labels that are not sure, differ in a few numbers a pair, which are nothing beside a forward.
-        self._objective = dataclasses.replace(objective, list_loss="pairs")
+        self._objective = objective
         self._ranks = engine.ranks
         hosts = self._ranks.gathered(socket.gethostname())
         sharing = hosts.count(hosts[self._ranks.rank])
@@ -275,7 +301,8 @@ class _Climb:
         return self._engine(**micro.batch.inputs(self._ranks.device))
 
     def _loss(self, micro: MicroBatch, rewards: torch.Tensor) -> torch.Tensor:
-        terms = loss_terms(*micro.sides(rewards), micro.targets, self._objective)
+        chosen, rejected, predicted = micro.sides(rewards)
+        terms = loss_terms(chosen, rejected, micro.targets, self._objective, predicted)
         return sum(terms.values()).sum() / max(1, len(micro.indices))
 
     def _unless_short(self, work: Callable[[], T], what: str, *, others_wait: bool) -> T | None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import Largest
 
+from open_rm.batching import attention
 from open_rm.batching.attention import dense_attention, make_segments, segment_attention
 
 WIDTH = 8
@@ -52,6 +53,14 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module", params=[1, 10**9], ids=["long stretches apart", "by segment"])
+def least_stretch(request):
+    """All tests with every stretch that several segments begin with as a call of its own, and with none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "LEAST_STRETCH", request.param)
+        yield request.param
+
+
 def random_qkv(bounds, heads: int, key_heads: int, seed: int = 0):
     """q [1, H, T, D], k and v [1, G, T, D], and an output gradient [1, T, H, D]."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,6 +89,31 @@ def assert_same(bounds, heads, key_heads, kind, seed=0):
 @pytest.mark.parametrize("row", ROWS)
 def test_outputs_and_gradients_are_those_of_the_reference(row, kind, key_heads):
     assert_same(ROWS[row], 4, key_heads, KINDS[kind])
+
+
+def test_a_long_stretch_is_found_for_all_segments_that_begin_with_it(least_stretch):
+    found = {name: make_segments(bounds).stretches for name, bounds in ROWS.items()}
+    if least_stretch > 1:
+        assert not any(found.values())
+        return
+    assert found["one sequence"] == found["packed"] == found["prefix of one token"] == []
+    assert found["shared prefix"] == [(range(1, 4), 0, 9)]
+    assert found["several groups"] == [(range(4, 6), 23, 33)]
+    assert found["a header of two prompts"] == [(range(1, 5), 0, 6)]
+
+
+def test_in_bfloat16_outputs_and_gradients_are_as_near_to_float32_as_those_by_segment(least_stretch):
+    bounds = ROWS["a header of two prompts"]
+    inputs, upstream = random_qkv(bounds, 4, 2)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
+    exact = output_and_gradients(
+        dense_attention, bounds, [half.float().detach().requires_grad_() for half in halves], upstream, {}
+    )
+    out, gradients = output_and_gradients(segment_attention, bounds, halves, upstream.bfloat16(), {})
+    torch.testing.assert_close(out.float(), exact[0], rtol=0, atol=0.02)  # outputs below 4 are rounded by 0.008
+    for ours, theirs in zip(gradients, exact[1], strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.05)
 
 
 @st.composite
@@ -182,6 +216,7 @@ def test_no_mask_of_the_whole_row_is_made_forward_or_backward(kind, header):
         torch.autograd.grad(out, inputs, upstream)
     assert 4 * tokens * WIDTH <= largest.elements <= 8 * tokens * WIDTH < tokens * tokens / 50
     shapes = {(end - start, end - start + sum(b - a for a, b in prefix)) for start, end, prefix in bounds}
+    shapes |= {(queries, keys - header) for queries, keys in shapes}  # where the header is a call of its own
     assert {tuple(mask.shape) for mask in segments.masks.values()} <= shapes
     # the measure itself: the reference, on a shorter row, is caught
     shorter = [tensor[:, :, :1000] for tensor in inputs]

@@ -170,6 +170,8 @@ def test_a_candidate_that_is_not_dealt_would_not_have_been_chosen(data, world_si
     best = None
     for most in (len(table), 4, 2, 1):
         units = units_of(indices, table, "shared_prefix", most)
+        units, *_ = cutting.halved(units, np.zeros_like(units.size), table, how)
+        units = units.take(slice(None, None, -1))
         candidate = dealing.ToDeal.of(units, table, NONE, how).candidate(world_size)
         if best is None or candidate.loads.max() < 0.99 * best.loads.max():
             best = candidate
@@ -263,6 +265,14 @@ def micro_batches_one_by_one(share: list[list[int]], table: PairTable, layout: s
     return [sum((piece for piece, b in zip(pieces, bins, strict=True) if b == n), []) for n in sorted(set(bins))]
 
 
+def halved_one_by_one(unit: list[int], table: PairTable, layout: str, max_tokens: int) -> list[list[int]]:
+    """A unit in parts that a micro-batch holds, or that are single pairs."""
+    if len(unit) == 1 or work_of_unit(unit, table, layout)[0] <= max_tokens:
+        return [unit]
+    halves = unit[: len(unit) // 2], unit[len(unit) // 2 :]
+    return [part for half in halves for part in halved_one_by_one(half, table, layout, max_tokens)]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64, 200])
 @pytest.mark.parametrize(("most_of_a_prompt", "max_tokens"), [(1, 8192), (4, 1536), (40, 4096)])
@@ -273,6 +283,8 @@ def test_a_step_is_dealt_as_rank_by_rank_and_unit_by_unit(layout, world_size, mo
     best = None
     for most in (len(table), 4, 2, 1) if layout == "shared_prefix" and world_size > 1 else (len(table),):
         units = units_one_by_one(table, layout, most)
+        if world_size > 1:
+            units = [part for unit in units for part in halved_one_by_one(unit, table, layout, max_tokens)]
         work = [work_of_unit(unit, table, layout) for unit in units]
         shares, loads = shares_one_by_one(np.array([tokens + area_cost * area for tokens, area in work]), world_size)
         if best is None or loads.max() < 0.99 * best[1].max():

@@ -89,7 +89,7 @@ def test_every_pair_is_fed_once_an_epoch_over_all_ranks_and_in_its_own_step(data
 def test_a_batch_holds_the_pairs_that_it_names_chosen_first(data, layout, world_size):
     for steps in fed(data, rules(layout), world_size):
         for micro in (micro for step in steps for micro in step.micro_batches):
-            chosen, rejected = micro.sides(last_tokens(micro))
+            chosen, rejected, _ = micro.sides(last_tokens(micro))
             assert chosen.tolist() == (1000 + micro.indices).tolist()
             assert rejected.tolist() == (2000 + micro.indices).tolist()
             assert micro.batch.positions <= 150 or len(last_tokens(micro)) == 2
@@ -155,13 +155,24 @@ def test_last_is_said_once_a_step_on_any_number_of_ranks(data, layout, world_siz
 def test_sides_leave_out_the_pairs_that_do_not_count(data):
     """Rewards come for all pairs of a batch, [2 B]; a filler's pair has two, and neither may enter loss or metrics."""
     counted, filler = feeding.micro_batches([Part(np.array([7, 8, 3]), 3), Part(np.array([4]), 0)], data, rules())
-    chosen, rejected = counted.sides(torch.arange(6.0))
-    assert (chosen.tolist(), rejected.tolist()) == ([0, 1, 2], [3, 4, 5])
-    assert [len(side) for side in filler.sides(torch.arange(2.0))] == [0, 0]
+    chosen, rejected, predicted = counted.sides(torch.arange(6.0))
+    assert (chosen.tolist(), rejected.tolist(), predicted) == ([0, 1, 2], [3, 4, 5], None)
+    assert [len(side) for side in filler.sides(torch.arange(2.0))[:2]] == [0, 0]
     assert len(last_tokens(filler)) == 2  # the rank calls the model all the same
     rewards = torch.arange(2.0, requires_grad=True)
-    sum(side.sum() for side in filler.sides(rewards)).backward()  # a loss of nothing has a gradient, of zeros
+    sum(side.sum() for side in filler.sides(rewards)[:2]).backward()  # a loss of nothing has a gradient, of zeros
     assert rewards.grad.tolist() == [0, 0]
+
+
+def test_predicted_attributes_stand_behind_the_rewards_of_their_sides(data):
+    counted, filler = feeding.micro_batches([Part(np.array([7, 8, 3]), 3), Part(np.array([4]), 0)], data, rules())
+    output = torch.arange(18.0).reshape(6, 3).requires_grad_()
+    chosen, rejected, predicted = counted.sides(output)
+    assert (chosen.tolist(), rejected.tolist()) == ([0, 3, 6], [9, 12, 15])
+    assert predicted.tolist() == [[[1, 2], [10, 11]], [[4, 5], [13, 14]], [[7, 8], [16, 17]]]
+    assert [len(part) for part in filler.sides(output[:2])] == [0, 0, 0]
+    sum(part.sum() for part in filler.sides(output[:2])).backward()
+    assert not output.grad.any()
 
 
 def test_margins_of_pairs_that_do_not_count_are_left_out(data):

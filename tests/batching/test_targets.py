@@ -13,6 +13,7 @@ from open_rm.batching.rules import BatchRules
 from open_rm.errors import UserError
 from open_rm.flags import ObjectiveFlags
 from open_rm.ranks import Ranks
+from open_rm.reliability.comparing import data_mark
 
 ROW = list(range(5, 60))
 
@@ -26,9 +27,10 @@ def data_of(**columns):
     known = found.dataset.to_dict()
     known |= {"list_id": [4, 4, 4, -9, -9, 7], "chosen_level": [0, 0, 1, 0, 0, 0], "rejected_level": [1, 2, 2, 1, 1, 1]}
     known |= {"place": [f"rows.jsonl row {number}" for number in (1, 1, 1, 2, 2, 3)]} | columns
-    types = datasets.Features(
-        {**found.dataset.features, **dict.fromkeys(("label_prob", "margin"), datasets.Value("float32"))}
-    )
+    number = datasets.Value("float32")
+    types = found.dataset.features | dict.fromkeys(("label_prob", "margin"), number)
+    types |= dict.fromkeys(("chosen_attributes", "rejected_attributes"), datasets.Sequence(number))
+    types = datasets.Features(types)
     return dataclasses.replace(found, dataset=datasets.Dataset.from_dict(known, features=types))
 
 
@@ -45,6 +47,32 @@ def test_margins_and_labels_are_told_where_they_matter():
     assert found.label_prob.dtype == torch.float32 and found.decided().tolist() == [True, False]
     found = targets.columns_of(data_of(margin=[0.5] * 6), ObjectiveFlags(margin_loss=True)).of_step(np.arange(6))
     assert found(np.array([3])).margins.tolist() == [0.5] and found(np.array([3])).label_prob is None
+
+
+NAN = float("nan")
+# Two of each answer, of some not known; the answers of the six pairs stand in several of them.
+CHOSEN = [[1, NAN], [1, NAN], [2, 5], [1, NAN], [1, NAN], [1, NAN]]
+REJECTED = [[2, 5], [4, 8], [4, 8], [2, 5], [4, NAN], [NAN, 5]]
+ATTRIBUTES = {"chosen_attributes": CHOSEN, "rejected_attributes": REJECTED}
+
+
+def test_attributes_are_told_less_their_means_over_the_answers_of_all_pairs():
+    """An answer that stands in several pairs counts in each."""
+    data = data_of(**ATTRIBUTES)
+    assert data.attributes().shape == (6, 2, 2)
+    first, second = (sum(numbers) / len(numbers) for numbers in ([1, 1, 2, 1, 1, 1, 2, 4, 4, 2, 4], [5, 5, 8, 8, 5, 5]))
+    assert targets.facts(data) == {"attribute_means": [pytest.approx(first), pytest.approx(second)]}
+    found = targets.columns_of(data, ObjectiveFlags()).of_step(np.arange(6))(np.array([5, 2]))
+    assert found.attributes.dtype == torch.float32 and (found.margins, found.label_prob, found.lists) == (None,) * 3
+    expected = [[[1 - first, NAN], [NAN, 5 - second]], [[2 - first, 5 - second], [4 - first, 8 - second]]]
+    torch.testing.assert_close(found.attributes, torch.tensor(expected), equal_nan=True)
+    assert targets.facts(data_of()) == {}
+
+
+def test_data_with_other_attributes_are_other_data():
+    other = [CHOSEN[0], *CHOSEN[:1], [2, 4], *CHOSEN[3:]]
+    marks = {data_mark(data_of(**columns)) for columns in ({}, ATTRIBUTES, ATTRIBUTES | {"chosen_attributes": other})}
+    assert len(marks) == 3 and data_mark(data_of(**ATTRIBUTES)) in marks
 
 
 def test_a_list_weighs_pairs_over_lists_of_its_step_on_all_ranks_and_comes_in_one_micro_batch():
@@ -75,11 +103,13 @@ def test_tied_best_answers_share_the_weight_of_their_list():
 
 def test_pinned_targets_and_those_on_a_device_are_the_same(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 0)
-    columns = targets.columns_of(data_of(label_prob=[0.5] * 6, margin=[0.25] * 6), ObjectiveFlags(margin_loss=True))
+    known = {"label_prob": [0.5] * 6, "margin": [0.25] * 6} | ATTRIBUTES
+    columns = targets.columns_of(data_of(**known), ObjectiveFlags(margin_loss=True))
     lists = targets.columns_of(data_of(), ObjectiveFlags(list_loss="plackett_luce")).lists
     made = dataclasses.replace(columns, lists=lists).of_step(np.arange(6))(np.arange(6))
     for other in (made.pinned(), made.to(torch.device("cpu"))):
         assert torch.equal(other.margins, made.margins) and torch.equal(other.label_prob, made.label_prob)
+        torch.testing.assert_close(other.attributes, made.attributes, rtol=0, atol=0, equal_nan=True)
         assert all(torch.equal(vars(other.lists)[name], tensor) for name, tensor in vars(made.lists).items())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -127,6 +128,20 @@ def test_where_all_pairs_are_ties_nothing_is_said_of_how_far_accuracy_can_be_bel
     assert found["eval/rm/accuracy"] == 0.5
     assert {name for name in found if "length" in name or "ece" in name or "temperature" in name} == set()
     assert all(map(math.isfinite, found.values()))
+
+
+def test_a_sample_that_is_a_tie_is_neither_right_nor_wrong(data):
+    """By its label alone: a pair whose rewards are equal is wrong, and a tie's are never anything."""
+    probs = [0.5 if i % 2 else 0.8 if i % 3 else 1.0 for i in range(23)]
+    labelled = with_labels(data, probs, [0] * 23)
+    rewards = torch.tensor([[i % 5, 2] for i in range(23)], dtype=torch.float64)
+    texts = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    rows = held_out.sample_table(held_out.Evaluation({}, rewards), labelled, texts, count=99, seed=3)
+    assert [row["right"] for row in rows] == [None if i % 2 else i % 5 > 2 for i in range(23)]
+    assert json.loads(json.dumps(rows)) == rows  # None, True and False, and nothing of numpy
+    some = held_out.sample_table(held_out.Evaluation({}, rewards), labelled, texts, count=7, seed=3)
+    where = [rows.index(row) for row in some]  # answers are all different
+    assert len(some) == 7 and where == sorted(where) and {row["right"] for row in some} >= {None}
 
 
 def sigmoid(x: float) -> float:

@@ -8,15 +8,19 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import REPOSITORY, shared_data
+import torch
+from conftest import REPOSITORY, alone, shared_data
+from pairs_of_ids import as_data
 from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from open_rm.batching.feeding import Step
 from open_rm.batching.layouts import lay_out
 from open_rm.batching.steps import groups_of
 from open_rm.batching.work import units_of, work_of
@@ -24,10 +28,11 @@ from open_rm.data.templates import read_template
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.errors import UserError
 from open_rm.flags import Args, DataFlags
-from open_rm.inspection import findings, look, views
+from open_rm.inspection import findings, look, sharing, views
 from open_rm.inspection.__main__ import DEFAULT_FOLDER, main
 from open_rm.inspection.findings import check_strict, find
 from open_rm.inspection.report import first_with_same, inspect_data
+from open_rm.training.metrics import Meter
 
 
 def messages(prompt: str, chosen: str, rejected: str) -> dict:
@@ -589,6 +594,29 @@ def test_a_header_is_told_with_what_it_saves(report_on, load, write_rows, tokeni
     assert most["tokens"] >= len(tokenizer(words * 2)["input_ids"]) and "The old roof of the house" in most["begins"]
     [line] = [line for line in look.short_lines(report) if "begin with a header" in line]
     assert "30 of 30 prompts" in line and f"{step['by_header']} with headers shared too" in line
+
+
+def test_what_sharing_saves_of_a_step_is_what_training_logs_of_it():
+    header = [7] * 40
+    pairs = [
+        tuple([*header, 100 + i // 2, 200, 10 + 2 * (i % 2) + side, *[3] * (i % 5)] for side in (0, 1))
+        for i in range(20)
+    ]
+    data = as_data(pairs, [42] * 20)
+    tokens, by_prompt, by_header = sharing._tokens(np.arange(20), data)
+    shape = SimpleNamespace(body_parameters=10, read_parameters=0, layers=2, attention_width=4, passes=3)
+    meter, rewards = Meter(alone(), shape, torch.float32), torch.zeros(20)
+    prompt_ids = data.table.cut_prompt_ids(np.arange(20))
+    meter.add(
+        rewards, rewards, {"ranking": rewards}, lay_out("shared_prefix", pairs, pad_token_id=0, prompt_ids=prompt_ids)
+    )
+    meter.reduce(20)
+    step = Step(number=1, pairs=20, micro_batches=[], imbalance=1.0, indices=np.arange(20))
+    perf = meter.performance(step, flops_before=0)
+    assert perf["perf/distinct_token_fraction"] == pytest.approx(by_header / tokens)
+    assert perf["perf/prompt_saving"] == pytest.approx(1 - by_prompt / tokens)
+    assert perf["perf/header_saving"] == pytest.approx((by_prompt - by_header) / tokens)
+    assert by_prompt - by_header == 9 * 40  # ten prompts, one header
 
 
 def test_where_no_prompts_begin_alike_no_header_is_told(report_on):

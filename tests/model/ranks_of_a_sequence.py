@@ -94,7 +94,7 @@ def of_a_model(ranks: Ranks, folder: Path, layout: str, pairs, **how) -> dict:
     rewards = held_out.score_pairs(model, pairs, np.arange(len(pairs)), rules(layout), ranks)
     [step] = feeding.training_steps([np.arange(len(pairs))], pairs, rules(layout), ranks)
     for micro in step.micro_batches:
-        sides = micro.sides(model(**micro.batch.inputs(CPU)))
+        *sides, _ = micro.sides(model(**micro.batch.inputs(CPU)))
         (ranking_loss(*sides).sum() / step.pairs).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     for gradient in gradients.values():
@@ -119,7 +119,8 @@ def losses_of(
     for _, step in zip(range(steps), feeding.training_steps(draws, pairs, rules(layout), ranks), strict=False):
         total = torch.zeros(1, dtype=torch.float64)
         for micro in step.micro_batches:
-            losses = ranking_loss(*micro.sides(engine(**micro.batch.inputs(CPU))))
+            *sides, _ = micro.sides(engine(**micro.batch.inputs(CPU)))
+            losses = ranking_loss(*sides)
             engine.backward(losses.sum() / step.pairs, last=micro.last)
             total += losses.detach().double().sum() / step.pairs * ranks.counts
         dist.all_reduce(total)

@@ -98,6 +98,15 @@ def test_what_is_not_known_of_rewards_is_said_and_no_code_is_given_for_it(card):
     assert "No temperature makes the probabilities fit those pairs better: every pair is ranked right." in text
 
 
+def test_attributes_are_named_with_weights_and_means_and_that_the_model_gives_none(card):
+    assert "attributes of an answer" not in card()
+    known = {"attributes": ["helpfulness", "verbosity=scores.length"], "attribute_weights": [0.65, -0.4]}
+    text = card(facts=known | {"attribute_means": [2.86541, 1.5]})
+    assert "helpfulness (weight 0.65, mean 2.865 in the training data), verbosity (weight -0.4, mean 1.5 in" in text
+    assert "The saved model gives this one number alone" in text
+    assert ": helpfulness (weight 0.65), verbosity (weight -0.4). The" in card(facts=known)  # exported
+
+
 def test_where_the_numbers_stand_is_said(card):
     assert "(`mean` and `std` in config.json" in card(statistics=STATISTICS)
     assert "(`statistics` in contract.json)" in card(statistics=STATISTICS, adapter=True)

@@ -90,8 +90,8 @@ def trained(engine: Engine, data, how: BatchRules, steps: int = 2, meter: Meter 
     for step in itertools.islice(feeding.training_steps(draws, data, how, engine.ranks), steps):
         total = 0.0
         for micro in step.micro_batches:
-            chosen, rejected = micro.sides(engine(**micro.batch.inputs(engine.ranks.device)))
-            terms = loss_terms(chosen, rejected, micro.targets, ObjectiveFlags())
+            chosen, rejected, predicted = micro.sides(engine(**micro.batch.inputs(engine.ranks.device)))
+            terms = loss_terms(chosen, rejected, micro.targets, ObjectiveFlags(), predicted)
             loss = sum(terms.values()).sum() / step.pairs
             engine.backward(loss, last=micro.last)
             total += loss.item()
@@ -163,7 +163,7 @@ def under_a_real_limit(ranks: Ranks, folder: str, mib: int) -> dict:
     resource.setrlimit(resource.RLIMIT_DATA, (status + mib * 2**20, resource.RLIM_INFINITY))
     found, lines = find(engine, data, each=10_000)
     trained(engine, data, found, steps=1)
-    fill = trying.Filling(found, data, 1, margins=False)
+    fill = trying.Filling(found, data, 1)
     try:
         for micro in fill.micro_batches(2 * found.max_tokens):
             engine(**micro.batch.inputs(ranks.device)).sum().backward()
@@ -256,7 +256,7 @@ def watched(ranks: Ranks, folder: str, stage: int, *, clock=time.perf_counter, s
     meter = Meter(ranks, model_shape(engine.module), torch.float32, stragglers)
     rows = trained(engine, pairs(), rules(4096), 3, meter)
     with engine.evaluating():  # is no step's time
-        engine(**trying.Filling(rules(512), pairs(), 1, margins=False).least().batch.inputs(ranks.device))
+        engine(**trying.Filling(rules(512), pairs(), 1).least().batch.inputs(ranks.device))
     left = len(stragglers._stopwatch._spans)
     return {"rows": rows, "report": stragglers.report(), "said": said, "left": left}
 

@@ -3,20 +3,23 @@
 import dataclasses
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import alone, in_a_process, load_model
+from headers_of_ids import batches_dealt, conversations, keys_of
 from pairs_of_ids import as_data
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from open_rm.batching.layouts import lay_out_sequences
-from open_rm.batching.rules import BatchRules
+from open_rm.batching.rules import LAYOUTS, BatchRules
 from open_rm.flags import BatchFlags
 from open_rm.model.recompute import Saved, layers_of
 from open_rm.ranks import Ranks
 from open_rm.training import fitting, footprint
 from open_rm.training.fitting import Memory, bytes_of_position, choose
 from open_rm.training.footprint import Sizes, state_bytes
+from open_rm.training.gathered import most_keys
 
 # Bytes of all tensors after two steps of two micro-batches and within the last, in bytes of a weight; then after `release`.
 HELD = """
@@ -230,10 +233,65 @@ def test_the_keys_that_answers_share_are_counted_where_a_prompt_has_most():
     pairs = [(answers[i], answers[j]) for i in range(6) for j in range(i)]  # each answer stands in five pairs
     alone = [(ROW[:50] + [9] * 10, [3] * 60)]  # and a pair that shares nothing
     data = as_data(pairs + alone, [100] * len(pairs) + [0])
-    assert fitting.keys_of_positions(data.table)[1].max() == pytest.approx(6 * 110 / (100 + 6 * 10))
-    assert fitting.keys_of_positions(as_data(alone, [0]).table)[1].max() == 1.0
+    assert most_keys(data.table, 10**6) == pytest.approx(6 * 110 / (100 + 6 * 10))
+    assert most_keys(as_data(alone, [0]).table, 10**6) == 1.0
     one = as_data([(answers[0], answers[1])], [0])  # without a prompt a pair still shares
-    assert fitting.keys_of_positions(one.table)[1].max() == pytest.approx(220 / 120)
+    assert most_keys(one.table, 10**6) == pytest.approx(220 / 120)
+    # one answer that is long hides nothing: a step may hold the short ones alone
+    long = as_data([*pairs, (answers[0], prompt + [3] * 900)], [100] * 16)
+    assert most_keys(long.table, 10**6) == pytest.approx(6 * 110 / (100 + 6 * 10))
+
+
+def behind_a_header(prompts: int, header: int, *, pairs: int = 1):
+    """Pairs whose prompts have `header` tokens and one more; all answers differ at once, and have ten tokens."""
+    made = [
+        tuple([*[7] * header, 1000 + i, 10 + 2 * j + side, *[5] * 9] for side in (0, 1))
+        for i in range(prompts)
+        for j in range(pairs)
+    ]
+    return as_data(made, [header + 1] * len(made))
+
+
+def test_the_keys_of_a_header_are_counted_as_often_as_a_micro_batch_has_prompts_behind_it():
+    table = behind_a_header(40, 200).table
+    whole = 40 * 2 * 211 / (200 + 40 * 21)  # all of them together, each prompt and its two answers once
+    assert most_keys(table, 10**6) == pytest.approx(whole)
+    # 620 positions are the header and twenty prompts with their answers
+    assert most_keys(table, 620) == pytest.approx(20 * 2 * 211 / 620)
+    assert most_keys(behind_a_header(40, 15).table, 10**6) == pytest.approx(
+        2 * 26 / (16 + 20)
+    )  # too short to be a header
+    # two prompts that have all but a token in common are a header of two
+    assert most_keys(behind_a_header(2, 200).table, 10**6) == pytest.approx(4 * 211 / (200 + 42))
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_no_micro_batch_that_is_dealt_gathers_more_keys_than_is_expected(lists):
+    """Headers that begin with other headers, prompts with several pairs, answers that begin alike; whole lists."""
+    for seed in range(12):
+        data = conversations(seed, lists=lists)
+        for max_tokens in (256, 1024):
+            rules = BatchRules("shared_prefix", 0, max_tokens, 1024, whole_lists=lists)
+            largest = fitting.largest_unit(data.table, rules)
+            most = most_keys(data.table, fitting.largest_budget(max_tokens, largest))
+            for batch in batches_dealt(data, rules, seed):
+                assert batch.positions <= max(max_tokens, largest)
+                assert keys_of(batch) <= most * max(batch.positions, max_tokens)
+
+
+def test_a_list_that_stays_whole_has_to_fit():
+    answers = [[*ROW[:100], 7 + i, *ROW[:99]] for i in range(4)]
+    pairs = [(answers[i], answers[j]) for i in range(4) for j in range(i)]
+    data = as_data(pairs, [100] * 6)
+    data = dataclasses.replace(data, dataset=datasets.Dataset.from_dict(data.dataset.to_dict() | {"list_id": [3] * 6}))
+    largest = {}
+    for layout in LAYOUTS:
+        for whole in (True, False):
+            rules = BatchRules(layout, 0, max_tokens=1024, evaluation_tokens=1024, whole_lists=whole)
+            largest[layout, whole] = fitting.largest_unit(data.table, rules)
+    assert {largest[layout, False] for layout in LAYOUTS} == {400}
+    assert largest["padded", True] == largest["packed", True] == 6 * 400
+    assert largest["shared_prefix", True] == 100 + 4 * 100
 
 
 def test_recomputation_that_saves_nothing_is_no_choice():

@@ -8,6 +8,7 @@ import torch
 from conftest import alone
 
 from open_rm.batching.feeding import Step
+from open_rm.batching.layouts import lay_out
 from open_rm.batching.targets import PLAIN, Targets
 from open_rm.flags import ObjectiveFlags
 from open_rm.training import metrics
@@ -81,7 +82,10 @@ def meter(monkeypatch) -> Meter:
 
 def micro_batch(**changes):
     return SimpleNamespace(
-        **({"tokens": 30, "computed": 24, "positions": 40, "area": 90, "read_index": torch.arange(7)} | changes)
+        **(
+            {"tokens": 30, "computed": 24, "per_prompt": 27, "positions": 40, "area": 90, "read_index": torch.arange(7)}
+            | changes
+        )
     )
 
 
@@ -154,8 +158,9 @@ def test_flops_are_six_per_parameter_and_token_that_it_is_applied_to_plus_causal
 
 def test_perf_metrics_are_what_their_names_say(meter, clock):
     """60 tokens of which 48 are computed, in 80 positions, by 8 pairs in 2 seconds, on devices of 1,000 FLOPs a second."""
-    for tokens, computed, positions in ((40, 30, 50), (20, 18, 30)):
-        add(meter, torch.zeros(4), torch.zeros(4), tokens=tokens, computed=computed, positions=positions)
+    for tokens, computed, per_prompt, positions in ((40, 30, 36, 50), (20, 18, 18, 30)):
+        counts = {"tokens": tokens, "computed": computed, "per_prompt": per_prompt, "positions": positions}
+        add(meter, torch.zeros(4), torch.zeros(4), **counts)
     meter.reduce(8)
     step = Step(number=3, pairs=8, micro_batches=[], imbalance=1.02, indices=np.arange(8), asked=clock.now, waited=0.1)
     clock.now += 2.0
@@ -168,10 +173,46 @@ def test_perf_metrics_are_what_their_names_say(meter, clock):
         "perf/memory_gib": 3.0,
         "perf/padding_fraction": pytest.approx(0.4),
         "perf/distinct_token_fraction": pytest.approx(0.8),
+        "perf/prompt_saving": pytest.approx(0.1),
+        "perf/header_saving": pytest.approx(0.1),
         "perf/rank_imbalance": 1.02,
         "perf/mfu": pytest.approx(flops / 2000),
         "perf/total_flops": 400.0 + flops,
     }
+
+
+def test_what_prompts_and_what_headers_save_are_counted_token_by_token(meter, clock):
+    """Two prompts behind a header of 20 tokens, one with two pairs that share an answer; and a prompt of its own."""
+    header = list(range(100, 120))
+    first, second, alone_ = [*header, 1, 2, 3], [*header, 4, 5], [6] * 10
+    pairs = [
+        ([*first, 7, 8], [*first, 9]),
+        ([*first, 7, 8], [*first, 10, 11, 12]),
+        ([*second, 13], [*second, 14, 15]),
+        ([*alone_, 16], [*alone_, 17]),
+    ]
+    prompt_ids = [0, 0, 1, 2]
+    sides = [(prompt, side) for prompt, pair in zip(prompt_ids, pairs, strict=True) for side in pair]
+    tokens = sum(len(side) for _, side in sides)
+    # A token is known by all before it: once for each prompt, or where headers are shared too once for all.
+    of_prompts = len({(prompt, tuple(side[: n + 1])) for prompt, side in sides for n in range(len(side))})
+    distinct = len({tuple(side[: n + 1]) for _, side in sides for n in range(len(side))})
+    assert (tokens, of_prompts, distinct) == (169, 66, 46)
+    expected = {
+        "padded": (1, 0, 0),
+        "packed": (1, 0, 0),
+        "shared_prefix": (distinct / tokens, 1 - of_prompts / tokens, (of_prompts - distinct) / tokens),
+    }
+    for layout, shares in expected.items():
+        batch = lay_out(layout, pairs, pad_token_id=0, prompt_ids=prompt_ids)
+        rewards, empty = torch.zeros(4), torch.zeros(0)
+        meter.add(rewards, rewards, {"ranking": rewards}, batch)
+        meter.add(empty, empty, {"ranking": empty}, batch)  # computed to keep ranks in step; of no pairs of the step
+        meter.reduce(4)
+        step = Step(number=1, pairs=4, micro_batches=[], imbalance=1.0, indices=np.arange(4), asked=clock.now - 2.0)
+        perf = meter.performance(step, flops_before=0.0)
+        names = ("distinct_token_fraction", "prompt_saving", "header_saving")
+        assert tuple(perf[f"perf/{name}"] for name in names) == pytest.approx(shares), layout
 
 
 # ---- the rate of matrix products

@@ -114,7 +114,7 @@ def test_counts_of_a_micro_batch_are_plain_numbers_until_they_are_reduced(monkey
     monkeypatch.setattr(metrics, "matmul_flops", lambda ranks, dtype: 1000.0)
     shape = SimpleNamespace(body_parameters=10, read_parameters=3, layers=2, attention_width=4, passes=3)
     meter = Meter(alone(), shape, torch.float32)
-    batch = SimpleNamespace(tokens=30, computed=24, positions=40, area=90, read_index=torch.arange(7))
+    batch = SimpleNamespace(tokens=30, computed=24, per_prompt=27, positions=40, area=90, read_index=torch.arange(7))
     made = []
     monkeypatch.setattr(torch, "tensor", lambda *values, **how: made.append(values))
     meter.add(torch.ones(2), torch.zeros(2), {"ranking": torch.ones(2)}, batch)

@@ -40,6 +40,8 @@ TRAIN = {f"train/rm/{name}" for name in (*PAIR_METRICS, "loss_ranking", "lr", "g
         "memory_gib",
         "padding_fraction",
         "distinct_token_fraction",
+        "prompt_saving",
+        "header_saving",
         "rank_imbalance",
         "rank_seconds_max",
         "slowest_rank",
@@ -192,6 +194,7 @@ def test_performance_metrics_agree_with_each_other(tracked):
         assert tokens == pytest.approx(round(tokens)) and tokens > 2 * PAIRS_PER_STEP
         assert 0 <= m["data_seconds"] <= m["step_seconds"]
         assert 0 <= m["padding_fraction"] < 1
+        assert m["distinct_token_fraction"] + m["prompt_saving"] + m["header_saving"] == pytest.approx(1)
         assert 0.05 < m["memory_gib"] < 100
     flops = [row["perf/total_flops"] for row in rows]
     assert flops == sorted(set(flops)) and flops[0] > 0
@@ -390,6 +393,14 @@ def test_sample_texts_are_shown_as_they_are(tracker, tmp_path, capsys):
     tracker.samples(progress_at(0), [SAMPLE | {"prompt": text}])
     assert text in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "samples.jsonl").read_text())["prompt"] == text
+
+
+def test_a_tie_is_shown_as_one_and_is_null_in_the_file(tracker, tmp_path, capsys):
+    tracker.samples(progress_at(0), [SAMPLE | {"right": right} for right in (None, False, True)])
+    shown = [line.split()[-2] for line in capsys.readouterr().out.splitlines() if "+1.000" in line]
+    assert shown == ["tie", "NO", "yes"]
+    written = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["right"] for line in written] == [None, False, True]
 
 
 def test_colons_in_what_is_shown_are_no_emoji(capsys):

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from conftest import alone, in_a_process
+from headers_of_ids import batches_dealt, conversations, keys_of
 from pairs_of_ids import as_data
 
 from open_rm.batching.rules import BatchRules
@@ -88,7 +89,7 @@ def rules(layout: str) -> BatchRules:
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_budget_is_filled_with_the_longest_pairs_and_never_exceeded(layout, largest, devices):
     pairs = [(ROW[:300], [*ROW[:279], 3]), (ROW[:30], ROW[5:40]), (ROW[:90], ROW[9:100])]
-    fill = Filling(rules(layout), as_data(pairs, [0, 0, 0]), devices, margins=False)
+    fill = Filling(rules(layout), as_data(pairs, [0, 0, 0]), devices)
     assert fill.smallest == -(-largest // (256 * devices)) * 256
     for budget in (fill.smallest, 2 * fill.smallest, 8 * fill.smallest):
         [micro] = fill.micro_batches(budget)
@@ -109,7 +110,7 @@ def test_where_lists_stay_whole_a_budget_holds_the_largest_list(layout):
     columns = data.dataset.to_dict() | {"list_id": [4, 8, 8, 8]}
     data = dataclasses.replace(data, dataset=datasets.Dataset.from_dict(columns))
     whole = dataclasses.replace(rules(layout), whole_lists=True)
-    fill, of_pairs = (Filling(how, data, 1, margins=False) for how in (whole, rules(layout)))
+    fill, of_pairs = (Filling(how, data, 1) for how in (whole, rules(layout)))
     # three answers of 200 tokens with a common beginning of 100 where that is shared: 400 tokens, less than the pair's 487
     if layout == "shared_prefix":
         assert fill.smallest == of_pairs.smallest == 512
@@ -126,11 +127,35 @@ def test_the_prompt_whose_answers_gather_most_keys_is_tried_too_where_prefixes_a
     answers = [ROW[:200] + [7 + i] * 5 for i in range(8)]
     many = [(answers[i], answers[j]) for i in range(8) for j in range(i)]
     data = as_data([*many, (ROW[:390], ROW[3:])], [200] * len(many) + [0])
-    few, longest = Filling(rules("shared_prefix"), data, 1, margins=False).micro_batches(2048)
+    few, longest = Filling(rules("shared_prefix"), data, 1).micro_batches(2048)
     assert set(few.indices) <= set(range(len(many))) and few.batch.positions <= 2048
     assert len(few.batch.segments.key_index) > 3 * few.batch.positions
     assert longest.indices[0] == len(many)
-    assert len(Filling(rules("packed"), data, 1, margins=False).micro_batches(2048)) == 1
+    assert len(Filling(rules("packed"), data, 1).micro_batches(2048)) == 1
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_where_prompts_share_headers_what_gathers_most_keys_is_tried_too(lists):
+    """Against what training deals at the same budget, steps of several sizes on one rank and on three."""
+    for seed in range(6):
+        data = conversations(seed, prompts=60, lists=lists)
+        how = dataclasses.replace(rules("shared_prefix"), whole_lists=lists)
+        fill = Filling(how, data, 1)
+        for budget in (4 * fill.smallest, 8 * fill.smallest):
+            tried = [micro.batch for micro in fill.micro_batches(budget)]
+            assert all(batch.positions <= budget for batch in tried)
+            training = batches_dealt(data, dataclasses.replace(how, max_tokens=budget), seed)
+            assert max(map(keys_of, tried)) >= max(map(keys_of, training)), (seed, budget)
+    pairs = as_data([(ROW[:30], ROW[5:40]), (ROW[:90], ROW[9:100])], [0, 0])  # nothing begins alike
+    assert len(Filling(rules("shared_prefix"), pairs, 1).micro_batches(2048)) == 1
+
+
+def test_behind_one_header_a_budget_holds_all_the_prompts_that_fit():
+    pairs = [tuple([*ROW[:200], 1000 + i, 10 + side, *ROW[:9]] for side in (0, 1)) for i in range(40)]
+    data = as_data(pairs, [201] * 40)
+    behind, _ = (micro.batch for micro in Filling(rules("shared_prefix"), data, 1).micro_batches(768))
+    # the header, and 27 prompts of one token more with two answers of ten each
+    assert behind.positions == 200 + 27 * 21 and keys_of(behind) == 27 * 2 * 211
 
 
 def test_a_peak_is_foreseen_on_the_line_through_the_last_two():
@@ -166,6 +191,7 @@ def engine_of(ranks, *, recomputed: bool = False, stage: int = 0):
 def find(monkeypatch, tries, **how):
     monkeypatch.setattr(trying, "_Climb", lambda *_, **__: Climb(tries))
     monkeypatch.setattr(trying, "Filling", lambda *_, **__: None)
+    monkeypatch.setattr(trying, "columns_of", lambda *_: None)
     ranks = alone()
     others = how.pop("others", [])  # what other ranks say to a question
     monkeypatch.setattr(type(ranks), "gathered", lambda self, value: [value, *others] if value is True else [value])
@@ -232,7 +258,7 @@ class _OneShort:
 def test_memory_that_runs_out_for_the_largest_pair_is_a_sentence_with_ways_out(monkeypatch, world):
     ranks = dataclasses.replace(alone(), world_size=world)
     monkeypatch.setattr(type(ranks), "gathered", lambda self, value: [value])
-    fill = Filling(rules("packed"), as_data([(ROW[:300], [*ROW[:279], 3])], [0]), 1, margins=False)
+    fill = Filling(rules("packed"), as_data([(ROW[:300], [*ROW[:279], 3])], [0]), 1)
     climb = trying._Climb(_OneShort(ranks), ObjectiveFlags(), fill, most_pairs=8)
     with pytest.raises(UserError) as told:
         climb.to_the_top()
