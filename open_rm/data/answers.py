@@ -168,7 +168,7 @@ def _given(values: Values, count: int) -> list[float | None] | None:
             return [None if score is None else lower * labels.number("scores", score) for score in truth]
         if plan.shape == "two scores":
             return [lower * labels.number(name, found[name]) for name in ("score_a", "score_b")]
-        if plan.form.tie and values.row.get(plan.form.tie[0]) == plan.form.tie[1]:
+        if values.is_tie:
             return [0.5] * count
         p = labels.probability(found) if count == 2 else None
         if plan.shape in ("winner", "strength"):

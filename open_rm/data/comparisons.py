@@ -53,6 +53,12 @@ class Values:
         """Whether two answers that are as good are a pair; where the row itself says 0.5 they always are."""
         return self.reading.keep_ties or self.probability == labels.TIE
 
+    @property
+    def is_tie(self) -> bool:
+        """Whether a column of the form says so (forms.Form.tie) that is not ignored."""
+        tie = self.plan.form.tie
+        return bool(tie) and tie[0] not in self.reading.ignore and self.row.get(tie[0]) == tie[1]
+
     def messages(self, name: str) -> list[dict]:
         """One of our columns as checked messages."""
         return check_messages(name, self.found[name], self.reading.ignore)
@@ -61,10 +67,8 @@ class Values:
 def comparisons(values: Values) -> tuple[list[Unchecked], int]:
     """(pairs, ties that are not among them)"""
     values.probability = labels.probability(values.found)
-    tie = values.plan.form.tie
-    is_tie = bool(tie) and values.row.get(tie[0]) == tie[1]
-    pairs, ties = ([], 1) if is_tie and not values.keep_ties else _decided(values)
-    pairs = [_tied(pair) for pair in pairs] if is_tie else pairs
+    pairs, ties = ([], 1) if values.is_tie and not values.keep_ties else _decided(values)
+    pairs = [_tied(pair) for pair in pairs] if values.is_tie else pairs
     return (pairs, ties) if values.probability is None else (_as_probable(values, pairs, ties), ties)
 
 
@@ -317,6 +321,14 @@ def answers_of(value: object) -> list:
     return value if alike else [value]
 
 
+def every_answer(values: Values) -> list:
+    """All answers of a row that may hold more than two, as they stand; none of other rows."""
+    found = values.found
+    if "responses" in found:
+        return found["responses"] if isinstance(found["responses"], list) else []
+    return answers_of(found["chosen"]) + answers_of(found["rejected"]) if values.plan.shape == "pairs" else []
+
+
 def _compare_twins(values: Values, twins: tuple[str, str]) -> None:
     """Whether scores beside chosen and rejected agree with it; words such as N/A say nothing."""
     try:
@@ -360,7 +372,7 @@ def _checked_margin(values: Values, margin: float, name: str) -> float:
                 f"{p:g} alone; correct the row, or leave one of both out with --ignore_columns"
             )
         return abs(margin)
-    if margin < 0 and p != labels.TIE:
+    if margin < 0 and p != labels.TIE and not values.is_tie:
         raise UserError(
             f"{name} is {margin:g}, which says that rejected is the better one; correct the row, swap the columns, or leave "
             "margins out"

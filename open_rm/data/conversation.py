@@ -8,7 +8,7 @@ import re
 
 from open_rm.data import sides
 from open_rm.data.columns import suspicion
-from open_rm.data.comparisons import Values
+from open_rm.data.comparisons import Values, every_answer
 from open_rm.data.messages import HH_TURN, check_messages, parse_hh, parsed_json
 from open_rm.errors import UserError
 
@@ -62,16 +62,17 @@ def _as_text(
         _check_no_prompt_is_left(values, chosen, rejected)
     if any(parsed_json(text) is not None for text in (chosen, rejected)):
         values.oddities.append("JSON")
-    _repeats(values, prompt, chosen, rejected)
-    return sides.of_text(prompt, chosen, rejected)
+    return sides.of_text(prompt, chosen, rejected, repeated=_repeats(values, prompt, chosen, rejected))
 
 
 def _repeats(values: Values, prompt: str, chosen: str, rejected: str) -> bool:
-    """`sides.repeats`, and a note of it."""
-    both = sides.repeats(prompt, chosen, rejected)
-    if both or (prompt.strip() and (chosen.startswith(prompt) or rejected.startswith(prompt))):
-        values.oddities.append("repeated" if both else "begins with it")
-    return both
+    """`sides.repeats` of all answers of the row, so that each is one text in all its pairs; and a note of it."""
+    others = [text for text in every_answer(values) if isinstance(text, str) and text.strip()]
+    answers = (chosen, rejected, *others)
+    every = sides.repeats(prompt, *answers)
+    if every or (prompt.strip() and any(answer.startswith(prompt) for answer in answers)):
+        values.oddities.append("repeated" if every else "begins with it")
+    return every
 
 
 def _with_context(values: Values, prompt, chosen: list[dict], rejected: list[dict]) -> tuple:

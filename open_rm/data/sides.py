@@ -8,12 +8,12 @@ from open_rm.data.messages import check_messages, ends_with_answer, has_turn
 from open_rm.errors import UserError
 
 
-def of_text(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Both answers as they follow the prompt, which is taken off where both repeat it (see `repeats`)."""
+def of_text(prompt: str, chosen: str, rejected: str, *, repeated: bool) -> tuple[str, str, str]:
+    """Both answers as they follow the prompt. repeated: they begin with it (see `repeats`), and it is taken off."""
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise UserError(f"{name} is empty; remove the row or fill it in")
-    if repeats(prompt, chosen, rejected):
+    if repeated:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     return prompt, chosen, rejected
 

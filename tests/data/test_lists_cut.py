@@ -184,7 +184,6 @@ def test_a_list_that_lost_pairs_may_be_smaller_than_a_step_again(load, write_row
     targets.check(load([write_rows([ranked(*cut)]), "1.0"], **LIMITS), flags, 5)
 
 
-@pytest.mark.xfail(strict=True, reason="whether answers repeat their prompt is decided for each pair by itself")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_one_text_in_all_pairs_of_its_list(load, write_rows, tokenizer, kind):
     """Two of three answers repeat the prompt, as a model does that was asked to go on."""

@@ -49,7 +49,7 @@ def test_a_tie_of_the_same_answer_is_no_pair():
     ("s", "t"),
     [
         (4, 1),
-        pytest.param(1, 4, marks=pytest.mark.xfail(strict=True, reason="a tie is refused for a margin below 0")),
+        (1, 4),
     ],
 )
 def test_a_tie_has_no_margin_but_0_whatever_its_scores_are(s, t):
@@ -73,7 +73,6 @@ def test_a_tie_agrees_with_its_probability_or_is_refused(reading):
         assert said(pair) == ("A mile.", "Near.", 0.5, None, (0, 0))
 
 
-@pytest.mark.xfail(strict=True, reason="Form.tie is read from the row as it stands")
 def test_ignored_the_column_makes_no_ties():
     [pair] = read_row(TIE, Reading(ignore=("status",))).pairs
     assert pair.label_prob == 1.0 and pair.levels == (0, 1)
