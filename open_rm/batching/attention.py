@@ -15,8 +15,8 @@ the rest of the prompt:
 
 No T x T mask is made. On a GPU one flash-attention call serves the row (torch's varlen_attn: queries and keys may differ
 in number, causal is aligned at the end); on the CPU each segment is one scaled_dot_product_attention, and a long stretch that
-several segments begin with one more call for all of them (merged_attention.py). `dense_attention` is the slow reference that
-the tests compare them to.
+several segments continue one more call for all of them (merged_attention.py; not with windows, soft caps and sinks). `dense_attention`
+is the slow reference that the tests compare them to.
 Not covered, and refused by name when the model is loaded: on a GPU what flash attention does not take, such as soft-capped
 scores and attention sinks (families.py knows).
 Shapes: T tokens of the row, H query heads, G key/value heads, D head width, s tokens of a segment, p of its prefix.
@@ -36,7 +36,7 @@ from open_rm.batching.merged_attention import MergedAttention, Part
 NAME = "open_rm_segments"  # what transformers knows this attention by
 
 Bound = tuple[int, int, tuple[tuple[int, int], ...]]  # of a segment: start, end, and the ranges of its prefix
-# Tokens of a stretch that several segments begin with, from which a call of its own for it pays on a CPU: attention behind 64
+# Tokens of a range of a prefix that several segments continue, from which a call of its own for it pays on a CPU: attention behind 64
 # tokens takes as long as with copies, behind 150 0.9 times as long, behind 500 0.74 and behind 1500 0.63 times.
 LEAST_STRETCH = 128
 
@@ -92,17 +92,15 @@ class Segments:
         return lengths, [[piece for a, b in seen for piece in range(number[a], number[b])] for seen in ranges]
 
     @functools.cached_property
-    def stretches(self) -> list[tuple[range, int, int]]:
-        """(numbers of segments side by side, start, end): the long stretches of the row that several segments begin with."""
+    def stretches(self) -> list[tuple[range, int]]:
+        """(numbers of segments side by side, which of their prefix's ranges): the long ranges that several segments continue."""
         found = []
-        begun = itertools.groupby(
-            enumerate(self.bounds), key=lambda numbered: numbered[1][2][:1] and numbered[1][2][0][0]
-        )
-        for start, group in begun:
-            numbers, bounds = zip(*group, strict=True)
-            end = min((prefix[0][1] for *_, prefix in bounds if prefix), default=0)
-            if start != () and len(numbers) > 1 and end - start >= LEAST_STRETCH:
-                found.append((range(numbers[0], numbers[-1] + 1), start, end))
+        for level in range(max(len(prefix) for *_, prefix in self.bounds)):
+            alike = itertools.groupby(enumerate(self.bounds), key=lambda numbered: numbered[1][2][: level + 1])
+            for prefix, group in alike:
+                numbers = [number for number, _ in group]
+                if len(prefix) > level and len(numbers) > 1 and _length(prefix[level:]) >= LEAST_STRETCH:
+                    found.append((range(numbers[0], numbers[-1] + 1), level))
         return found
 
     def score_area(self) -> int:
@@ -244,17 +242,16 @@ def _per_segment(query, key, value, segments, scoring: _Scoring):
 
 
 def _parts(segments: Segments, like: torch.Tensor) -> list[Part]:
-    """What each segment sees by itself, and then the stretches that several begin with, each for all of them."""
-    ends = {number: end for numbers, _, end in segments.stretches for number in numbers}
+    """What each segment sees by itself, and then the stretches that several continue, each for all of them."""
+    apart = {(number, level) for numbers, level in segments.stretches for number in numbers}
     parts = []
     for number, (start, end, prefix) in enumerate(segments.bounds):
-        left = [(max(a, ends.get(number, 0)), b) if not i else (a, b) for i, (a, b) in enumerate(prefix)]
-        left = [(a, b) for a, b in left if a < b]
-        mask = _mask(segments.masks, end - start, _length(left), None, like) if left else None
-        parts.append(Part((start, end), (*left, (start, end)), mask, causal=mask is None))
-    for numbers, start, end in segments.stretches:
-        queries = segments.bounds[numbers[0]][0], segments.bounds[numbers[-1]][1]
-        parts.append(Part(queries, ((start, end),), None, causal=False))
+        own = [one for level, one in enumerate(prefix) if (number, level) not in apart]
+        mask = _mask(segments.masks, end - start, _length(own), None, like) if own else None
+        parts.append(Part((start, end), (*own, (start, end)), mask, causal=mask is None))
+    for numbers, level in segments.stretches:
+        (start, _, prefix), (_, end, _) = segments.bounds[numbers[0]], segments.bounds[numbers[-1]]
+        parts.append(Part((start, end), (prefix[level],), None, causal=False))
     return parts
 
 

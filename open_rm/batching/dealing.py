@@ -13,6 +13,7 @@ long. It takes time that grows about as the number of pairs, so that a whole hel
 Only columns of numbers are looked at here, never token ids.
 """
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -92,20 +93,25 @@ def attention_cost(body_parameters: int, layers: int, attention_width: int) -> f
 def _best_candidate(
     indices: np.ndarray, table: PairTable, headers: Headers, rules: BatchRules, world_size: int
 ) -> Candidate:
-    """Pairs of one prompt belong together, since they share it; but few large groups cannot be dealt evenly. So groups
-    are cut smaller as long as that takes more than a hundredth off the largest load, and to what a micro-batch holds."""
-    smaller = (4, 2, 1) if rules.layout == "shared_prefix" and world_size > 1 and not rules.whole_lists else ()
-    best, dealt = None, 0
-    for most in (len(indices), *smaller):
+    """Pairs of one prompt belong together, since they share it; but few large groups cannot be dealt evenly. So groups are
+    cut to what a micro-batch holds, and smaller (first those above a rank's mean load, then all of them) as long as that takes
+    more than a hundredth off the largest load."""
+    cuts = world_size > 1 and rules.layout == "shared_prefix" and not rules.whole_lists
+    ways = [(len(indices), rules.max_tokens)]
+    if cuts:
+        whole = units_of(indices, table, rules.layout, len(indices))
+        mean = int(work_of(whole, table, rules.layout).tokens.sum()) // world_size
+        ways += [(len(indices), min(rules.max_tokens, mean)), *((most, rules.max_tokens) for most in (4, 2, 1))]
+    best, dealt = None, set()
+    for most, limit in ways:
         units = units_of(indices, table, rules.layout, most, whole_lists=rules.whole_lists)
-        if len(units.size) == dealt:
+        if cuts:  # what no micro-batch holds is cut in any case, and its halves together cost more
+            units, *_ = halved(units, np.zeros_like(units.size), table, dataclasses.replace(rules, max_tokens=limit))
+            units = units.take(slice(None, None, -1))
+        if (cut_at := units.first.tobytes()) in dealt:
             continue  # the same units as before
-        dealt = len(units.size)
+        dealt.add(cut_at)
         tried = ToDeal.of(units, table, headers, rules)
-        if world_size > 1 and not rules.whole_lists and tried.is_too_large().any():
-            # They are cut in any case, and the halves together cost more; one rank with all of them would be waited for.
-            units, *_ = halved(units, np.zeros_like(units.size), table, rules)
-            tried = ToDeal.of(units.take(slice(None, None, -1)), table, headers, rules)
         # However they are dealt, a rank has at least the mean and one has the largest unit. 0.991: sums are rounded.
         if best is not None and tried.least(world_size) > 0.991 * best.loads.max():
             continue
@@ -136,10 +142,6 @@ class ToDeal:
         work = work_of(units, table, rules.layout).behind(headers.tokens[header])
         room = np.maximum(1, rules.max_tokens - headers.tokens)
         return ToDeal(units, work.cost(rules.area_cost), work.tokens, header, headers.cost(rules.area_cost), room)
-
-    def is_too_large(self) -> np.ndarray:
-        """[units] bool, of those of several pairs: whether no micro-batch holds one."""
-        return (self.units.size > 1) & (self.own > self.room[self.header])
 
     def least(self, world_size: int) -> float:
         """Load that a rank has however they are dealt: the mean without headers, or the largest unit's."""

@@ -68,10 +68,12 @@ class MergedAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, out, log_sums = ctx.saved_tensors
         # Sums over parts in float32: bfloat16 would lose a little with each of them.
-        found = [torch.zeros_like(of, dtype=torch.float32) for of in (query, key, value)]
+        of_query = torch.empty_like(query, dtype=torch.float32)
+        of_key, of_value = (torch.zeros_like(of, dtype=torch.float32) for of in (key, value))
+        covered = 0
         for part in ctx.parts:
             rows = slice(*part.queries)
-            gradients = _backward(
+            one, *keys_and_values = _backward(
                 gradient[:, :, rows],
                 query[:, :, rows],
                 _taken(key, part.keys),
@@ -83,12 +85,15 @@ class MergedAttention(torch.autograd.Function):
                 attn_mask=part.mask,
                 scale=ctx.scaling,
             )
-            found[0][:, :, rows] += gradients[0]
-            for total, one in zip(found[1:], gradients[1:], strict=True):
-                lengths = [end - start for start, end in part.keys]
-                for (start, end), piece in zip(part.keys, one.split(lengths, 2), strict=True):
+            if part.queries[0] >= covered:
+                of_query[:, :, rows], covered = one, part.queries[1]
+            else:
+                of_query[:, :, rows] += one
+            lengths = [end - start for start, end in part.keys]
+            for total, found in zip((of_key, of_value), keys_and_values, strict=True):
+                for (start, end), piece in zip(part.keys, found.split(lengths, 2), strict=True):
                     total[:, :, start:end] += piece
-        return *(total.to(of.dtype) for total, of in zip(found, (query, key, value), strict=True)), None, None
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
 def _taken(of: torch.Tensor, ranges) -> torch.Tensor:

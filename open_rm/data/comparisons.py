@@ -38,6 +38,7 @@ class Values:
     oddities: what is odd and yet readable, gathered on the way: keys of rows.ODDITIES.
     probability: that chosen, or the winner, is the better one, where the row says it.
     attributes: those of each answer (attributes.py), where the row was joined from rows of one.
+    repeated: whether all answers of a row that may hold more than two begin with its prompt, once that is known.
     """
 
     row: dict
@@ -47,6 +48,7 @@ class Values:
     oddities: list[str] = field(default_factory=list)
     probability: float | None = None
     attributes: list[tuple[float, ...]] | None = None
+    repeated: bool | None = None
 
     @property
     def keep_ties(self) -> bool:

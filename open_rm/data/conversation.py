@@ -67,12 +67,17 @@ def _as_text(
 
 def _repeats(values: Values, prompt: str, chosen: str, rejected: str) -> bool:
     """`sides.repeats` of all answers of the row, so that each is one text in all its pairs; and a note of it."""
-    others = [text for text in every_answer(values) if isinstance(text, str) and text.strip()]
-    answers = (chosen, rejected, *others)
-    every = sides.repeats(prompt, *answers)
-    if every or (prompt.strip() and any(answer.startswith(prompt) for answer in answers)):
-        values.oddities.append("repeated" if every else "begins with it")
-    return every
+    if not prompt:
+        return False
+    if values.repeated is not None:
+        return values.repeated
+    several = [text for text in every_answer(values) if isinstance(text, str) and text.strip()]
+    answers = several or (chosen, rejected)
+    repeated = sides.repeats(prompt, *answers)
+    if repeated or (prompt.strip() and any(answer.startswith(prompt) for answer in answers)):
+        values.oddities.append("repeated" if repeated else "begins with it")
+    values.repeated = repeated if several else None
+    return repeated
 
 
 def _with_context(values: Values, prompt, chosen: list[dict], rejected: list[dict]) -> tuple:

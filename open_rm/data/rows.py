@@ -154,8 +154,8 @@ def values_of(row: object, reading: Reading) -> Values:
 def _assembled(values: Values) -> Row:
     """The pairs that the values give, checked."""
     template = template_of(values.found)
-    attributes = _attributes(values)
     found, ties = comparisons(values)
+    attributes = _attributes(values)
     form, pairs = None, []
     for one in found:
         form, parts = pair_of(values, template, one.prompt, one.chosen, one.rejected)
@@ -178,7 +178,7 @@ def _attributes(values: Values) -> list[tuple[float, ...]]:
         return values.attributes
     counts = (1, 1)
     if plan.shape == "ranked":
-        counts = (len(found["responses"]) if isinstance(found["responses"], list) else 0,)
+        counts = (len(found["responses"]),)
     elif plan.shape == "rows":
         counts = (1,)
     elif plan.shape == "pairs":

@@ -34,10 +34,8 @@ class ScoreHead(nn.Linear):
             row = attributes.merged_row(self.weight, self.attribute_weights)
             if self.training and self.attribute_weights:
                 row = torch.cat((row, self.weight[1:]))
-            read = F.linear(hidden.float(), row.float())
-            if self.bias is not None:  # the reward's alone
-                read = read + F.pad(self.bias.float(), (0, len(row) - 1))
-            return read
+            # a head with a bias is an encoder's, which has no attributes
+            return F.linear(hidden.float(), row.float(), None if self.bias is None else self.bias.float())
 
 
 class RewardModel(nn.Module):

@@ -55,7 +55,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True, scope="module", params=[1, 10**9], ids=["long stretches apart", "by segment"])
 def least_stretch(request):
-    """All tests with every stretch that several segments begin with as a call of its own, and with none."""
+    """All tests with every range that several segments continue as a call of its own, and with none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LEAST_STRETCH", request.param)
         yield request.param
@@ -91,15 +91,16 @@ def test_outputs_and_gradients_are_those_of_the_reference(row, kind, key_heads):
     assert_same(ROWS[row], 4, key_heads, KINDS[kind])
 
 
-def test_a_long_stretch_is_found_for_all_segments_that_begin_with_it(least_stretch):
+def test_a_long_stretch_is_found_for_all_segments_that_continue_it(least_stretch):
     found = {name: make_segments(bounds).stretches for name, bounds in ROWS.items()}
     if least_stretch > 1:
         assert not any(found.values())
         return
     assert found["one sequence"] == found["packed"] == found["prefix of one token"] == []
-    assert found["shared prefix"] == [(range(1, 4), 0, 9)]
-    assert found["several groups"] == [(range(4, 6), 23, 33)]
-    assert found["a header of two prompts"] == [(range(1, 5), 0, 6)]
+    assert found["shared prefix"] == [(range(1, 4), 0)]
+    assert found["several groups"] == [(range(4, 6), 0)]
+    assert found["a header of two prompts"] == [(range(2, 5), 0), (range(3, 5), 1)]
+    assert found["a prompt that is its header"] == [(range(1, 4), 0)]
 
 
 def test_in_bfloat16_outputs_and_gradients_are_as_near_to_float32_as_those_by_segment(least_stretch):
