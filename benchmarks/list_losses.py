@@ -1,6 +1,6 @@
 """Ranked lists trained as pairs, as whole rankings (Plackett-Luce) and as the best of K, with the same compute.
 
-    python -m benchmarks.list_losses --model MODEL --data ../shared/data/alpaca_eval/ranked.jsonl
+    python -m benchmarks.list_losses --model MODEL --chat_template_name encoder --data ../shared/data/alpaca_eval/ranked.jsonl
 
 MODEL: a decoder with a tokenizer, such as the one that `VARIANT=decoder scripts/train/minilm/reward_modeling.sh` makes. The lists
 are divided into training and held-out ones for each seed; the three runs of a seed take the same lists in the same order, so that
@@ -11,6 +11,7 @@ that is scored best is one of the list's best. Intervals are of 95 %, pairs of a
 import itertools
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -44,8 +45,10 @@ class ListArgs:
     """Divisions of the lists, and orders of training."""
     epochs: float = 1.0
     """Passes over the training lists."""
-    flags: tuple[str, ...] = ()
-    """More flags of the recipe, for all runs."""
+    chat_template_name: str | None = None
+    """As the recipe's: for a tokenizer that has no template."""
+    flags: str = ""
+    """More flags of the recipe, for all runs, in one text."""
 
 
 @dataclass
@@ -102,8 +105,9 @@ def _train(args: ListArgs, folder: Path, loss: str, seed: int) -> str:
         *("--list_loss", loss, "--group_by_prompt", "--num_train_epochs", str(args.epochs), "--seed", str(seed)),
         *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-4"),
         *("--max_token_length", "512", "--max_prompt_token_length", "256", "--warmup_ratio", "0.1"),
-        *("--output_dir", output, "--dataset_local_cache_dir", str(folder / "cache"), *args.flags),
+        *("--output_dir", output, "--dataset_local_cache_dir", str(folder / "cache"), *shlex.split(args.flags)),
     ]
+    command += ["--chat_template_name", args.chat_template_name] if args.chat_template_name else []
     done = subprocess.run(
         [sys.executable, "-m", "open_rm.reward_modeling", *command], cwd=REPOSITORY, capture_output=True, text=True
     )

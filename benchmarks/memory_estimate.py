@@ -191,7 +191,7 @@ def _estimated(named, tokenizer, flags: BatchFlags, config: dict, ranks: int, to
     """What the dry run says: of tensors, and of a process on a CPU."""
     planned = sizes.planned(named, tokenizer, adapter=AdapterFlags(), dtype=torch.float32, on_gpu=False)
     target = Target(ranks, 1, False, torch.float32, 2**40, None, [])
-    needs = memory.needs(flags, planned, LAYOUT, target, keys=1.0, budget=tokens, longest=tokens // 2)
+    needs = memory.needs(flags, planned, LAYOUT, target, keys=1.0, budget=tokens, largest=tokens)
     found = memory.fitted(needs, planned, config, "adamw", target, share=tokens)
     row = {"weights": planned.sizes.trained, "tensors_estimate": found.tensors}
     return row | {

@@ -9,6 +9,7 @@ import os
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from open_rm.bounds import Must
+from open_rm.data.attributes import parse_attributes
 from open_rm.data.mixer import parse_mixer
 from open_rm.data.reading import reading_of_source
 from open_rm.data.templates import read_template
@@ -120,14 +121,14 @@ def check_objective(flags: ObjectiveFlags, *, keep_ties: bool, overlength: str) 
 
 def check_attributes(flags: DataFlags, *, weights: list[float]) -> None:
     """One weight for each attribute, each attribute once."""
-    names = [attribute.partition("=")[0] for attribute in flags.attributes]
+    names = [name for name, _ in parse_attributes(flags.attributes)]
     if len(weights) != len(names):
         raise UserError(
             f"--attributes names {len(names)} and --attribute_weights has {len(weights)}; pass one weight for each attribute, in "
             "the same order (0: it is predicted and is no part of the reward)"
         )
     if strange := [weight for weight in weights if not math.isfinite(weight)]:
-        raise UserError(f"--attribute_weights {strange[0]}: must be numbers")
+        raise UserError(f"--attribute_weights {strange[0]}: must be finite")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--attributes names {twice[0]} twice; name each attribute once")
 

@@ -91,6 +91,7 @@ def export(args: ExportArgs) -> str:
         saving.save_reward_model(model, model.state_dict(), tokenizer, args.out, contract)
         facts = found.state["flags"] | {
             "plan": found.state["plan"],
+            "attribute_means": found.state.get("attribute_means"),  # None where no attributes were trained
             "step": found.step,
             "exported_from": str(found.path),
             "clients": list(map(dataclasses.asdict, proof.rehearse(tokenizer, contract))),

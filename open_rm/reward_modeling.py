@@ -200,7 +200,7 @@ def build(prepared: Prepared) -> Run:
     resuming.check_content(found, marks, args, ranks=ranks, say=log.say)
     facts = {"flags": comparing.plain(args), "name": prepared.place.name, "marks": marks, "layout": layout.name}
     facts |= {"pairs_per_step": pairs_per_step, "pairs_by_flags": own, "labels": train_pairs.labels}
-    facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()}
+    facts |= {"contract": dataclasses.asdict(prepared.contract), "plan": plan.numbers()} | targets.facts(train_pairs)
     facts |= {"held_out_pairs": len(held_out_pairs or ()), "probe": held_out.probed(held_out_pairs or train_pairs)}
     facts |= {"commits": node_cache.kept(args, prepared.pinned), "found_budget": trying.kept(args, rules, engine)}
     keeper = Keeper(args, ranks, prepared.place.folder, facts, say=log.say, holds=prepared.survival.holds)

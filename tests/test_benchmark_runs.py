@@ -87,7 +87,7 @@ def test_losses_of_lists_are_compared_on_the_same_lists(toy, tmp_path, capsys, i
     ]
     rows = [row for row in rows if len(set(row["scores"])) > 1]
     (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--as_messages", "--gradient_accumulation_steps", "1", "--max_token_length", "256")
+    flags = "--as_messages --gradient_accumulation_steps 1 --max_token_length 256"
     args = list_losses.ListArgs(
         str(toy / "model"), str(tmp_path / "ranked.jsonl"), str(tmp_path / "out"), held_out=5, seeds=1, flags=flags
     )

@@ -75,7 +75,7 @@ class MicroBatch:
     last: bool
 
     def sides(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What the model gives, of all sequences that were computed, to what the pairs that count have of it.
+        """Rewards and predicted attributes of the pairs that count, from what the model gives for all that were computed.
 
         Args:
             output: [N] rewards, all chosen and then all rejected; [N, 1 + K] with the predicted attributes behind them.

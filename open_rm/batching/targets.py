@@ -2,7 +2,7 @@
 ranked lists that pairs form.
 
 What does not differ from plain pairs is None, so that plain pairs are trained by the plain loss.
-Shapes: B pairs of a micro-batch, L lists that they are of, K answers of the longest list; of attributes, K of them.
+Shapes: B pairs of a micro-batch, L lists that they are of, K answers of the longest list, A attributes.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Targets:
     margins: [B] float32, by how much chosen should lead; None where the loss takes none.
     label_prob: [B] float32, how probable it is that chosen is the better one; None where it is sure of every pair of the data.
     lists: None where each pair is trained by itself.
-    attributes: [B, 2, K] float32, of chosen and of rejected, less the means of the training data (attribute_means); NaN where one
+    attributes: [B, 2, A] float32, of chosen and of rejected, less the means of the training data (attribute_means); NaN where one
         is not known. None where none are trained.
     """
 
@@ -94,13 +94,11 @@ class ListColumns:
         _, first, of_pair = np.unique(self.list_id[pairs], return_index=True, return_inverse=True)
         number = np.tile(of_pair, 2)
         ids, level = (np.concatenate([side[pairs] for side in sides]) for sides in (self.ids, self.levels))
-        order = np.lexsort(
-            (ids, level, number)
-        )  # equal answers side by side, those of a list from the best to the worst
+        # equal answers side by side, those of a list from the best to the worst
+        order = np.lexsort((ids, level, number))
         keys = np.stack((number, level, ids))[:, order]
-        answers = order[
-            np.append(True, (np.diff(keys) != 0).any(axis=0))[: len(order)]
-        ]  # lexsort is stable: the first of each
+        # lexsort is stable: the first of each
+        answers = order[np.append(True, (np.diff(keys) != 0).any(axis=0))[: len(order)]]
         number, level = number[answers], level[answers].astype(np.int32)
         starts = np.searchsorted(number, np.arange(len(first)))
         if self.best_alone:
@@ -121,7 +119,7 @@ class ListColumns:
 
 @dataclass(frozen=True)
 class TargetColumns:
-    """What `Targets` are taken from: columns of all pairs of the data, [pairs] float32, attributes [pairs, 2, K]; None as there."""
+    """What `Targets` are taken from: columns of all pairs of the data, [pairs] float32, attributes [pairs, 2, A]; None as there."""
 
     margins: np.ndarray | None = None
     label_prob: np.ndarray | None = None
@@ -161,9 +159,9 @@ def columns_of(data: PreferenceData, flags: ObjectiveFlags) -> TargetColumns:
 
 
 def attribute_means(known: np.ndarray) -> np.ndarray:
-    """[K] float64, over the answers of all pairs of which one is known; an answer that stands in several pairs counts in each.
+    """[A] float64, over the answers of all pairs of which one is known; an answer that stands in several pairs counts in each.
 
-    Heads without a bias predict attributes less these.  known: [pairs, 2, K].
+    Heads without a bias predict attributes less these.  known: [pairs, 2, A].
     """
     return np.nanmean(known, axis=(0, 1), dtype=np.float64)
 

@@ -22,7 +22,7 @@ from open_rm.errors import UserError
 Asked = tuple[tuple[str, tuple[str, ...]], ...]  # (name, places as they were written; none: by its name)
 Places = tuple[tuple[str, tuple[Lookup, ...]], ...]  # (name, one place or one for each of two sides; none: absent)
 LISTS = ("ranked", "rows")  # shapes whose answers have no sides
-LABELLED = ("winner", "strength", "two scores", "two answers")
+LABELLED = ("winner", "strength", "two scores")
 MISSING = ("", "n/a", "na", "nan", "none", "null")
 UNKNOWN = float("nan")
 

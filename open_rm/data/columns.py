@@ -293,15 +293,14 @@ def _form_of(row: dict, reading: Reading, present: set[str], filled: set[str]) -
 def _needs(form: Form, mapped, without=()) -> list[str]:
     """The columns that must have a value, where a mapping reads some of ours from elsewhere.
 
-    without: those of ours that need none, as do the form's that are left aside: they only tell which form it is.
+    without: those of ours that need no value; nor do columns that the form leaves aside, which only tell that it is this form.
     """
     mapped = {*mapped, *without}
     replaced = {name for ours in mapped if ours in form.reads for name in parse_lookup(form.reads[ours]).columns}
     lookups = [parse_lookup(text) for ours, text in form.reads.items() if ours not in mapped]
     kept = {name for lookup in lookups for name in lookup.columns}
-    parts = {
-        name for lookup in lookups if len(lookup.holes) > 1 for name in lookup.columns
-    }  # any of which may be empty
+    # any of which may be empty
+    parts = {name for lookup in lookups if len(lookup.holes) > 1 for name in lookup.columns}
     others = {*parts, *form.leaves}
     return [name for name in form.needs if (name not in replaced or name in kept) and name not in others]
 

@@ -20,7 +20,8 @@ class Counts:
     """dropped, oddities: what -> {count, first place}, of pairs and of rows.  forms: form -> rows.
 
     ties: pairs that prefer neither side and are left out.  ties_trained: those that are kept, with a label_prob of 0.5.
-    soft_labels: pairs that are kept with one between 0.5 and 1.  truncated: pairs that were cut; promptless: those that lost their whole prompt.
+    soft_labels: pairs that are kept with one between 0.5 and 1.
+    truncated: pairs that were cut; promptless: those that lost their whole prompt.
     read: our column -> where it stood.  unread: column -> {says: what its name or content says it is, or None; first}.
     held_out_form: rows of a form that is a benchmark's.
     attributes: name -> {place; of how many answers of the kept pairs it is known, and of how many there are; least, most}.

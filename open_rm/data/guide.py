@@ -57,7 +57,7 @@ is filtered by its length is missing from its list.
 ## Attributes of answers
 
 `--attributes` reads scores of each answer that are predicted beside the preference, and `--attribute_weights` says how much each
-prediction adds to the reward (0: nothing). HelpSteer2's five, with weights of its authors
+prediction adds to the reward (0: nothing). Decoders alone can have them. HelpSteer2's five, with weights of its authors
 (https://arxiv.org/abs/2406.08673):
 
 ```bash
@@ -85,6 +85,11 @@ Elsewhere: `NAME=PLACE`, an expression of the next section that gives the number
 What is empty or N/A is not known, and nothing is learned from it; nor is an attribute that a source does not have. The log
 says how many are known and in which range: sources of different scales are better not mixed. They are read from training data
 alone.
+
+Each attribute is predicted less its mean over the training data. The mean squared error of a pair's known values is added to its
+loss, `--attribute_coefficient` times (1), and logged as `train/rm/loss_attributes`. An answer counts once for each pair that it is
+in, in the mean as in the error, so those of a list several times. No held-out number says how well an attribute is predicted:
+evaluations judge the reward.
 
 ## Rows in other columns
 

@@ -90,8 +90,8 @@ def winner_of_strength(value: object) -> tuple[str, float]:
 class Ranked(NamedTuple):
     """Two answers of a ranked list, the better one first, or of two that are as good the one that stands first.
 
-    answers: their numbers among the responses.  lead: difference of their scores; None without scores.  levels: their places in the list, 0 the best; equal scores have
-    equal ones.  alike: the answers are the same.
+    answers: their numbers among the responses.  lead: difference of their scores; None without scores.
+    levels: their places in the list, 0 the best; equal scores have equal ones.  alike: the answers are the same.
     """
 
     better: object

@@ -154,8 +154,8 @@ def values_of(row: object, reading: Reading) -> Values:
 def _assembled(values: Values) -> Row:
     """The pairs that the values give, checked."""
     template = template_of(values.found)
-    found, ties = comparisons(values)
     attributes = _attributes(values)
+    found, ties = comparisons(values)
     form, pairs = None, []
     for one in found:
         form, parts = pair_of(values, template, one.prompt, one.chosen, one.rejected)
@@ -178,6 +178,8 @@ def _attributes(values: Values) -> list[tuple[float, ...]]:
         return values.attributes
     counts = (1, 1)
     if plan.shape == "ranked":
+        if not isinstance(found["responses"], list):  # which is what is wrong with the row
+            return []
         counts = (len(found["responses"]),)
     elif plan.shape == "rows":
         counts = (1,)

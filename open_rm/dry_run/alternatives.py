@@ -82,7 +82,7 @@ def told(options: list[Alternative], model: Planned, optim: str) -> Told:
             continue
         again = f"{found.recomputed}/{found.layers} layers"
         lines.append(
-            f"{option.file:20s}{'yes' if found.fits else 'no':6s}{size(found.peak):>10s}{thousands(found.positions):>14s}"
+            f"{option.file:20s}{_word(found):6s}{size(found.peak):>10s}{thousands(found.positions):>14s}"
             f"{again:>16s}{thousands(found.fit.max_tokens):>9s}"
             + (f"  nodes of {option.node}" if option.node > 1 else "")
         )
@@ -91,7 +91,8 @@ def told(options: list[Alternative], model: Planned, optim: str) -> Told:
     if not tried:
         lines.append("none goes with these flags")
     elif best is None:
-        lines.append("none fits: take more devices, a smaller model, --use_peft, or shorter sequences")
+        surely = "surely " if any(option.found.at_most for option in options if option.found is not None) else ""
+        lines.append(f"none {surely}fits: take more devices, a smaller model, --use_peft, or shorter sequences")
     else:
         why = "; nothing else fits, and it is much slower" if best.file == OFFLOADED else ""
         lines.append(f"take --deepspeed {FOLDER / best.file}{why}")
@@ -99,6 +100,10 @@ def told(options: list[Alternative], model: Planned, optim: str) -> Told:
         lines.append(f"{OFFLOADED} takes {size(host_bytes(model, optim))} of the hosts' memory, all together")
     rows = [_row(option) | {"recommended": option is best} for option in options]
     return Told("alternatives", lines, rows)
+
+
+def _word(found: Fitted) -> str:
+    return "yes" if found.fits else "maybe" if found.at_most else "no"
 
 
 def _row(option: Alternative) -> dict:

@@ -27,20 +27,23 @@ class Needs:
     """What a forward needs, whatever the DeepSpeed file.
 
     kept: by a position.  every: --gradient_checkpointing as a number.  asked: --max_tokens_per_micro_batch.
-    at_least: positions that --per_device_train_batch_size asks for.  longest: positions of a device in the largest pair.
+    at_least: positions that --per_device_train_batch_size asks for.
+    largest: positions of a device in the largest pair or whole list.
+    at_most: whether kept is a bound, since on a CPU long beginnings are not copied (activations.py).
     """
 
     kept: activations.Kept
     every: int | None
     asked: int | None
     at_least: int
-    longest: int
+    largest: int
+    at_most: bool
 
 
 @dataclass(frozen=True)
 class Fitted:
     """A device under one DeepSpeed file. state, passing: bytes by part.  fit: what the run would choose.  position: bytes that a
-    position takes at the peak.  positions: of the largest micro-batch, as far as is known."""
+    position takes at the peak.  positions: of the largest micro-batch, as far as is known.  at_most: as in Needs."""
 
     target: Target
     stage: int
@@ -50,6 +53,7 @@ class Fitted:
     position: float
     positions: int
     layers: int
+    at_most: bool
 
     @property
     def activations(self) -> float:
@@ -88,15 +92,17 @@ class Fitted:
 
 
 def needs(
-    flags: BatchFlags, model: Planned, layout: str, target: Target, *, keys: float, budget: int, longest: int
+    flags: BatchFlags, model: Planned, layout: str, target: Target, *, keys: float, budget: int, largest: int
 ) -> Needs:
-    """keys: that are gathered for a position.  budget: of the flags (feeding.rules_of).  longest: tokens of the longest side."""
+    """keys: that are gathered for a position, at most.  budget: of the flags (feeding.rules_of).
+    largest: positions of the largest pair or whole list."""
     how = {"itemsize": target.dtype.itemsize, "on_gpu": target.on_gpu, "keys": keys}
     reads_last = bool(model.model.read_only_parameters)
     kept = activations.of_model(model.model.classifier, layout, **how, reads_last=reads_last)
     every = recompute.every_how_many(flags.gradient_checkpointing)
     asked = flags.max_tokens_per_micro_batch
-    return Needs(kept, every, asked, budget, -(-2 * longest // target.group))
+    at_most = keys > 1 and not target.on_gpu
+    return Needs(kept, every, asked, budget, -(-largest // target.group), at_most)
 
 
 def fitted(
@@ -111,14 +117,14 @@ def fitted(
     left = target.memory - target.framework - sum(state.values())
     memory = Memory(left, needs.kept.kept, needs.kept.passed)
     if target.on_gpu:
-        how = {"every": needs.every, "asked": needs.asked, "at_least": needs.at_least, "largest": needs.longest}
+        how = {"every": needs.every, "asked": needs.asked, "at_least": needs.at_least, "largest": needs.largest}
         fit = fitting.choose(memory, needs.kept.layers, **how)
     else:  # the flags alone decide
         fit = Fit(needs.every or 0, needs.asked or needs.at_least, fits=True)
     position = fitting.bytes_of_position(memory, needs.kept.layers, fit.every)
-    positions = max(fit.max_tokens if share is None else min(fit.max_tokens, share), needs.longest)
+    positions = max(fit.max_tokens if share is None else min(fit.max_tokens, share), needs.largest)
     stage = config["zero_optimization"]["stage"]
-    return Fitted(target, stage, state, passing, fit, position, positions, needs.kept.layers)
+    return Fitted(target, stage, state, passing, fit, position, positions, needs.kept.layers, needs.at_most)
 
 
 def told(found: Fitted, needs: Needs) -> Told:
@@ -128,13 +134,15 @@ def told(found: Fitted, needs: Needs) -> Told:
     again = f"{found.recomputed} of {found.layers} layers are" if found.recomputed else "nothing is"
     guess = "" if needs.kept.known else "; this family's layers are not known here, so this is a guess"
     when = ", when the activations are gone" if found.target.on_gpu else ""
+    at_most = " at most" if found.at_most else ""
     lines = [
-        f"ZeRO stage {found.stage}: {size(found.peak)} of {size(found.target.memory)} on a device at the peak: "
-        + ("fits" if found.fits else "DOES NOT FIT"),
+        f"ZeRO stage {found.stage}: {size(found.peak)} of {size(found.target.memory)} on a device at the peak{at_most}: "
+        + ("fits" if found.fits else "MAY NOT FIT" if found.at_most else "DOES NOT FIT"),
         said,
         f"about {size(found.target.framework)} for the framework itself; the optimizer's step holds "
         f"{size(found.step + found.freed)} for a moment{when}",
-        f"activations: {size(needs.kept.kept)} a position, {thousands(found.positions)} positions, {again} computed again{guess}",
+        f"activations: {size(needs.kept.kept)} a position{at_most}, {thousands(found.positions)} positions, {again} computed "
+        f"again{guess}",
     ]
     numbers = {"stage": found.stage, "fits": found.fits, "peak_bytes": found.peak, "limit_bytes": found.target.memory}
     numbers |= {
@@ -144,4 +152,4 @@ def told(found: Fitted, needs: Needs) -> Told:
     numbers |= {"kept_bytes_per_position": needs.kept.kept, "peak_bytes_per_position": found.position}
     numbers |= {"positions": found.positions, "max_tokens_per_micro_batch": found.fit.max_tokens}
     numbers |= {"recompute_every": found.fit.every, "recomputed_layers": found.recomputed, "layers": found.layers}
-    return Told("memory", lines, numbers | {"family_known": needs.kept.known})
+    return Told("memory", lines, numbers | {"family_known": needs.kept.known, "at_most": found.at_most})

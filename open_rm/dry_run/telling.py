@@ -156,12 +156,11 @@ def _planned(args: Args, target: Target, inputs: _Inputs, rate: hours.Rate | Non
     how["whole_lists"] = args.list_loss != "pairs"
     rules = feeding.rules_of(args, layout.name, read.tokenizer.pad_token_id, **how)
     inputs.checks.extend(_benchmarks(args, model, inputs, rules))
-    # Half of the largest pair or whole list: as long as the longest side, or as a side of a pair that is as large as the list.
-    longest = -(-fitting.largest_unit(table, rules) // 2)
+    largest = fitting.largest_unit(table, rules)
     asked = args.max_tokens_per_micro_batch if target.on_gpu else rules.max_tokens
-    budget = target.group * fitting.largest_budget(asked, -(-2 * longest // target.group))
+    budget = target.group * fitting.largest_budget(asked, -(-largest // target.group))
     keys = most_keys(table, budget) if layout.name == "shared_prefix" else 1.0
-    how = {"keys": keys, "budget": rules.max_tokens, "longest": longest}
+    how = {"keys": keys, "budget": rules.max_tokens, "largest": largest}
     needs = memory.needs(args, model, layout.name, target, **how)
     how = {"width": model.model.width, "bf16": target.bf16, "max_grad_norm": args.max_grad_norm}
     config = ds_config.fill_config(args, **how, world_size=target.world_size)

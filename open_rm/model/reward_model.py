@@ -75,8 +75,7 @@ class RewardModel(nn.Module):
         return self.classifier.config.get_text_config().hidden_size
 
     def forward(self, input_ids, reward_index, read_index, **layout) -> torch.Tensor:
-        """[N] float32 rewards; [N, 1 + K] in training where attributes are trained too: the reward and what they are predicted
-        to be.
+        """[N] float32 rewards; [N, 1 + K] in training where attributes are trained too: the reward and the predicted attributes.
 
         Args:
             input_ids: [S, T].

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers.utils.hub import cached_file
 
+from open_rm.data.attributes import parse_attributes
 from open_rm.evaluation.page.pictures import RELIABILITY
 from open_rm.evaluation.rules.verdict import SUBSET
 from open_rm.model.adapters import ADAPTER_CONFIG
@@ -51,9 +52,12 @@ MEANING = """## What the number means
 Only differences between answers to the same prompt have a meaning: sigmoid(r_a - r_b) is the modelled probability that people
 prefer a to b. A single reward has none."""
 
-ATTRIBUTES = """It was also trained to predict attributes of an answer: {attributes}. The reward is merged: what was learned from
-preferences, plus each prediction, less the attribute's mean, times its weight. The saved model gives this one number alone, and
-no attributes."""
+ATTRIBUTES = """It was also trained to predict attributes of an answer: {attributes}.
+
+    reward = a preference part + sum of weight x (predicted attribute - its mean in the training data)
+
+Preferences train this sum; known values of the attributes train the predictions as well. The saved model gives this one number
+alone, and no attributes."""
 
 SPREAD = """Over both answers of {pairs} held-out pairs, rewards have the mean {mean:.4g} and the standard deviation {std:.4g} ({names}).
 For a learner that wants rewards of mean 0 and standard deviation 1:
@@ -199,12 +203,12 @@ def _meaning(contract: Contract) -> list[str]:
 
 
 def _attributes(facts: dict[str, object]) -> list[str]:
-    """What the reward is merged of, where attributes were trained. The means are those of the run that read the data."""
+    """What the reward is a sum of, where attributes were trained."""
     weights, means = facts.get("attribute_weights") or [], facts.get("attribute_means")
     of_each = [f"weight {weight:g}" for weight in weights]
     if means:
         of_each = [f"{said}, mean {mean:.4g} in the training data" for said, mean in zip(of_each, means, strict=True)]
-    names = [given.partition("=")[0] for given in facts.get("attributes") or []]
+    names = [name for name, _ in parse_attributes(facts.get("attributes") or [])]
     named = ", ".join(f"{_cell(name)} ({said})" for name, said in zip(names, of_each, strict=True))
     return [ATTRIBUTES.format(attributes=named)] if named else []
 

@@ -108,11 +108,8 @@ def data_mark(data: PreferenceData | None, *, margins: bool = False) -> str | No
     for column in (table.chosen_id, table.rejected_id, table.prompt_id, table.prompt_length, data.source_ids()):
         digest.update(np.ascontiguousarray(column).tobytes())
     _, first, of_pair = np.unique(table.list_id, return_index=True, return_inverse=True)
-    for column in (
-        data.label_probs(),
-        *data.levels(),
-        first[of_pair],
-    ):  # ids of lists follow from places, which may change
+    # ids of lists follow from places, which may change
+    for column in (data.label_probs(), *data.levels(), first[of_pair]):
         digest.update(np.ascontiguousarray(column).tobytes())
     attributes = data.attributes()
     if attributes.size:

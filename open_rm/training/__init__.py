@@ -18,6 +18,7 @@ footprint   bytes of weights, gradients and moments on each device
 activations  bytes that a forward keeps of each position
 fitting     how large a micro-batch is and what is recomputed, from the memory that is left
 gathered    keys that a micro-batch gathers of headers and prompts, at most
+filling     the worst micro-batches that the data can fill a budget with
 trying      micro-batch budgets tried on the device
 memory      out of memory, explained
 stragglers  each rank's own seconds; which one is slow

@@ -4,14 +4,14 @@ After Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), which counts a GP
 scores that are kept (flash attention), fused functions where there are some, the last layer computed where it is read.
 
 Numbers that one layer keeps of a position; D width, A = query heads x head width, K the same of key heads, I width of the MLP
-(of all experts that a token goes through), E such experts, k how many keys are gathered for each position (1 where no prefix is
-shared):
+(of all experts that a token goes through), E such experts, k how many keys are gathered for each position at most (1 where no
+prefix is shared; on a CPU a long beginning of several sequences is not copied, batching/merged_attention.py):
 
     part                             on a GPU with Liger   without               on a CPU
     input of a norm                  D                     D, RMSNorm 3 D        D, RMSNorm 2 D where ours is not on
     norms of queries and keys        A + K                 3 (A + K)             as above
     inputs of q, k, v and of MLP     2 D                   2 D                   2 D
-    queries, keys, values            A + 2 K k             A + 2 K k             A + 2 A k (key heads repeated); padded A + 2 K
+    queries, keys, values            A + 2 K k             A + 2 K k             at most A + 2 A k (repeated heads); padded A + 2 K
     attention's output               A                     A                     2 A (put together again)
     products of q, k, v in one       -                     A + K where padded    A + K where no key heads are repeated
     MLP with a gate                  3 I                   4 I                   4 I
@@ -109,7 +109,7 @@ def of_model(
 
     Args:
         layout: of batching.rules.LAYOUTS.  itemsize: bytes of a number that is computed with.
-        keys: that are gathered for each position (gathered.most_keys).
+        keys: that are gathered for each position at most (gathered.most_keys).
         reads_last: whether the last layer computes only what the head reads (model/last_layer.py).
     """
     text, layer = classifier.config.get_text_config(), layer_of(classifier)
@@ -134,7 +134,7 @@ def of_model(
 
 
 def _attention(layer: Layer, layout: str, *, on_gpu: bool, keys: float) -> float:
-    """Numbers of a position, as the table above has them. keys: k."""
+    """Numbers of a position, as the table above has them, on a CPU at most. keys: k."""
     repeated = layout == "padded" if on_gpu else layout != "padded"
     shared = 2 * (layer.queries if repeated else layer.keys) * keys
     viewed = layout == "padded" or (not on_gpu and layer.queries == layer.keys)  # the values are a part of the product

@@ -107,7 +107,8 @@ class Engine:
             zero._release_ipg_buffers()
             for bucket in zero.ipg_buckets.values():
                 bucket.clear()
-        if self.stage == 3:  # what a pass that broke off left here would be met a second time
+        if self.stage == 3:
+            # DeepSpeed asserts that each weight is in its bucket once, and a pass that broke off left some there.
             for bucket in zero.ipg_buckets.values():
                 bucket.clear_params()
             for weight in self.module.parameters():

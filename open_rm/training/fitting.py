@@ -138,7 +138,7 @@ def measure(
         slope = max(0.0, (kept - _kept(engine, rules, fewer)) / (tokens - fewer))
         kept += slope * max(0, longest - tokens)
     itemsize, text = engine.dtype.itemsize, model.classifier.config.get_text_config()
-    if rules.layout == "shared_prefix":  # keys and values of header and prompt are gathered for each answer
+    if rules.layout == "shared_prefix":  # keys and values of header and prompt are copied for each sequence behind them
         _, key_heads, width = families.attention_shape(text)
         most = most_keys(table, budget * devices)
         # In a sequence group a device has its share of the heads, one at least, at the positions of all.

@@ -1,8 +1,9 @@
 """Keys that a micro-batch gathers in shared_prefix, where they take memory beside what is computed.
 
-The keys and values of a header and a prompt are copied for each sequence that continues them (attention.py), so a micro-batch
-holds as many keys as its distinct sequences have tokens, while headers and prompts are computed once. From numbers alone:
-how many keys a position of a micro-batch has at most, and which real pairs gather most of them.
+On a GPU the keys and values of a header and a prompt are copied for each sequence that continues them (attention.py); on a CPU
+those of short ones are, and all of them where the model has sliding windows, soft caps or sinks. So a micro-batch holds as many
+keys as its distinct sequences have tokens, while headers and prompts are computed once. From numbers alone: how many keys a
+position of a micro-batch has at most, and which real pairs gather most of them.
 """
 
 from dataclasses import dataclass
@@ -15,12 +16,10 @@ from open_rm.batching.work import Units, units_of, work_of
 from open_rm.data.pairs import PairTable
 
 LEVELS = 64  # lengths of headers that are looked at one by one; of more, ranges of them
-LONGER = (
-    0.5,
-    0.9,
-)  # headers of at least these quantiles of what neighbours have in common are looked at by themselves, too
-HEADERS = 8  # most that one micro-batch is filled with
-UNITS = 64  # that are looked at about the end of the room
+# Headers of at least these quantiles of what neighbours have in common are looked at by themselves, too.
+LONGER = (0.5, 0.9)
+MOST_HEADERS = 8  # that one micro-batch is filled with
+LOOKED_AT = 64  # units about the end of the room
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ def most_keys(table: PairTable, budget: int) -> float:
     if len(values) > LEVELS:
         often = np.quantile(overlaps[overlaps >= LEAST_HEADER], np.linspace(0, 1, LEVELS), method="lower")
         levels = np.unique(often)
-    last = np.append(
-        values[np.searchsorted(values, levels[1:]) - 1], values[-1]
-    )  # of each range of headers, the longest
+    # of each range of headers, the longest
+    last = np.append(values[np.searchsorted(values, levels[1:]) - 1], values[-1])
     for header, up_to in zip(levels.tolist(), last.tolist(), strict=True):
         here = np.flatnonzero(longest >= header)
         group = np.cumsum(np.append(0, overlaps < header))  # by place: prompts that all begin with `header` tokens
@@ -86,15 +84,7 @@ def _answers(table: PairTable, number: np.ndarray) -> _Answers:
     number: [pairs] of the prompt.
     """
     both, shared = table.chosen_length + table.rejected_length, table.shared_length
-    ids, lengths = (
-        np.concatenate(sides)
-        for sides in ((table.chosen_id, table.rejected_id), (table.chosen_length, table.rejected_length))
-    )
-    prompt = np.tile(number, 2)
-    order = np.lexsort((ids, lengths, prompt))
-    prompt, ids, lengths = prompt[order], ids[order], lengths[order]
-    distinct = (np.diff(prompt, prepend=-1) != 0) | (np.diff(ids, prepend=0) != 0)
-    prompt, lengths = prompt[distinct], lengths[distinct]
+    prompt, lengths = _distinct(table, np.arange(len(table)), number)
     prefix = np.zeros(number.max() + 1, np.int64)
     np.maximum.at(prefix, number, np.minimum(table.prompt_length, shared))
     starts = np.flatnonzero(np.diff(prompt, prepend=-1))
@@ -102,6 +92,20 @@ def _answers(table: PairTable, number: np.ndarray) -> _Answers:
     positions = _running(own, starts) + np.minimum(prefix, lengths[starts] - 1)[prompt]
     keys = _running(lengths, starts)
     return _Answers(*map(np.concatenate, ((prompt, number), (keys, both), (positions, both - shared))))
+
+
+def _distinct(table: PairTable, pairs: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([n] group, [n] tokens) of the sequences of both sides, each once in a group; by group, and there the shortest first.
+
+    group: [pairs] a number from 0.
+    """
+    ids = np.concatenate((table.chosen_id[pairs], table.rejected_id[pairs]))
+    lengths = np.concatenate((table.chosen_length[pairs], table.rejected_length[pairs]))
+    group = np.tile(group, 2)
+    order = np.lexsort((ids, lengths, group))  # equal sequences of a group stand side by side
+    group, ids, lengths = group[order], ids[order], lengths[order]
+    first = (np.diff(group, prepend=-1) != 0) | (np.diff(ids, prepend=0) != 0)
+    return group[first], lengths[first]
 
 
 def _running(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -113,45 +117,40 @@ def _running(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def keys_of_prompts(table: PairTable) -> tuple[np.ndarray, np.ndarray]:
     """[prompts] their ids; keys that are gathered for each position of a row in which all of a prompt's sequences are."""
-    ids, lengths = (
-        np.concatenate(sides)
-        for sides in ((table.chosen_id, table.rejected_id), (table.chosen_length, table.rejected_length))
-    )
-    prompts, prompt, pairs = np.unique(table.prompt_id, return_inverse=True, return_counts=True)
-    of_pair = np.where(pairs[prompt] == 1, table.shared_length, np.minimum(table.prompt_length, table.shared_length))
-    prompt = np.tile(prompt, 2)
-    _, first = np.unique(np.stack((prompt, ids)), axis=1, return_index=True)  # each sequence of a prompt once
-    keys = np.bincount(prompt[first], lengths[first])
-    answers = np.bincount(prompt[first])
+    prompts, number, pairs = np.unique(table.prompt_id, return_inverse=True, return_counts=True)
+    of_pair = np.where(pairs[number] == 1, table.shared_length, np.minimum(table.prompt_length, table.shared_length))
+    prompt, lengths = _distinct(table, np.arange(len(table)), number)
+    keys, answers = np.bincount(prompt, lengths), np.bincount(prompt)
     shared = np.full(len(keys), lengths.max())
-    np.minimum.at(shared, prompt, np.tile(of_pair, 2))
+    np.minimum.at(shared, number, of_pair)
     return prompts, keys / (keys - shared * (answers - 1))
 
 
-def fillings(table: PairTable, *, whole_lists: bool) -> list["Filling"]:
-    """Ways to fill a micro-batch with the pairs that gather most keys, a prompt's pairs cut as dealing cuts them; none where no
-    prompts share a header."""
+def by_headers(table: PairTable, *, whole_lists: bool, room: int) -> list["ByHeader"]:
+    """Ways to fill a micro-batch of up to `room` positions with the pairs that gather most keys, a prompt's pairs cut as dealing
+    cuts them; none where no prompts share a header."""
     if table.prompt_order is None:
         return []
-    everything, found = np.arange(len(table)), []
+    everything = np.arange(len(table))
     _, overlaps = table.prompt_order().overlaps(np.unique(table.cut_prompt_ids(everything)))
     overlaps = overlaps[overlaps >= LEAST_HEADER]
     if not len(overlaps):
         return []
     # Where some prompts have more in common than many do, a step may hold them alone, and share all of it.
-    for least in (LEAST_HEADER, *np.unique(np.quantile(overlaps, LONGER, method="lower")).tolist()):
-        headers = find_headers(everything, table, "shared_prefix", least=least)
-        several, units_before = (len(table),) if whole_lists else (len(table), 4, 2, 1), 0
-        for most in several:
-            units = units_of(everything, table, "shared_prefix", most, whole_lists=whole_lists)
-            if len(units.size) != units_before:
-                found.append(Filling.of(units, table, headers))
-                units_before = len(units.size)
+    shortest = (LEAST_HEADER, *np.unique(np.quantile(overlaps, LONGER, method="lower")).tolist())
+    sets = [find_headers(everything, table, "shared_prefix", least=least) for least in shortest]
+    sets = {(headers.number.tobytes(), headers.tokens.tobytes()): headers for headers in sets}  # equal ones once
+    found, units_before = [], 0
+    for most in (len(table),) if whole_lists else (len(table), 4, 2, 1):
+        units = units_of(everything, table, "shared_prefix", most, whole_lists=whole_lists)
+        if len(units.size) != units_before:
+            found += [ByHeader.of(units, table, headers, room) for headers in sets.values()]
+            units_before = len(units.size)
     return found
 
 
 @dataclass(frozen=True)
-class Filling:
+class ByHeader:
     """Units header by header, in each those first that have most keys for a position.
 
     own: [units] positions behind the header.  keys, header: [units] of each.  tokens: [1 + headers] of each header.
@@ -164,11 +163,13 @@ class Filling:
     tokens: np.ndarray
 
     @staticmethod
-    def of(units: Units, table: PairTable, headers: Headers) -> "Filling":
+    def of(units: Units, table: PairTable, headers: Headers, room: int) -> "ByHeader":
+        """room: positions of a micro-batch at most; units that cannot be among the best of a header in so many are left out."""
         header, keys = headers.of(units, table), _keys_of(units, table)
         own = np.maximum(work_of(units, table, "shared_prefix").tokens - headers.tokens[header], 1)
         order = np.lexsort((-keys / own, header))
-        return Filling(units.take(order), own[order], keys[order], header[order], headers.tokens)
+        order = order[_come_first(own[order], header[order], room)]
+        return ByHeader(units.take(order), own[order], keys[order], header[order], headers.tokens)
 
     def pairs(self, room: int) -> tuple[np.ndarray, int]:
         """(pairs, the positions that they are planned to take: `room` at most), none where nothing fits."""
@@ -179,7 +180,7 @@ class Filling:
     def _filled(self, room: int, densest: bool) -> tuple[np.ndarray, int]:
         """(units, their positions). First those behind the header with which most keys, or most for a position, fit."""
         taken, left, free = [np.zeros(0, int)], room, np.ones(len(self.own), bool)
-        for _ in range(HEADERS):
+        for _ in range(MOST_HEADERS):
             here = np.flatnonzero(free & (self.own + self.tokens[self.header] <= left))
             if not len(here):
                 break
@@ -197,6 +198,20 @@ class Filling:
         return np.concatenate(taken), room - left
 
 
+def _come_first(own: np.ndarray, header: np.ndarray, room: int) -> np.ndarray:
+    """[n] bool, of units header by header, in each those with most keys for a position first: which of them may be computed.
+
+    The others come after so many of their header and size, to a factor of two, that these fill the room.
+    """
+    size = np.frexp(own)[1]
+    order = np.lexsort((size, header))  # keeps the order of those that are equal
+    starts = np.flatnonzero(np.diff(header[order], prepend=-1) | np.diff(size[order], prepend=-1))
+    before = _running(own[order], starts) - own[order]
+    first = np.zeros(len(own), bool)
+    first[order] = before < room + LOOKED_AT * own[order]  # some more, for about where the room ends
+    return first
+
+
 def _most_of(own: np.ndarray, keys: np.ndarray, room: int) -> np.ndarray:
     """Which of the units, those with most keys for a position first, have most keys within `room` positions: the first ones,
     and of those about where the room ends what is best (a knapsack, filled exactly).
@@ -204,9 +219,9 @@ def _most_of(own: np.ndarray, keys: np.ndarray, room: int) -> np.ndarray:
     own, keys: [n].
     """
     ends = int(np.searchsorted(np.cumsum(own), room, side="right"))
-    first = max(0, ends - UNITS // 2)
+    first = max(0, ends - LOOKED_AT // 2)
     room -= int(own[:first].sum())
-    some = np.arange(first, min(first + UNITS, len(own)))
+    some = np.arange(first, min(first + LOOKED_AT, len(own)))
     most, with_it = np.zeros(room + 1, np.int64), np.zeros((len(some), room + 1), bool)
     for number, i in enumerate(some.tolist()):
         if own[i] <= room:
@@ -223,11 +238,5 @@ def _most_of(own: np.ndarray, keys: np.ndarray, room: int) -> np.ndarray:
 
 def _keys_of(units: Units, table: PairTable) -> np.ndarray:
     """[units] tokens of the distinct sequences of each."""
-    members = units.members()
-    unit = np.tile(np.repeat(np.arange(len(units.size)), units.size), 2)
-    ids = np.concatenate((table.chosen_id[members], table.rejected_id[members]))
-    lengths = np.concatenate((table.chosen_length[members], table.rejected_length[members]))
-    order = np.lexsort((ids, unit))
-    unit, ids, lengths = unit[order], ids[order], lengths[order]
-    distinct = (np.diff(unit, prepend=-1) != 0) | (np.diff(ids, prepend=0) != 0)
-    return np.bincount(unit[distinct], lengths[distinct], len(units.size)).astype(np.int64)
+    unit, lengths = _distinct(table, units.members(), np.repeat(np.arange(len(units.size)), units.size))
+    return np.bincount(unit, lengths, len(units.size)).astype(np.int64)

@@ -13,7 +13,6 @@ import dataclasses
 import gc
 import json
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,23 +23,19 @@ import torch
 
 from open_rm import alive
 from open_rm.batching.feeding import MicroBatch
-from open_rm.batching.layouts import LEAST_HEADER, lay_out
 from open_rm.batching.rules import BatchRules
-from open_rm.batching.targets import TargetColumns, columns_of
-from open_rm.batching.work import units_of, work_of
+from open_rm.batching.targets import columns_of
 from open_rm.data.pairs import PreferenceData
 from open_rm.errors import OneRanksError, UserError
 from open_rm.flags import ObjectiveFlags, ScaleFlags
-from open_rm.training import fitting, footprint, gathered, memory
+from open_rm.training import fitting, footprint, memory
 from open_rm.training.engine import Engine
+from open_rm.training.filling import Filling
 from open_rm.training.losses import loss_terms
 
 SHARE = fitting.SHARE
 GIB = fitting.GIB
-STEP = 256  # budgets are multiples of it
 FASTER = 1.1  # by so much a smaller micro-batch has to be faster a position to be mentioned
-KEYS = 1.5  # so many times the keys a position of a pair alone, and a prompt with many answers is tried too
-FILLED_AGAIN = 4  # times at most that a micro-batch behind headers is filled
 T = TypeVar("T")
 MOMENTS = {"AdamW": "adamw", "AdamW8bit": "adamw_8bit", "Adafactor": "adafactor"}  # optimizers by --optim
 
@@ -118,9 +113,8 @@ def find(
     lines.append(
         f"micro-batches of up to {best.budget} positions (--find_batch_size, {time.perf_counter() - started:.1f} s): {why}"
     )
-    rates = np.min(
-        ranks.gathered([tried.rate for tried in tries]), axis=0
-    )  # the slowest rank's: the others wait for it
+    # the slowest rank's: the others wait for it
+    rates = np.min(ranks.gathered([tried.rate for tried in tries]), axis=0)
     fastest = int(rates.argmax())
     if rates[fastest] > FASTER * rates[-1]:
         lines.append(
@@ -136,96 +130,6 @@ def _line(tried: Try) -> str:
 
 def _size(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= 10 * GIB else f"{count / 2**20:.0f} MiB"
-
-
-class Filling:
-    """The worst micro-batches that the data can fill a budget with.
-
-    The longest pairs, each as if its prompt were its own, or where lists stay whole the longest lists, so that a budget holds the
-    largest of them. In shared_prefix, where keys and values of header and prompt are gathered for each answer, also copies of the
-    prompt that has most of them; and where prompts share headers, the pairs that together gather most.
-    """
-
-    def __init__(self, rules: BatchRules, data: PreferenceData, devices: int, columns: TargetColumns | None = None):
-        """devices: that compute a micro-batch together.  columns: what the loss is told; None of plain pairs."""
-        self._rules, self._data, self._devices = rules, data, devices
-        self._columns = columns or TargetColumns()
-        everything = np.arange(len(data.table.chosen_length))
-        units = units_of(everything, data.table, rules.layout, 1, whole_lists=rules.whole_lists)
-        positions = work_of(units, data.table, rules.layout).tokens
-        longest = np.argsort(-positions, kind="stable")
-        self._longest, self._positions = units.take(longest), positions[longest]
-        ids, keys = gathered.keys_of_prompts(data.table)
-        worst = int(keys.argmax())
-        alone = np.add.reduceat((data.table.chosen_length + data.table.rejected_length)[units.pairs], units.first)
-        shared = rules.layout == "shared_prefix" and keys[worst] > KEYS * (alone / np.maximum(positions, 1)).max()
-        self._answers = np.flatnonzero(data.table.prompt_id == ids[worst]) if shared else None
-        sharing = rules.layout == "shared_prefix"
-        self._behind = gathered.fillings(data.table, whole_lists=rules.whole_lists) if sharing else []
-
-    @property
-    def smallest(self) -> int:
-        """The least budget: the largest pair's or list's, rounded up."""
-        return -(-int(self._positions[0]) // (STEP * self._devices)) * STEP
-
-    def micro_batches(self, budget: int) -> list[MicroBatch]:
-        """What to compute for a budget of a device, the longest pairs last."""
-        room = budget * self._devices
-        copies = -(-room // int(self._positions.sum()))
-        positions = np.tile(self._positions, copies)
-        if self._rules.layout == "padded":
-            count = room // int(positions[0])
-        else:
-            count = int(np.searchsorted(np.cumsum(positions), room, side="right"))
-        made = [self._units(np.resize(np.arange(len(self._positions)), max(count, 1)))]
-        if self._answers is not None:
-            made.insert(0, self._copies_of_a_prompt(room))
-        if (behind := self._behind_headers(room)) is not None:
-            made.insert(0, behind)
-        return made
-
-    def least(self) -> MicroBatch:
-        """The smallest pair or list."""
-        return self._units(np.array([len(self._positions) - 1]))
-
-    def _units(self, which: np.ndarray) -> MicroBatch:
-        units = self._longest.take(which)
-        return self._laid_out(units.members(), np.repeat(np.arange(len(which)), units.size))
-
-    def _copies_of_a_prompt(self, room: int) -> MicroBatch:
-        pairs = self._answers
-        while (one := self._laid_out(pairs, np.zeros(len(pairs), int))).batch.positions > room and len(pairs) > 1:
-            pairs = pairs[: len(pairs) // 2]
-        copies = max(1, room // one.batch.positions)
-        return self._laid_out(np.tile(pairs, copies), np.repeat(np.arange(copies), len(pairs)))
-
-    def _behind_headers(self, room: int) -> MicroBatch | None:
-        """The pairs that gather most keys, laid out as training does it. That shares rather more than was planned, and pairs of one
-        prompt that were planned apart are joined, so room that is left is filled and what is too much left out."""
-        best, most = None, 0
-        for filling in self._behind:
-            aim, too_much = room, sys.maxsize
-            for _ in range(FILLED_AGAIN):
-                pairs, planned = filling.pairs(aim)
-                if not planned:
-                    break
-                one = self._laid_out(pairs, self._data.table.cut_prompt_ids(pairs), least_header=LEAST_HEADER)
-                keys = int(one.batch.segments.key_starts[-1])
-                if one.batch.positions <= room and keys > most:
-                    best, most = one, keys
-                if one.batch.positions == room:
-                    break
-                too_much = min(too_much, planned) if one.batch.positions > room else too_much
-                aim = min(planned + room - one.batch.positions, too_much - 1)
-        return best
-
-    def _laid_out(self, indices: np.ndarray, prompts: np.ndarray, *, least_header: int = sys.maxsize) -> MicroBatch:
-        """least_header: else copies of a pair would share."""
-        rules = self._rules
-        pairs = self._data.pairs(indices)
-        how = {"prompt_ids": prompts.tolist(), "least_header": least_header}
-        batch = lay_out(rules.layout, pairs, pad_token_id=rules.pad_token_id, **how)
-        return MicroBatch(indices, batch, self._columns.of_step(indices)(indices), last=False)
 
 
 class _Climb:
@@ -247,7 +151,7 @@ class _Climb:
         budget = self._fill.smallest
         # The first pass makes gradients, which the later ones find there, and what else is made once.
         base = self._memory.held() + _gradients(self._engine)
-        first = self._pass(self._fill.micro_batches(budget)[-1], "")
+        first = self._pass(self._fill.longest(budget), "")
         if self._ranks.on_gpu:
             base = self._memory.held()
         while first and (tried := self._try(budget, tries)) is not None:
@@ -258,14 +162,15 @@ class _Climb:
             if why := self._no_room(expected_peak(tries, budget, base, careful=not self._ranks.on_gpu), budget):
                 return tries, why
         if not tries:
-            self._ranks.fail(_shortage(self._fill.micro_batches(budget)[-1], ""))
+            self._ranks.fail(_shortage(self._fill.longest(budget), ""))
         return tries, f"{budget} ran out of memory"
 
     def _try(self, budget: int, before: list[Try]) -> Try | None:
         """Compute the micro-batches of a budget; None where memory ran out on some rank."""
         instead = f"--max_tokens_per_micro_batch {before[-1].budget} in place of --find_batch_size, " if before else ""
+        micro_batches = self._fill.micro_batches(budget)
         self._memory.reset()
-        for micro in self._fill.micro_batches(budget):
+        for micro in micro_batches:
             self._wait()
             started = time.perf_counter()
             if not self._pass(micro, instead):

@@ -234,11 +234,11 @@ def test_sizes_from_the_config_are_those_of_the_loaded_model(toy, tokenizer, fla
 # ---------------------------------------------------------------- memory
 
 
-def fitted(model, memory_gib, ranks, file, *, longest=2048, share=4096, every=None) -> memory.Fitted:
+def fitted(model, memory_gib, ranks, file, *, largest=4096, share=4096, every=None) -> memory.Fitted:
     target = Target(ranks, 1, True, torch.bfloat16, int(memory_gib * GIB), None, [])
     flags = BatchFlags(deepspeed=str(REPOSITORY / "configs/ds" / file), gradient_checkpointing=every or "auto")
     config = ds_config.fill_config(flags, width=model.model.width, bf16=True, max_grad_norm=1.0, world_size=ranks)
-    needs = memory.needs(flags, model, "shared_prefix", target, keys=1.0, budget=2 * longest, longest=longest)
+    needs = memory.needs(flags, model, "shared_prefix", target, keys=1.0, budget=largest, largest=largest)
     return memory.fitted(needs, model, config, "adamw", target, share=share)
 
 
@@ -289,9 +289,26 @@ def test_the_formula_of_activations_is_what_a_forward_keeps(toy, tokenizer, layo
     assert found.known and found.kept == pytest.approx(saved.per_token, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "keys", "told_as"),
+    [(False, 3.0, "MAY NOT FIT"), (False, 1.0, "DOES NOT FIT"), (True, 3.0, "DOES NOT FIT")],
+)
+def test_keys_that_a_cpu_need_not_copy_are_a_bound_and_said_as_one(folder, on_gpu, keys, told_as):
+    model, target = planned_model(folder / "8b"), Target(1, 1, on_gpu, torch.float32, 8 * GIB, None, [])
+    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=keys, budget=4096, largest=4096)
+    flags = {"width": model.model.width, "bf16": False, "max_grad_norm": 1.0, "world_size": 1}
+    found = memory.fitted(needs, model, ds_config.fill_config(BatchFlags(), **flags), "adamw", target)
+    lines = memory.told(found, needs).lines
+    assert lines[0].endswith(f": {told_as}") and found.at_most == (told_as == "MAY NOT FIT")
+    assert (" at the peak at most: " in lines[0]) == (" a position at most, " in lines[-1]) == found.at_most
+    table = alternatives.told([alternatives.Alternative("zero0.json", found)], model, "adamw").lines
+    assert table[1].split()[1] == ("maybe" if found.at_most else "no")
+    assert table[2].startswith("none surely fits: " if found.at_most else "none fits: ")
+
+
 def options(model, memory_gib, ranks, **how) -> tuple[dict[str, bool | None], str | None]:
     target = Target(ranks, 1, True, torch.bfloat16, int(memory_gib * GIB), None, [])
-    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, longest=2048)
+    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, largest=4096)
     found = alternatives.alternatives(BatchFlags(), needs, model, "adamw", target, share=4096, adapter=AdapterFlags())
     best = alternatives.recommended(found)
     return {one.file: one.found and one.found.fits for one in found}, best and best.file
@@ -318,12 +335,12 @@ def test_a_second_copy_in_each_node_costs_its_share_of_the_weights(folder):
 
 def test_devices_that_compute_a_sequence_together_hold_their_share_of_its_activations(folder):
     model = planned_model(folder / "8b")
-    flags, how = BatchFlags(), {"keys": 1.0, "budget": 8192, "longest": 4096}
+    flags, how = BatchFlags(), {"keys": 1.0, "budget": 8192, "largest": 8192}
     one, four = (
         memory.needs(flags, model, "packed", Target(64, group, True, torch.bfloat16, 80 * GIB, None, []), **how)
         for group in (1, 4)
     )
-    assert four.longest == math.ceil(one.longest / 4)
+    assert four.largest == math.ceil(one.largest / 4)
 
 
 # ---------------------------------------------------------------- what the review of the dry run found
@@ -333,7 +350,7 @@ def test_devices_that_compute_a_sequence_together_hold_their_share_of_its_activa
 def test_devices_that_one_file_cannot_divide_are_planned_with_the_others(folder, ranks):
     target = Target(ranks, 1, True, torch.bfloat16, 80 * GIB, None, [])
     model = planned_model(folder / "8b")
-    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, longest=2048)
+    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, largest=4096)
     found = alternatives.alternatives(BatchFlags(), needs, model, "adamw", target, share=4096, adapter=AdapterFlags())
     without = {one.file: one.why_not for one in found if one.found is None}
     assert f'"zero_hpz_partition_size" is 8, which does not divide the {ranks} devices' in without["zero3_hpz.json"]
@@ -454,7 +471,7 @@ def test_the_hosts_hold_what_offloading_moves(folder, optim, frozen, gib):
 
 def test_the_table_names_the_positions_of_the_peak_the_limit_and_the_nodes(folder):
     model, target = planned_model(folder / "8b"), Target(64, 1, True, torch.bfloat16, 80 * GIB, None, [])
-    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, longest=2048)
+    needs = memory.needs(BatchFlags(), model, "shared_prefix", target, keys=1.0, budget=4096, largest=4096)
     how = {"share": 5000, "adapter": AdapterFlags()}
     found = alternatives.alternatives(BatchFlags(), needs, model, "adamw", target, **how)
     head, *lines = alternatives.told(found, model, "adamw").lines

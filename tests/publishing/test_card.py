@@ -103,8 +103,8 @@ def test_attributes_are_named_with_weights_and_means_and_that_the_model_gives_no
     known = {"attributes": ["helpfulness", "verbosity=scores.length"], "attribute_weights": [0.65, -0.4]}
     text = card(facts=known | {"attribute_means": [2.86541, 1.5]})
     assert "helpfulness (weight 0.65, mean 2.865 in the training data), verbosity (weight -0.4, mean 1.5 in" in text
-    assert "The saved model gives this one number alone" in text
-    assert ": helpfulness (weight 0.65), verbosity (weight -0.4). The" in card(facts=known)  # exported
+    assert "The saved model gives this one number\nalone, and no attributes." in text
+    assert ": helpfulness (weight 0.65), verbosity (weight -0.4).\n" in card(facts=known)  # of an older checkpoint
 
 
 def test_where_the_numbers_stand_is_said(card):

@@ -2,19 +2,22 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import flags_of_a_long_run, load_model, read_metrics, read_pairs
+from conftest import REPOSITORY, flags_of_a_long_run, load_model, read_metrics, read_pairs
 from killing import checkpoint_names, same_run
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from open_rm.batching.targets import Targets
+from open_rm.checks import check_attributes
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.dry_run import sizes
 from open_rm.errors import UserError
-from open_rm.flags import AdapterFlags, Args, ModelFlags, ObjectiveFlags
+from open_rm.flags import AdapterFlags, Args, DataFlags, ModelFlags, ObjectiveFlags
 from open_rm.reliability import comparing
 from open_rm.reward_modeling import main
 from open_rm.training import footprint
@@ -188,6 +191,14 @@ def test_a_client_without_our_code_gets_the_rewards_of_the_last_evaluation(whole
     assert last["eval/rm/accuracy"] == (rewards[:, 0] > rewards[:, 1]).mean()
 
 
+def test_the_export_of_a_checkpoint_says_the_same_of_them(whole, tmp_path):
+    command = [sys.executable, "-m", "open_rm.export", str(whole), str(tmp_path / "exported")]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    cards = [(folder / "README.md").read_text() for folder in (whole, tmp_path / "exported")]
+    said = [[line for line in card.splitlines() if "attributes of an answer" in line] for card in cards]
+    assert len(said[0]) == 1 and "mean 2.5 in the training data" in said[0][0] and said[0] == said[1]
+
+
 def test_killed_and_started_again_it_ends_as_an_undisturbed_run(nursery, flags_with, tmp_path, whole):
     folder = tmp_path / "run"
     started = nursery.start(flags_with(folder), tmp_path / "log", env={"TEST_PATCH": SLOWER})
@@ -229,6 +240,21 @@ def test_an_encoder_is_refused_before_any_data_is_read(tmp_path, write_rows):
     known = {"attributes": FIVE, "attribute_weights": WEIGHTS, "output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match="--attributes: .* is an encoder"):
         main(Args(model_name_or_path=str(tmp_path), dataset_mixer_list=[unreadable, "1.0"], **known))
+
+
+@pytest.mark.parametrize(
+    ("asked", "weights", "says"),
+    [
+        (["a", "b"], [1.0], "--attributes names 2 and --attribute_weights has 1; pass one weight for each"),
+        (["a", "a=b"], [1.0, 2.0], "--attributes names a twice"),
+        (["a"], [NAN], "--attribute_weights nan: must be finite"),
+        (["=x"], [1.0], "--attributes =x: write a name"),
+        (["a="], [1.0], "--attributes a=: write a name"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_anything_is_read(asked, weights, says):
+    with pytest.raises(UserError, match=says):
+        check_attributes(DataFlags(attributes=asked), weights=weights)
 
 
 @pytest.mark.parametrize(

@@ -258,9 +258,8 @@ def test_the_keys_of_a_header_are_counted_as_often_as_a_micro_batch_has_prompts_
     assert most_keys(table, 10**6) == pytest.approx(whole)
     # 620 positions are the header and twenty prompts with their answers
     assert most_keys(table, 620) == pytest.approx(20 * 2 * 211 / 620)
-    assert most_keys(behind_a_header(40, 15).table, 10**6) == pytest.approx(
-        2 * 26 / (16 + 20)
-    )  # too short to be a header
+    # too short to be a header
+    assert most_keys(behind_a_header(40, 15).table, 10**6) == pytest.approx(2 * 26 / (16 + 20))
     # two prompts that have all but a token in common are a header of two
     assert most_keys(behind_a_header(2, 200).table, 10**6) == pytest.approx(4 * 211 / (200 + 42))
 

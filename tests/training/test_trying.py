@@ -15,8 +15,9 @@ from pairs_of_ids import as_data
 from open_rm.batching.rules import BatchRules
 from open_rm.errors import UserError
 from open_rm.flags import ObjectiveFlags, ScaleFlags
-from open_rm.training import memory, trying
-from open_rm.training.trying import Filling, Try, expected_peak
+from open_rm.training import gathered, memory, trying
+from open_rm.training.filling import Filling
+from open_rm.training.trying import Try, expected_peak
 
 FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 OF_RANKS = f"import sys; sys.path[:0] = {FOLDERS}; import ranks_that_train; ranks_that_train.main(*sys.argv[1:])"
@@ -143,6 +144,7 @@ def test_where_prompts_share_headers_what_gathers_most_keys_is_tried_too(lists):
         fill = Filling(how, data, 1)
         for budget in (4 * fill.smallest, 8 * fill.smallest):
             tried = [micro.batch for micro in fill.micro_batches(budget)]
+            assert tried[-1].input_ids.equal(fill.longest(budget).batch.input_ids)
             assert all(batch.positions <= budget for batch in tried)
             training = batches_dealt(data, dataclasses.replace(how, max_tokens=budget), seed)
             assert max(map(keys_of, tried)) >= max(map(keys_of, training)), (seed, budget)
@@ -156,6 +158,18 @@ def test_behind_one_header_a_budget_holds_all_the_prompts_that_fit():
     behind, _ = (micro.batch for micro in Filling(rules("shared_prefix"), data, 1).micro_batches(768))
     # the header, and 27 prompts of one token more with two answers of ten each
     assert behind.positions == 200 + 27 * 21 and keys_of(behind) == 27 * 2 * 211
+    assert len(gathered.by_headers(data.table, whole_lists=False, room=768)) == 1  # all ways to find headers agree
+
+
+def test_units_that_come_after_what_fills_the_room_are_left_out_and_nothing_is_lost():
+    def keys(way: gathered.ByHeader, room: int) -> int:
+        return max(way.keys[way._filled(room, densest)[0]].sum() for densest in (False, True))
+
+    table = conversations(1, prompts=1500).table
+    short, whole = (gathered.by_headers(table, whole_lists=False, room=room) for room in (600, 10**9))
+    assert sum(len(way.own) for way in short) < 0.6 * sum(len(way.own) for way in whole)
+    for way, of_all in zip(short, whole, strict=True):
+        assert [keys(way, room) for room in (150, 300, 600)] == [keys(of_all, room) for room in (150, 300, 600)]
 
 
 def test_a_peak_is_foreseen_on_the_line_through_the_last_two():
