@@ -30,6 +30,7 @@ CPU_POSITIONS = 1536  # positions of a forward that a CPU's caches hold well; wi
 # Times the length of a header that all prompts begin with, in positions of a micro-batch on a CPU. Behind 500 tokens, 2048 to 9216
 # positions were equally fast within the noise; a sixteenth of what is computed is then the header.
 HEADERS_HELD = 16
+UNEVEN = 1.05  # most of the largest load over the mean, above which large groups are cut once more
 
 
 @dataclass(frozen=True)
@@ -96,30 +97,29 @@ def _best_candidate(
     indices: np.ndarray, table: PairTable, headers: Headers, rules: BatchRules, world_size: int
 ) -> Candidate:
     """Pairs of one prompt belong together, since they share it; but few large groups cannot be dealt evenly. So groups are
-    cut to what a micro-batch holds, and smaller (first those above a rank's mean load, then all of them) as long as that takes
-    more than a hundredth off the largest load."""
+    cut to what a micro-batch holds, and smaller as long as that takes more than a hundredth off the largest load: all of them,
+    and where a rank would still be waited for, those above the mean load."""
     cuts = world_size > 1 and rules.layout == "shared_prefix" and not rules.whole_lists
-    ways = [(len(indices), rules.max_tokens)]
-    if cuts:
-        whole = units_of(indices, table, rules.layout, len(indices))
-        mean = int(work_of(whole, table, rules.layout).tokens.sum()) // world_size
-        ways += [(len(indices), min(rules.max_tokens, mean)), *((most, rules.max_tokens) for most in (4, 2, 1))]
-    best, dealt = None, set()
-    for most, limit in ways:
+
+    def to_deal(most: int, limit: int) -> ToDeal:
         units = units_of(indices, table, rules.layout, most, whole_lists=rules.whole_lists)
-        if cuts:  # what no micro-batch holds is cut in any case, and its halves together cost more
-            units, *_ = halved(units, np.zeros_like(units.size), table, dataclasses.replace(rules, max_tokens=limit))
-            units = units.take(slice(None, None, -1))
-        if (cut_at := units.first.tobytes()) in dealt:
-            continue  # the same units as before
-        dealt.add(cut_at)
         tried = ToDeal.of(units, table, headers, rules)
-        # However they are dealt, a rank has at least the mean and one has the largest unit. 0.991: sums are rounded.
-        if best is not None and tried.least(world_size) > 0.991 * best.loads.max():
-            continue
-        candidate = tried.candidate(world_size)
-        if best is None or candidate.loads.max() < 0.99 * best.loads.max():
-            best = candidate
+        if not cuts or not tried.is_too_large(limit).any():
+            return tried
+        # What no micro-batch holds is cut in any case, and its halves together cost more.
+        units, *_ = halved(units, np.zeros_like(units.size), table, dataclasses.replace(rules, max_tokens=limit))
+        return ToDeal.of(units.take(slice(None, None, -1)), table, headers, rules)
+
+    whole = to_deal(len(indices), rules.max_tokens)
+    best, dealt = whole.candidate(world_size), {len(whole.units.size)}
+    for most in (4, 2, 1) if cuts else ():
+        tried = to_deal(most, rules.max_tokens)
+        if len(tried.units.size) not in dealt:  # else the same units as before
+            best = tried.better(best, world_size)
+        dealt.add(len(tried.units.size))
+    if cuts and best.loads.max() > UNEVEN * best.loads.mean():
+        mean = int(whole.own.sum()) // world_size
+        best = to_deal(len(indices), min(rules.max_tokens, mean)).better(best, world_size)
     return best
 
 
@@ -128,7 +128,7 @@ class ToDeal:
     """Units to deal.
 
     costs, own: [units] cost and tokens without headers.  header: [units] number of each one's, 0: none.
-    header_costs: [1 + headers].  room: [1 + headers] tokens that a micro-batch holds behind each.
+    header_costs, header_tokens: [1 + headers].  room: [1 + headers] tokens that a micro-batch holds behind each.
     """
 
     units: Units
@@ -136,6 +136,7 @@ class ToDeal:
     own: np.ndarray
     header: np.ndarray
     header_costs: np.ndarray
+    header_tokens: np.ndarray
     room: np.ndarray
 
     @staticmethod
@@ -143,11 +144,24 @@ class ToDeal:
         header = headers.of(units, table)
         work = work_of(units, table, rules.layout).behind(headers.tokens[header])
         room = np.maximum(1, rules.max_tokens - headers.tokens)
-        return ToDeal(units, work.cost(rules.area_cost), work.tokens, header, headers.cost(rules.area_cost), room)
+        header_costs = headers.cost(rules.area_cost)
+        return ToDeal(units, work.cost(rules.area_cost), work.tokens, header, header_costs, headers.tokens, room)
 
     def least(self, world_size: int) -> float:
         """Load that a rank has however they are dealt: the mean without headers, or the largest unit's."""
         return max(self.costs.sum() / world_size, (self.costs + self.header_costs[self.header]).max())
+
+    def is_too_large(self, limit: int) -> np.ndarray:
+        """[units] bool, of those of several pairs: whether one takes more than `limit` tokens, its header's among them."""
+        return (self.units.size > 1) & (self.own + self.header_tokens[self.header] > limit)
+
+    def better(self, best: Candidate, world_size: int) -> Candidate:
+        """These units dealt, where that takes more than a hundredth off the largest load of `best`; else `best`."""
+        # However they are dealt, a rank has at least the mean and one has the largest unit. 0.991: sums are rounded.
+        if self.least(world_size) > 0.991 * best.loads.max():
+            return best
+        candidate = self.candidate(world_size)
+        return candidate if candidate.loads.max() < 0.99 * best.loads.max() else best
 
     def candidate(self, world_size: int) -> Candidate:
         """Dealt as if each unit paid its part of the headers of filled micro-batches; and, where there are several headers,

@@ -218,7 +218,7 @@ def test_the_work_of_a_list_is_that_of_its_prompts(data):
 
 def test_a_micro_batch_of_a_cpu_holds_several_times_a_long_header():
     assert micro_batch_budget(8, 1024, on_gpu=False) == 1536
-    assert micro_batch_budget(8, 1024, on_gpu=False, header=100) == 1536
-    assert micro_batch_budget(8, 1024, on_gpu=False, header=500) == 4000
+    assert micro_batch_budget(8, 1024, on_gpu=False, header=90) == 1536
+    assert micro_batch_budget(8, 1024, on_gpu=False, header=500) == 8000
     assert micro_batch_budget(1, 1024, on_gpu=False, header=500) == 2048
     assert micro_batch_budget(8, 1024, on_gpu=True, header=500) == 2 * 8 * 1024
