@@ -18,7 +18,8 @@ import torch
 
 from open_rm import alive
 from open_rm.batching.dealing import Part, attention_cost, deal_step, micro_batch_budget
-from open_rm.batching.layouts import LEAST_HEADER, Batch, lay_out
+from open_rm.batching.headers import typical_header
+from open_rm.batching.layouts import Batch, lay_out
 from open_rm.batching.prefetch import prefetch
 from open_rm.batching.rules import BatchRules
 from open_rm.batching.targets import PLAIN, TargetColumns, Targets
@@ -45,8 +46,7 @@ def rules_of(
 
     table: of the training pairs, whose header may ask for larger micro-batches on a CPU.
     """
-    shares = table is not None and layout == "shared_prefix" and not on_gpu
-    header = table.typical_header(LEAST_HEADER) if shares else 0
+    header = typical_header(table, layout) if table is not None and not on_gpu else 0
     train, evaluation = (
         micro_batch_budget(pairs, max_token_length, on_gpu=on_gpu, header=header)
         for pairs in (flags.per_device_train_batch_size, flags.per_device_eval_batch_size)

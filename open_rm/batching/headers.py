@@ -61,3 +61,16 @@ def find_headers(indices: np.ndarray, table: PairTable, layout: str, *, least: i
     for i, one in enumerate(shared, start=1):
         number[order[one.places]] = i
     return Headers(prompts, number, np.array([0, *(one.shared for one in shared)]))
+
+
+def typical_header(table: PairTable, layout: str, *, least: int = LEAST_HEADER) -> int:
+    """Tokens of the header behind which the median pair of a data set stands, 0 where most pairs have none.
+
+    least: as `find_headers`.
+    """
+    everything = np.arange(len(table))
+    headers = find_headers(everything, table, layout, least=least)
+    if not headers:
+        return 0
+    number = headers.number[np.searchsorted(headers.prompts, table.cut_prompt_ids(everything))]
+    return int(np.quantile(headers.tokens[number], 0.5, method="lower"))

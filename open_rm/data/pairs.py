@@ -10,7 +10,6 @@ import pyarrow as pa
 from datasets import Dataset
 
 from open_rm.data.prefix_order import PromptOrder, find_order
-from open_rm.data.prefixes import best_sharing
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,6 @@ class PairTable:
         The last token of a cut prompt can differ: a tokenizer may merge it with the answer's first.
         """
         return self.prompt_id[indices] ^ (self.prompt_length[indices] << 40)  # ids are hashes, all their bits random
-
-    def typical_header(self, least: int) -> int:
-        """Tokens of the header behind which the median pair stands, 0 where most pairs have none.
-
-        least: tokens; prompts that have fewer in common at their start share none.
-        """
-        if self.prompt_order is None or not len(self):
-            return 0
-        prompts, number = np.unique(self.cut_prompt_ids(np.arange(len(self))), return_inverse=True)
-        order, overlaps = self.prompt_order().overlaps(prompts)
-        header = np.zeros(len(prompts), np.int64)
-        for one in best_sharing(overlaps.tolist(), least=least):
-            header[order[one.places]] = one.shared
-        return int(np.quantile(header[number], 0.5, method="lower"))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_of_ids import as_data
 
+from open_rm.batching.headers import typical_header
 from open_rm.data import prefix_order
 from open_rm.data.pairs import shareable
 from open_rm.data.prefix_order import find_order
@@ -65,8 +66,8 @@ def test_the_order_of_a_data_set_knows_what_all_sequences_of_each_prompt_begin_w
     check(data.table.prompt_order(), ids, sequences, np.random.default_rng(0))
     assert data.table.prompt_order() is data.table.prompt_order()  # found once
     # 1 2 stands twice, also as the beginning of 1 2 8, and with 1 3 shares the header and a token: 5 of 6 pairs have one
-    assert data.table.typical_header(16) == 31
-    assert data.table.typical_header(32) == 0  # three of six have one
+    assert typical_header(data.table, "shared_prefix", least=16) == 31
+    assert typical_header(data.table, "shared_prefix", least=32) == 0  # three of six have one
 
 
 def test_prompts_that_are_not_in_the_order_are_refused():
