@@ -4,7 +4,6 @@ One function a concern. Each sentence names the flags and the way on. What only 
 where those are read (data/, model/families.py).
 """
 
-import math
 import os
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -31,6 +30,8 @@ from open_rm.flags import (
 )
 from open_rm.training import ds_config
 
+LARGEST_WEIGHT = 1e6  # of an attribute; far above, rewards are no numbers after the first step
+
 
 def check_args(args: Args) -> None:
     """Refuse every value and combination that cannot work, the cheapest to find first."""
@@ -38,7 +39,7 @@ def check_args(args: Args) -> None:
     check_schedule(args, evaluates=bool(args.dataset_mixer_eval_list), lr_scheduler_type=args.lr_scheduler_type)
     check_objective(args, keep_ties=args.keep_ties, overlength=args.overlength)
     check_optimizer(args, starts_at_zero=args.use_peft or args.score_init == "zeros")
-    check_attributes(args, weights=args.attribute_weights)
+    check_attributes(args, weights=args.attribute_weights, coefficient=args.attribute_coefficient)
     check_adapter(args, freeze_backbone=args.freeze_backbone, trust_remote_code=args.trust_remote_code)
     check_outputs(run=args, tracking=args, trains=not args.cache_dataset_only)
     check_checkpoints(args, evaluates=bool(args.dataset_mixer_eval_list))
@@ -58,11 +59,21 @@ def check_values(args: object) -> None:
         value = getattr(args, name)
         if kind is bool and not isinstance(value, bool):  # from Python, the text "False" would be true
             raise UserError(f"--{name} {value!r}: must be True or False")
+        if get_origin(kind) is list and not _is_list(value, *get_args(kind)):
+            numbers = "numbers" if get_args(kind) == (float,) else "texts"
+            raise UserError(f"--{name} {value!r}: must be a list of {numbers}")
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise UserError(f"--{name} {value}: must be one of {', '.join(get_args(kind))}")
         for rule in getattr(kind, "__metadata__", ()):
             if not _passes(rule, value):
                 raise UserError(f"--{name} {value}: must be {rule.be}")
+
+
+def _is_list(value: object, kind: type) -> bool:
+    """Whether it is a list; of numbers where these are asked."""
+    if not isinstance(value, list | tuple):  # from Python, text would be taken letter by letter
+        return False
+    return kind is not float or all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
 
 
 def _passes(rule: Must, value: object) -> bool:
@@ -119,16 +130,22 @@ def check_objective(flags: ObjectiveFlags, *, keep_ties: bool, overlength: str) 
         )
 
 
-def check_attributes(flags: DataFlags, *, weights: list[float]) -> None:
+def check_attributes(flags: DataFlags, *, weights: list[float], coefficient: float) -> None:
     """One weight for each attribute, each attribute once."""
     names = [name for name, _ in parse_attributes(flags.attributes)]
+    idle = {"weights": weights, "coefficient": coefficient != ObjectiveFlags.attribute_coefficient}
+    for name, given in idle.items():
+        if given and not names:
+            raise UserError(f"--attribute_{name} does nothing without --attributes; add or remove it")
     if len(weights) != len(names):
         raise UserError(
             f"--attributes names {len(names)} and --attribute_weights has {len(weights)}; pass one weight for each attribute, in "
             "the same order (0: it is predicted and is no part of the reward)"
         )
-    if strange := [weight for weight in weights if not math.isfinite(weight)]:
-        raise UserError(f"--attribute_weights {strange[0]}: must be finite")
+    if strange := [weight for weight in weights if not abs(weight) < LARGEST_WEIGHT]:
+        raise UserError(
+            f"--attribute_weights {strange[0]}: must be a number between -{LARGEST_WEIGHT:g} and {LARGEST_WEIGHT:g}"
+        )
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--attributes names {twice[0]} twice; name each attribute once")
 

@@ -20,7 +20,8 @@ from open_rm.data.messages import parsed_json
 from open_rm.errors import UserError
 
 Asked = tuple[tuple[str, tuple[str, ...]], ...]  # (name, places as they were written; none: by its name)
-Places = tuple[tuple[str, tuple[Lookup, ...]], ...]  # (name, one place or one for each of two sides; none: absent)
+# (name, one place or one for each of two sides, of which one may be None: absent; no place: neither is there)
+Places = tuple[tuple[str, tuple[Lookup | None, ...]], ...]
 LISTS = ("ranked", "rows")  # shapes whose answers have no sides
 LABELLED = ("winner", "strength", "two scores")
 MISSING = ("", "n/a", "na", "nan", "none", "null")
@@ -41,14 +42,19 @@ def parse_attributes(given: Sequence[str]) -> Asked:
             raise UserError(
                 f"--attributes {text}: write a name, or NAME=PLACE, or NAME=PLACE,PLACE for two sides (docs/data.md)"
             )
+        if not equals and "," in name:
+            raise UserError(f"--attributes {text}: separate attributes by spaces ({' '.join(name.split(','))})")
         for place in places:
-            parse_lookup(place)
+            try:
+                parse_lookup(place)
+            except UserError as error:
+                raise UserError(f"--attributes {text}: {error}") from None
         asked.append((name, places))
     return tuple(asked)
 
 
 def places_of(asked: Asked, shape: str, values: dict[str, Lookup], present: set[str]) -> Places:
-    """Where the attributes stand in rows of a shape (forms.SHAPES), by the columns that there are.
+    """Where the attributes stand in rows of a shape (forms.SHAPES), by the columns that there are and are not ignored.
 
     values: our column -> where it stands.
 
@@ -58,8 +64,7 @@ def places_of(asked: Asked, shape: str, values: dict[str, Lookup], present: set[
     found = []
     for name, written in asked:
         candidates = [written] if written else _usual(name, shape, values, present)
-        lookups = (tuple(parse_lookup(place, present) for place in places) for places in candidates)
-        there = next((those for those in lookups if any(lookup.is_in(present) for lookup in those)), ())
+        there = next(filter(any, (_present(places, present) for places in candidates)), ())
         if len(there) > 1 and shape in LISTS:
             raise UserError(
                 f"--attributes {name}={','.join(written)}: the row's answers have no two sides, so two places cannot be read; "
@@ -67,6 +72,12 @@ def places_of(asked: Asked, shape: str, values: dict[str, Lookup], present: set[
             )
         found.append((name, there))
     return tuple(found)
+
+
+def _present(places: tuple[str, ...], present: set[str]) -> tuple[Lookup | None, ...]:
+    """The places, None for one that rows of these columns do not have."""
+    lookups = [parse_lookup(place, present) for place in places]
+    return tuple(lookup if lookup.is_in(present) else None for lookup in lookups)
 
 
 def _usual(name: str, shape: str, values: dict[str, Lookup], present: set[str]) -> list[tuple[str, ...]]:
@@ -97,7 +108,24 @@ def read_attributes(places: Places, row: dict, counts: Sequence[int]) -> list[tu
     return list(zip(*columns, strict=True)) if columns else []
 
 
-def _column(name: str, lookups: tuple[Lookup, ...], row: dict, counts: Sequence[int]) -> list[float]:
+def known_of_one_side(places: Places, attributes: list[tuple[float, ...]], counts: Sequence[int]) -> list[str]:
+    """Which attributes have a place for each of two sides and are known of answers of one alone: NAME (its place).
+
+    attributes, counts: see `read_attributes`.
+    """
+    found = []
+    for number, (name, lookups) in enumerate(places):
+        if len(lookups) != 2 or len(counts) != 2:
+            continue
+        known = [not math.isnan(answer[number]) for answer in attributes]
+        sides = any(known[: counts[0]]), any(known[counts[0] :])
+        found += [
+            f"{name} ({lookup.written})" for lookup, own in zip(lookups, sides, strict=True) if own and sum(sides) == 1
+        ]
+    return found
+
+
+def _column(name: str, lookups: tuple[Lookup | None, ...], row: dict, counts: Sequence[int]) -> list[float]:
     """[answers] one attribute of all answers."""
     if len(lookups) == len(counts):
         parts = zip(lookups, counts, strict=True)
@@ -107,9 +135,9 @@ def _column(name: str, lookups: tuple[Lookup, ...], row: dict, counts: Sequence[
     return numbers or [UNKNOWN] * sum(counts)
 
 
-def _numbers(name: str, lookup: Lookup, row: dict, count: int) -> list[float]:
+def _numbers(name: str, lookup: Lookup | None, row: dict, count: int) -> list[float]:
     """[count] of the answers of one place."""
-    value = lookup.get(row)
+    value = None if lookup is None else lookup.get(row)
     if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a csv file
         found = parsed_json(value)
         value = value if found is None else found
@@ -125,6 +153,11 @@ def _numbers(name: str, lookup: Lookup, row: dict, count: int) -> list[float]:
             f"{name}=PLACE,PLACE)"
         )
     where = f"the attribute {name}" + ("" if lookup.written == name else f" in {lookup.written}")
+    if inside := next((entry for entry in value if isinstance(entry, dict)), None):
+        raise UserError(
+            f"{where} is an object with {', '.join(map(str, inside))[:80]}, and has to be a number; name the place of one "
+            f"(--attributes {name}={lookup.written}.KEY)"
+        )
     return [UNKNOWN if _is_missing(entry) else labels.number(where, _as_truth(entry)) for entry in value]
 
 

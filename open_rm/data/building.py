@@ -20,8 +20,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from open_rm.data import cache, grouping, preparation
+from open_rm.data.attributes import Asked
 from open_rm.data.columns import columns_of
 from open_rm.data.counts import Counts, attribute_lines, columns_line, source_line
+from open_rm.data.lookup import parse_lookup
 from open_rm.data.mixer import MOST_PASSES, Source, parse_mixer
 from open_rm.data.pairs import PreferenceData
 from open_rm.data.preparation import Policy, Taken
@@ -33,7 +35,7 @@ from open_rm.data.tokenizer import fingerprint
 from open_rm.errors import UserError
 from open_rm.flags import DataFlags
 
-CACHE_VERSION = "11"  # raise when the meaning of a cached column changes
+CACHE_VERSION = "12"  # raise when the meaning of a cached column changes
 COUNT_BAD_ROWS_SECONDS = 10.0
 
 
@@ -102,7 +104,7 @@ def load_preference_data(
     found = json.loads((folder / "facts.json").read_text())
     facts = [fact | {"label": s.label, "name": _name(s)} for fact, s in zip(found["facts"], sources, strict=True)]
     _check_some_are_left(len(dataset), facts, flag)
-    _check_attributes([name for name, _ in readings[0].attributes], facts, opened)
+    _check_attributes(readings[0].attributes, facts, opened)
     lines = [f"{split}: {line}" for fact in facts for line in _lines(fact)]
     return PreferenceData(dataset, [source.label for source in sources], lines, found["kind"], facts)
 
@@ -141,16 +143,24 @@ def _check_some_are_left(pairs: int, facts: list[dict], flag: str) -> None:
         raise UserError(f"--{flag}: no pairs are left ({lines}); {advice}")
 
 
-def _check_attributes(names: list[str], facts: list[dict], opened: list[Opened]) -> None:
-    """Of each attribute some answers must be known, else there would be nothing to learn."""
-    for name in names:
-        if any(fact["attributes"].get(name, {}).get("known") for fact in facts):
+def _check_attributes(asked: Asked, facts: list[dict], opened: list[Opened]) -> None:
+    """Of each attribute some answers must be known, else there would be nothing to learn, and each place that is named be there."""
+    for name, written in asked:
+        entries = [fact["attributes"][name] for fact in facts if name in fact["attributes"]]
+        there = {place for entry in entries for place in entry["places"]}
+        absent = [place for place in written if parse_lookup(place).written not in there]
+        if not absent and any(entry["known"] for entry in entries):
             continue
         rows = (next((row for _, row in one.rows() if isinstance(row, dict)), {}) for one in opened)
-        there = "; ".join(f"{fact['name']}: {columns_of(row)}" for fact, row in zip(facts, rows, strict=True))
+        columns = "; ".join(f"{fact['name']}: {columns_of(row)}" for fact, row in zip(facts, rows, strict=True))
+        if absent:
+            raise UserError(
+                f"--attributes {name}={','.join(written)}: no row of the training data has {absent[0]}; correct it, or leave the "
+                f"attribute out; {columns}"
+            )
         raise UserError(
             f"--attributes {name}: it is known of no answer of the training data; name one that is, or write {name}=PLACE, of "
-            f"two sides {name}=PLACE,PLACE (docs/data.md); {there}"
+            f"two sides {name}=PLACE,PLACE (docs/data.md); {columns}"
         )
 
 
@@ -234,6 +244,11 @@ class _BadRows:
         number = (
             f"{'' if every else 'at least '}{self.count} of {f'all {size}' if every else f'the first {self.seen}'} rows"
         )
+        if every and self.count == size > 1:
+            raise UserError(
+                f"{place}: {what} (the first; none of the {size} rows of this source can be used, so name other columns, or leave "
+                "the source out)"
+            )
         needed = self.allowed - self.left + self.count
         before = f"; --skip_bad_rows {self.allowed} are used up" if self.allowed else ""
         raise UserError(

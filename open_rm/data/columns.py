@@ -154,7 +154,7 @@ def _make_plan(row: dict, reading: Reading) -> Plan:
     if shape is None:
         raise _no_form(row, filled)
     attributes = places_of(reading.attributes, shape, values, present)
-    lookups = [*values.values(), *(lookup for _, places in attributes for lookup in places)]
+    lookups = [*values.values(), *(lookup for _, places in attributes for lookup in places if lookup is not None)]
     used = {name for lookup in lookups for name in lookup.columns} | set(reading.margin_from or ())
     unread = tuple(name for name in row if name in present and name not in used and name not in form.leaves)
     twins = next((pair for pair in TWINS if set(pair) <= filled and shape == "pairs"), None)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from open_rm.data import labels, sides
 from open_rm.data.columns import Plan, columns_of, suspicion
+from open_rm.data.forms import OWN_NAMES
 from open_rm.data.messages import check_messages, from_json, has_turn, is_message
 from open_rm.data.reading import SCORES, Reading
 from open_rm.errors import UserError, quote
@@ -172,7 +173,8 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
     if scores is None:
         values.oddities.append("in order")
     pairs = labels.ranked(responses, scores, values.plan.lower_is_better)
-    if reading.lower_is_better is None and not form.lower_is_better and labels.looks_like_ranks(scores):
+    # of a public set the direction is known
+    if reading.lower_is_better is None and form.name in OWN_NAMES and labels.looks_like_ranks(scores):
         values.oddities.append("ranks")
     kept = [pair for pair in pairs if not pair.alike and (values.keep_ties or not pair.is_tie)]
     with_margin = reading.margin_from is not None

@@ -24,7 +24,7 @@ class Counts:
     truncated: pairs that were cut; promptless: those that lost their whole prompt.
     read: our column -> where it stood.  unread: column -> {says: what its name or content says it is, or None; first}.
     held_out_form: rows of a form that is a benchmark's.
-    attributes: name -> {place; of how many answers of the kept pairs it is known, and of how many there are; least, most}.
+    attributes: name -> {places; of how many answers of the kept pairs it is known, and of how many there are; least, most}.
     """
 
     forms: dict[str, int] = field(default_factory=dict)
@@ -55,13 +55,13 @@ class Counts:
         """Count kept pairs by which attributes are known of their two sides."""
         for name, *numbers in zip(names, *sides, strict=True):
             known = [number for number in numbers if not math.isnan(number)]
-            entry = {"place": None, "answers": pairs * len(numbers), "known": pairs * len(known)}
+            entry = {"places": [], "answers": pairs * len(numbers), "known": pairs * len(known)}
             entry |= {"least": min(known, default=None), "most": max(known, default=None)}
             self._add_attribute(name, entry)
 
     def _add_attribute(self, name: str, entry: dict) -> None:
-        mine = self.attributes.setdefault(name, {"place": None, "answers": 0, "known": 0, "least": None, "most": None})
-        mine["place"] = mine["place"] or entry["place"]
+        mine = self.attributes.setdefault(name, {"places": [], "answers": 0, "known": 0, "least": None, "most": None})
+        mine["places"] += [place for place in entry["places"] if place not in mine["places"]]
         for what in ("answers", "known"):
             mine[what] += entry[what]
         for what, best in (("least", min), ("most", max)):
@@ -83,8 +83,8 @@ class Counts:
         for plan in plans.values():
             self.read |= {ours: lookup.written for ours, lookup in plan.values.items() if ours not in self.read}
             for name, places in plan.attributes:
-                place = ", ".join(lookup.written for lookup in places) or None
-                self._add_attribute(name, {"place": place, "answers": 0, "known": 0, "least": None, "most": None})
+                there = [lookup.written for lookup in places if lookup is not None]
+                self._add_attribute(name, {"places": there, "answers": 0, "known": 0, "least": None, "most": None})
             for name in plan.unread:
                 self.unread.setdefault(shown(name), {"says": None, "first": None})
 
@@ -167,12 +167,22 @@ def columns_line(fact: dict) -> str | None:
 
 def attribute_lines(fact: dict) -> list[str]:
     """Of how many answers each attribute is known, and the range of its values, which may differ between sources."""
+    return [f"  attribute {line}" for line in _attributes(fact)]
+
+
+def attribute_cells(fact: dict) -> dict[str, str]:
+    """The same as a row of a table; nothing where none are asked."""
+    return {"attributes": "\n".join(lines)} if (lines := _attributes(fact)) else {}
+
+
+def _attributes(fact: dict) -> list[str]:
     lines = []
-    for name, entry in fact["attributes"].items():
-        place = f" (from {shown(entry['place'])})" if entry["place"] not in (None, name) else ""
+    for name, entry in fact.get("attributes", {}).items():
+        places = ", ".join(map(shown, entry["places"]))
+        place = f" (from {places})" if places not in ("", name) else ""
         known, answers = entry["known"], entry["answers"]
         share = f" ({known / answers:.0%}), {entry['least']:g} to {entry['most']:g}" if known else ""
-        lines.append(f"  attribute {shown(name)}{place}: known of {known} of {answers} sides of pairs{share}")
+        lines.append(f"{shown(name)}{place}: known of {known} of {answers} sides of pairs{share}")
     return lines
 
 

@@ -47,8 +47,8 @@ says otherwise is refused, since it would be no margin of the new order. At 0.5 
 rewards. Ranked lists, rows of one answer, and rows that give several pairs can have neither of them.
 
 `--keep_ties` makes pairs with a probability of 0.5, and a margin of 0, of labelled ties, a `strength` of 0, equal scores and tied
-answers of a list; `chosen` is the one that stands first. Answers that are alike still give no pair, nor does a row that
-nobody voted on.
+answers of a list; `chosen` is the one that stands first. Answers that are alike still give no pair, nor does a labelled
+row that nobody voted on (a `winner` that is none, in sets that have it); `n_chosen` and `n_rejected` that are both 0 are refused.
 
 All pairs of one row are one list (`--list_loss`): of ranked responses, of answers joined by their prompt, of several chosen
 and rejected answers. Answers with equal scores have the same place in it. A row that is taken twice is two lists, and a pair that
@@ -83,8 +83,9 @@ Elsewhere: `NAME=PLACE`, an expression of the next section that gives the number
 | llm-blender/Unified-Feedback:all | `rating` |
 
 What is empty or N/A is not known, and nothing is learned from it; nor is an attribute that a source does not have. The log
-says how many are known and in which range: sources of different scales are better not mixed. They are read from training data
-alone.
+says how many are known and in which range: sources of different scales are better not mixed. A PLACE that is in no row is refused.
+An attribute that is the same of all answers, or in most rows is known of one of two sides alone, is a finding. They are read from
+training data alone; in held-out data their columns are left unread, without a finding.
 
 Each attribute is predicted less its mean over the training data. The mean squared error of a pair's known values is added to its
 loss, `--attribute_coefficient` times (1), and logged as `train/rm/loss_attributes`. An answer counts once for each pair that it is

@@ -20,14 +20,14 @@ TRUTH = {"true": 1, "false": 0}  # of answers that are right or wrong, also as t
 TIES = ("tie", "both_bad", "bothbad", "both bad", "both_good", "neither")
 
 
-def number(name: str, value: object) -> float:
+def number(name: str, value: object, way_on: str = "correct or remove it") -> float:
     """A finite number, also where it stands as text (csv)."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
     value = float(value) if isinstance(value, Decimal) else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
-        raise UserError(f"{name} holds {quote(value)}, which is not a finite number; correct or remove it")
+        raise UserError(f"{name} holds {quote(value)}, which is not a finite number; {way_on}")
     return float(value)
 
 
@@ -118,7 +118,8 @@ def ranked(responses: object, scores: object, lower_is_better: bool) -> list[Ran
     if not isinstance(scores, list) or len(scores) != len(responses):
         what = len(scores) if isinstance(scores, list) else type(scores).__name__
         raise UserError(f"scores must be a list with a number for each of the {len(responses)} responses, not {what}")
-    values = [number("scores", TRUTH.get(str(score).strip().lower(), score)) for score in scores]
+    way_on = "correct it, or remove the answer and its score"
+    values = [number("scores", TRUTH.get(str(score).strip().lower(), score), way_on) for score in scores]
     if lower_is_better and not in_order:
         values = [-value for value in values]
     order = sorted(range(len(values)), key=lambda i: -values[i])  # stable: equal scores stay in the file's order

@@ -138,6 +138,10 @@ def _walk(value: object, steps: tuple, text: str) -> object:
         if value is None:
             return None
         if isinstance(step, str) and step != EACH:
+            if isinstance(value, list):
+                raise UserError(
+                    f"{text}: there is a list before .{step}; write [].{step} for all its elements, or [0].{step}"
+                )
             if not isinstance(value, dict):
                 raise UserError(f"{text}: there is no key {step} in {_kind(value)}")
             value = value.get(step)

@@ -166,7 +166,7 @@ PUBLIC_FORMS = (
         labels={"model_a": "a", "model_b": "b", "tie": "tie", "tie (bothbad)": "tie", "none": "tie"},
         leaves=ARENA_LEAVES,
         sets="lmarena-ai/search-arena-24k test",
-        note="half of the rows have no vote and count as ties",
+        note="half of the rows have no vote: ties that never give a pair",
     ),
     _form(
         "arena_55k",

@@ -7,7 +7,7 @@ what is odd and yet readable is counted, for the log and the inspection.
 import json
 from dataclasses import dataclass, field
 
-from open_rm.data.attributes import read_attributes
+from open_rm.data.attributes import known_of_one_side, read_attributes
 from open_rm.data.columns import Plan, plan_of
 from open_rm.data.comparisons import Unchecked, Values, answers_of, comparisons
 from open_rm.data.conversation import pair_of
@@ -96,7 +96,8 @@ ODDITIES = {
     "begins with it": "have an answer that begins with the words of its prompt (joined as it stands)",
     "equal scores": "have equal {} and are pairs all the same",
     "contrary scores": "have {}, which prefers rejected",
-    "ranks": "have scores that are 1 to n, as ranks are, and are read as the higher the better",
+    "ranks": "have scores that are 1 to n, as ranks are, and are read as the higher the better (--lower_is_better False says that "
+    "this is right, --lower_is_better that 1 is the best)",
     "JSON": "hold JSON in an answer, read as text",
     "left out": "have an answer without text or score, which is left out",
     "in order": "are lists without scores, read as ranked with the best first",
@@ -104,6 +105,7 @@ ODDITIES = {
     "no prompt": "have no prompt, and text in the column {}, which is not read",
     "nothing there": "have nothing at {}, which --column_map names",
     "less likely": "have {}, so their sides change places",
+    "one side": "know {} of one of their two sides alone (if the other has it too, write --attributes NAME=PLACE,PLACE)",
     "lonely": "have fewer than two answers and give no pair",
 }
 
@@ -185,7 +187,9 @@ def _attributes(values: Values) -> list[tuple[float, ...]]:
         counts = (1,)
     elif plan.shape == "pairs":
         counts = (len(answers_of(found["chosen"])), len(answers_of(found["rejected"])))
-    return read_attributes(plan.attributes, values.row, counts)
+    attributes = read_attributes(plan.attributes, values.row, counts)
+    values.oddities += [f"one side: {name}" for name in known_of_one_side(plan.attributes, attributes, counts)]
+    return attributes
 
 
 def _preference(one: Unchecked, parts: tuple, template: dict, attributes: tuple) -> Preference:

@@ -7,12 +7,20 @@ report.json, lengths.png, pairs.html and pairs.png into --output_dir, or output/
 where there are findings. The recipe prints the short form before each training.
 """
 
+import dataclasses
+
 from open_rm import command_line
 from open_rm.checks import check_args
 from open_rm.flags import Args
 
+
+def check(args: Args) -> None:
+    """As before a training; to look at attributes needs no weights of them."""
+    check_args(dataclasses.replace(args, attribute_weights=args.attribute_weights or [0.0] * len(args.attributes)))
+
+
 if __name__ == "__main__":  # a wrong command line is answered before the imports below, which take seconds
-    ARGUMENTS = command_line.read(Args, check_args, prog="python -m open_rm.inspection")
+    ARGUMENTS = command_line.read(Args, check, prog="python -m open_rm.inspection")
 
 import transformers
 
@@ -27,7 +35,7 @@ DEFAULT_FOLDER = "output/inspection"
 
 def main(args: Args) -> dict:
     """Read the data as the recipe does, look at it, write and print what there is to see; returns the report."""
-    check_args(args)
+    check(args)
     transformers.logging.set_verbosity_error()
     tokenizer = tokenizer_of(args)
     train, held_out = read_both(args, tokenizer, seed=args.seed, show_progress=True)

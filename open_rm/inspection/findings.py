@@ -4,7 +4,8 @@ Made from the report alone (see report.inspect_data), so that a report that was 
 thresholds are here; what they mean for a training run is the reader's to decide, or --strict's.
 """
 
-from open_rm.data.counts import oddity_sentence
+from open_rm.data.counts import oddity_sentence, shown
+from open_rm.data.lookup import parse_lookup
 from open_rm.data.tokenizer import DATE
 from open_rm.errors import UserError
 
@@ -14,30 +15,36 @@ DROPPED_SHARE = 0.1
 UNREAD = {
     "prompt": "if it is part of what the model was asked, map it (--column_map prompt={0})",
     "system": "map it (--column_map system={0})",
-    "label": "if it says which answer is better, map it (--column_map winner={0}, with response_a and response_b)",
+    "label": "if it says which answer is better, map it (--column_map winner={0}, with response_a and response_b); scores of each answer "
+    "are taken with --attributes",
     "score": "two columns of chosen and of rejected are taken with --margin_from, one of how much chosen leads with "
-    "--column_map margin=...",
+    "--column_map margin=..., those of each answer with --attributes",
     "tool": "map it (--column_map tools={0})",
     "image": "the reward model reads text alone",
 }
-# Of rows.ODDITIES; the others are in the log. Those of SOME are findings where some rows are so and others not, of ALL where all.
+# Of rows.ODDITIES; the others are in the log. Those of SOME are findings where some rows are so and others not, of ALL where all,
+# of MOST where more than half are.
 ODD = ("equal scores", "contrary scores", "ranks", "JSON", "prefill", "no prompt")
-SOME, ALL = ("repeated", "in order"), ("nothing there", "less likely")
+SOME, ALL, MOST = ("repeated", "in order"), ("nothing there", "less likely"), ("one side",)
 
 
 def find(report: dict) -> list[str]:
     """What a person should know before training, a sentence each, with the source and the first place."""
-    findings = []
+    findings, attributes = [], _attribute_columns(report["splits"]["train"]["sources"])
     for split, found in report["splits"].items():
         for source in found["sources"]:
-            sentences = _source_findings(source) + _column_findings(source)
+            # held-out data is judged by the reward, so that its attributes are left unread
+            known = attributes if split == "eval" else frozenset()
+            sentences = _source_findings(source) + _column_findings(source, known)
             if source["held_out_form"] and split == "train":
                 sentences.append(
                     "these are the columns of a benchmark, whose score will say nothing once it was trained on; it belongs in "
                     "--dataset_mixer_eval_list (--dataset_format pairs if it is no benchmark)"
                 )
             findings += [f"{split} {source['label']}: {sentence}" for sentence in sentences]
-        findings += [f"{split}: {sentence}" for sentence in _between_sources(found)]
+        findings += [
+            f"{split}: {sentence}" for sentence in _between_sources(found) + _attribute_findings(found["sources"])
+        ]
     for source in report["overlap"].get("sources", []):
         if source["first"]:
             findings.append(
@@ -105,11 +112,34 @@ def _prompts_of_text(found: dict) -> bool:
     return any("text, prompt given" in source["forms"] for source in found["sources"])
 
 
-def _column_findings(source: dict) -> list[str]:
-    """Columns that nobody read and that look as if somebody should, and rows that are odd."""
+def _attribute_columns(sources: list[dict]) -> frozenset[str]:
+    """The columns that --attributes read."""
+    entries = [entry for source in sources for entry in source["attributes"].values()]
+    return frozenset(
+        shown(name) for entry in entries for place in entry["places"] for name in parse_lookup(place).columns
+    )
+
+
+def _attribute_findings(sources: list[dict]) -> list[str]:
+    """Attributes of which there is nothing to learn."""
+    findings = []
+    for name in dict.fromkeys(name for source in sources for name in source["attributes"]):
+        entries = [source["attributes"][name] for source in sources if source["attributes"].get(name, {}).get("known")]
+        values = {entry[what] for entry in entries for what in ("least", "most")}
+        if len(values) == 1:
+            findings.append(
+                f"the attribute {shown(name)} is {values.pop():g} of every answer, so nothing is learned from it; name another, or "
+                "leave it out"
+            )
+    return findings
+
+
+def _column_findings(source: dict, known: frozenset[str]) -> list[str]:
+    """Columns that nobody read and that look as if somebody should, and rows that are odd. known: unread columns that need no
+    finding."""
     findings = []
     for says, advice in UNREAD.items():
-        columns = [name for name, entry in source["unread"].items() if entry["says"] == says]
+        columns = [name for name, entry in source["unread"].items() if entry["says"] == says and name not in known]
         if columns:
             named = " and ".join(columns) if len(columns) < 3 else f"{', '.join(columns[:-1])} and {columns[-1]}"
             findings.append(
@@ -120,7 +150,7 @@ def _column_findings(source: dict) -> list[str]:
     rows = sum(source["forms"].values())
     for key, entry in source["oddities"].items():
         what, some = key.partition(":")[0], entry["count"] < rows
-        if what in ODD or what in (SOME if some else ALL):
+        if what in ODD or what in (SOME if some else ALL) or (what in MOST and 2 * entry["count"] > rows):
             findings.append(f"{entry['count']} of {rows} rows {oddity_sentence(key)}, first {entry['first']}")
     return findings
 

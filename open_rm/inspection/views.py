@@ -24,6 +24,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from open_rm.data.counts import attribute_cells
 from open_rm.inspection import sharing
 
 MARKS = {"\n": "⏎", " ": "·", "\t": "⇥"}
@@ -207,7 +208,7 @@ def _fact_cells(source: dict) -> dict[str, str]:
     cells = {"rows": f"{source['rows']}, {source['taken']} taken"}
     if "forms" in source:
         cells["forms"] = "\n".join(f"{form}: {count}" for form, count in source["forms"].items())
-    cells["pairs"] = str(source["pairs"])
+    cells |= {"pairs": str(source["pairs"])} | attribute_cells(source)
     for reason, fault in source["dropped"].items():
         first = f", first {fault['first']}" if isinstance(fault, dict) else ""
         cells[f"dropped: {reason}"] = f"{fault['count'] if isinstance(fault, dict) else fault}{first}"

@@ -31,7 +31,7 @@ def check(config, weights: Sequence[float], name: str) -> None:
     if weights and config.model_type in families.ENCODERS:
         raise UserError(
             f"--attributes: {name} is an encoder ({config.model_type}), whose own pooling and head give one number; name a "
-            "decoder, or leave the flag out"
+            "decoder, or leave out --attributes and --attribute_weights"
         )
 
 

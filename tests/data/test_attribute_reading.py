@@ -220,7 +220,7 @@ def test_copies_dropped_pairs_and_other_sources(load, write_rows):
     np.testing.assert_array_equal(data.attributes(), expected)
     [known, plain] = data.facts
     assert known["attributes"]["help"] == {
-        "place": "chosen_help, rejected_help",
+        "places": ["chosen_help", "rejected_help"],
         "answers": 4,
         "known": 4,
         "least": 1,
@@ -276,7 +276,8 @@ def test_the_cache_is_that_of_the_attributes_and_held_out_data_has_none(load, wr
         (["help="], "--attributes help=: write a name"),
         (["help=a,"], "--attributes help=a,: write a name"),
         (["help=a,b,c"], "--attributes help=a,b,c: write a name"),
-        (["help=a[x]"], r"'a\[x\]' names no place in a row"),
+        (["help=a[x]"], r"--attributes help=a\[x\]: 'a\[x\]' names no place in a row"),
+        (["help,long"], r"--attributes help,long: separate attributes by spaces \(help long\)"),
     ],
 )
 def test_what_cannot_be_read_as_a_flag_is_refused(given, says):
@@ -308,11 +309,52 @@ def test_what_cannot_be_read_as_a_flag_is_refused(given, says):
             "no two sides, so two places cannot be read; .* a list with a number for each",
         ),
         (LIST, "help=scores[].x", r"scores\[\].x: there is no key x in"),
+        (
+            LIST | {"notes": [{"help": 1}] * 4},
+            "help=notes.help",
+            r"notes.help: there is a list before .help; write \[\].help for all its elements, or \[0\].help",
+        ),
+        (
+            LIST | {"notes": [{"Rating": 1, "Why": "x"}] * 4},
+            "help=notes",
+            r"the attribute help in notes is an object with Rating, Why, and has to be .* \(--attributes help=notes.KEY\)",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_meant_is_refused_by_name(row, asked, says):
     with pytest.raises(UserError, match=says):
         read_row(row, reading(asked))
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        (PAIR | {"chosen_help": 4, "rejected_help": 1}, "help"),
+        (PAIR | {"h": 4, "r": 1}, "help=h,r"),
+        (TWO | {"winner": "b", "response_a_help": 4, "response_b_help": 1}, "help"),
+    ],
+)
+def test_a_column_that_is_ignored_is_absent_and_its_side_is_not_known(row, asked):
+    first, second = [name for name in row if name not in (*PAIR, *TWO, "winner")]
+    whole = read_row(row, reading(asked))
+    assert {pair.attributes for pair in whole.pairs} <= {((4.0,), (1.0,)), ((1.0,), (4.0,))} and not whole.oddities
+    half = read_row(row, reading(asked, ignore=(second,)))
+    [(chosen,), (rejected,)] = half.pairs[0].attributes
+    assert {chosen, rejected} - {4.0} and math.isnan(rejected if half.pairs[0].chosen == "yes" else chosen)
+    assert half.oddities == (f"one side: help ({first})",)
+    assert read_row({**row, second: None}, reading(asked)).oddities == half.oddities, "or has no value"
+    neither = read_row(row, reading(asked, ignore=(first, second)))
+    assert np.isnan(neither.pairs[0].attributes).all() and not neither.oddities
+
+
+def test_a_place_that_no_row_has_is_refused_by_name(load, write_rows):
+    rows = [PAIR | {"h": 4, "r": 1}, PAIR | {"prompt": "P: ", "h": 3}]
+    assert len(load([write_rows(rows), "1.0"], attributes=["help=h,r"])) == 2, "some rows may lack one"
+    for asked in ("help=h,typo", "help=typo,h"):
+        with pytest.raises(UserError) as error:
+            load([write_rows(rows), "1.0"], attributes=[asked])
+        assert str(error.value).startswith(f"--attributes {asked}: no row of the training data has typo; correct it,")
+        assert "rows.jsonl: the row has the columns chosen, h, prompt, r, rejected" in str(error.value)
 
 
 def test_an_attribute_that_no_answer_has_is_refused_with_the_columns_that_there_are(load, write_rows):

@@ -174,3 +174,9 @@ def test_a_bad_row_says_how_many_there_are_and_which_flag_leaves_them_out(texts,
     with pytest.raises(UserError, match=r"a.jsonl:5: .*--skip_bad_rows 1 are used up; --skip_bad_rows 2 would"):
         texts(tmp_path / "a.jsonl", skip_bad_rows=1)
     assert len(texts(tmp_path / "a.jsonl", skip_bad_rows=2)) == 3
+    (tmp_path / "b.jsonl").write_bytes(b'{"chosen": "a"}\n{"chosen": "b"}\n')
+    with pytest.raises(
+        UserError, match=r"b.jsonl:1: no value .*none of the 2 rows of this source can be used"
+    ) as error:
+        texts(tmp_path / "b.jsonl")
+    assert "--skip_bad_rows" not in str(error.value), "which would leave nothing"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -625,3 +626,59 @@ def test_where_no_prompts_begin_alike_no_header_is_told(report_on):
     step = report["splits"]["train"]["sources"][0]["shared"]["step"]
     assert step["headers"]["most"] == [] and step["by_header"] == step["by_prompt"] < step["tokens"]
     assert not any("header" in line for line in look.short_lines(report))
+
+
+# ---- attributes
+
+
+def rated(rows: list[dict], **values) -> list[dict]:
+    return [row | {name: value(number) for name, value in values.items()} for number, row in enumerate(rows)]
+
+
+def test_attributes_are_told_and_of_held_out_rows_no_finding(report_on):
+    both = {"chosen_help": lambda n: n % 5, "rejected_help": lambda n: n % 3}
+    train, held_out = rated(clean_rows(), **both), rated(clean_rows(first=100), **both)
+    report = report_on(train, held_out, attributes=["help"])
+    assert report["findings"] == []
+    entry = report["splits"]["train"]["sources"][0]["attributes"]["help"]
+    places = ["chosen_help", "rejected_help"]
+    assert entry == {"places": places, "answers": 40, "known": 40, "least": 0, "most": 4}
+    [table] = views.fact_tables("train", report["splits"]["train"])
+    out = Console(file=io.StringIO(), width=200)
+    out.print(table)
+    assert "help (from chosen_help, rejected_help): known of 40 of 40 sides of pairs" in out.file.getvalue()
+    told = report_on(train, held_out)["findings"]
+    assert len(told) == 2 and all("chosen_help and rejected_help are not read" in finding for finding in told)
+    assert "scores of each answer are taken with --attributes" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("both", "says"),
+    [
+        (
+            {"chosen_help": lambda n: n, "rejected_help": lambda n: None},
+            r"train .*: 20 of 20 rows know help \(chosen_help\) of one of their two sides alone \(.*\), first .*train.jsonl:1",
+        ),
+        ({"chosen_help": lambda n: n}, r"20 of 20 rows know help \(chosen_help\) of one of their two sides alone"),
+        (
+            {"chosen_help": lambda n: 2, "rejected_help": lambda n: 2},
+            "train: the attribute help is 2 of every answer, so nothing is learned from it; name another, or leave it out",
+        ),
+        ({"chosen_help": lambda n: n, "rejected_help": lambda n: n if n % 4 else None}, None),  # a few gaps
+    ],
+)
+def test_attributes_of_which_nothing_is_learned_are_found(report_on, both, says):
+    found = report_on(rated(clean_rows(), **both), attributes=["help"])["findings"]
+    if says is None:
+        assert found == []
+        return
+    [finding] = found
+    assert re.search(says, finding), finding
+
+
+def test_attributes_need_no_weights_to_be_looked_at(args, write_rows):
+    path = str(write_rows(rated(clean_rows(), help_chosen=lambda n: n, help_rejected=lambda n: -n)))
+    asked = dataclasses.replace(args, dataset_mixer_list=[path, "1.0"], dataset_mixer_eval_list=[], attributes=["help"])
+    assert main(asked)["splits"]["train"]["sources"][0]["attributes"]["help"]["most"] == 19
+    with pytest.raises(UserError, match="--attributes names 1 and --attribute_weights has 2"):
+        main(dataclasses.replace(asked, attribute_weights=[1.0, 2.0]))

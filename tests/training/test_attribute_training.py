@@ -13,11 +13,11 @@ from killing import checkpoint_names, same_run
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from open_rm.batching.targets import Targets
-from open_rm.checks import check_attributes
+from open_rm.checks import check_args
 from open_rm.data.tokenizer import load_tokenizer
 from open_rm.dry_run import sizes
 from open_rm.errors import UserError
-from open_rm.flags import AdapterFlags, Args, DataFlags, ModelFlags, ObjectiveFlags
+from open_rm.flags import AdapterFlags, Args, ModelFlags, ObjectiveFlags
 from open_rm.reliability import comparing
 from open_rm.reward_modeling import main
 from open_rm.training import footprint
@@ -247,14 +247,24 @@ def test_an_encoder_is_refused_before_any_data_is_read(tmp_path, write_rows):
     [
         (["a", "b"], [1.0], "--attributes names 2 and --attribute_weights has 1; pass one weight for each"),
         (["a", "a=b"], [1.0, 2.0], "--attributes names a twice"),
-        (["a"], [NAN], "--attribute_weights nan: must be finite"),
+        (["a"], [NAN], "--attribute_weights nan: must be a number between -1e[+]06 and 1e[+]06"),
+        (["a"], [1e39], "--attribute_weights 1e[+]39: must be a number between"),
+        ([], [1.0], "--attribute_weights does nothing without --attributes; add or remove it"),
+        (["a"], 1.0, "--attribute_weights 1.0: must be a list of numbers"),
+        (["a"], ["1"], r"--attribute_weights \['1'\]: must be a list of numbers"),
+        ("a", [1.0], "--attributes 'a': must be a list of texts"),
         (["=x"], [1.0], "--attributes =x: write a name"),
         (["a="], [1.0], "--attributes a=: write a name"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused_before_anything_is_read(asked, weights, says):
     with pytest.raises(UserError, match=says):
-        check_attributes(DataFlags(attributes=asked), weights=weights)
+        check_args(Args(attributes=asked, attribute_weights=weights))
+
+
+def test_a_coefficient_of_no_attributes_is_refused():
+    with pytest.raises(UserError, match="--attribute_coefficient does nothing without --attributes; add or remove it"):
+        check_args(Args(attribute_coefficient=2.0))
 
 
 @pytest.mark.parametrize(
