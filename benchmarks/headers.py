@@ -8,11 +8,8 @@ of each answer's. Rounds, clock and ratios are those of throughput.py; the same 
 looking for one must cost nothing.
 """
 
-import json
-import shutil
 import statistics
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,18 +112,7 @@ class HeaderArgs:
 
 def main(args: HeaderArgs) -> list[dict]:
     """Run, print and draw; returns the results."""
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="open_rm_benchmark_"))
-    try:
-        results = _run(args, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    (output / "results.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
-    if results:
-        draw(results, output / "headers.png")
-        print(f"results in {output}/results.json, picture in {output}/headers.png")
-    return results
+    return throughput.recorded(lambda scratch: _run(args, scratch), Path(args.output), draw, "headers.png")
 
 
 def _run(args: HeaderArgs, scratch: Path) -> list[dict]:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,16 +91,23 @@ def main(args: BenchmarkArgs) -> int:
     output.mkdir(parents=True, exist_ok=True)
     if args.profile == "gpu":
         return gpu_profile.run(args, output)
+    recorded(lambda scratch: run_profile(args, scratch), output, draw, "throughput.png")
+    return 0
+
+
+def recorded(measure: Callable[[Path], list[dict]], output: Path, draw: Callable, picture: str) -> list[dict]:
+    """What measure(a folder that is deleted behind it) gives: in results.json, drawn, and returned."""
+    output.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="open_rm_benchmark_"))
     try:
-        results = run_profile(args, scratch)
+        results = measure(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     (output / "results.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
     if results:
-        draw(results, output / "throughput.png")
-        print(f"results in {output}/results.json, picture in {output}/throughput.png")
-    return 0
+        draw(results, output / picture)
+        print(f"results in {output}/results.json, picture in {output / picture}")
+    return results
 
 
 def run_profile(args: BenchmarkArgs, scratch: Path) -> list[dict]:

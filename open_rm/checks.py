@@ -181,6 +181,9 @@ def check_adapter(flags: AdapterFlags, *, freeze_backbone: bool, trust_remote_co
 
 def check_outputs(*, run: RunFlags, tracking: TrackingFlags, trains: bool) -> None:
     """Hub and wandb."""
+    parts = (run.hf_repo_id or "NAME").split("/")
+    if len(parts) > 2 or not all(parts):
+        raise UserError(f"--hf_repo_id {run.hf_repo_id}: a repository of the Hub is NAME or OWNER/NAME; correct it")
     if run.hf_entity and "/" in (run.hf_repo_id or ""):
         raise UserError("--hf_entity and the first part of --hf_repo_id both name the owner; pass one")
     if (run.hf_entity or run.hf_repo_id or run.hf_repo_revision) and not run.push_to_hub:

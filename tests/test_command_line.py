@@ -136,6 +136,7 @@ CONTRADICTIONS = [
     ("--batching packed --attn_implementation eager", "--attn_implementation chooses attention for padded rows"),
     ("--hf_repo_id me/it", "do nothing without --push_to_hub"),
     ("--push_to_hub --hf_entity me --hf_repo_id you/it", "both name the owner"),
+    ("--push_to_hub --hf_repo_id a/b/c", "--hf_repo_id a/b/c: a repository of the Hub is NAME or OWNER/NAME"),
     ("--wandb_entity me", "--wandb_entity does nothing without --with_tracking"),
     ("--push_to_hub --cache_dataset_only", "--cache_dataset_only trains no model"),
     ("--dataset_mixer_list", "--dataset_mixer_list is empty"),

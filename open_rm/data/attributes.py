@@ -35,7 +35,7 @@ def parse_attributes(given: Sequence[str]) -> Asked:
         UserError: one that cannot be read.
     """
     asked = []
-    for text in given:
+    for text in map(str, given):
         name, equals, where = text.partition("=")
         places = tuple(where.split(",")) if equals else ()
         if not name or not all(places) or len(places) > 2:
@@ -64,7 +64,8 @@ def places_of(asked: Asked, shape: str, values: dict[str, Lookup], present: set[
     found = []
     for name, written in asked:
         candidates = [written] if written else _usual(name, shape, values, present)
-        there = next(filter(any, (_present(places, present) for places in candidates)), ())
+        lookups = [_present(places, present) for places in candidates]
+        there = next(filter(all, lookups), None) or next(filter(any, lookups), ())
         if len(there) > 1 and shape in LISTS:
             raise UserError(
                 f"--attributes {name}={','.join(written)}: the row's answers have no two sides, so two places cannot be read; "
@@ -81,14 +82,16 @@ def _present(places: tuple[str, ...], present: set[str]) -> tuple[Lookup | None,
 
 
 def _usual(name: str, shape: str, values: dict[str, Lookup], present: set[str]) -> list[tuple[str, ...]]:
-    """The places that are looked at for an attribute, the first of which holds; those of two sides are two columns each."""
+    """The places that are looked at for an attribute, the first of which holds that is whole, or else there at all; those of two
+    sides are two columns each."""
     if shape in LISTS:
         column, each, _ = values["responses"].text.partition(EACH) if "responses" in values else ("", "", "")
         inside = [(f"{column}{EACH}.{name}",)] if each else []
         return [(name,)] if name in present else inside
     if shape in LABELLED:
         sides = [("response_a", "response_b"), ("a", "b")]
-        sides.insert(0, (values["response_a"].columns[0], values["response_b"].columns[0]))
+        own = values["response_a"].columns[0], values["response_b"].columns[0]
+        sides = [own, *sides] if len({*own}) == 2 else sides
     else:
         sides = [("chosen", "rejected")]
     both = [tuple(f"{side}_{name}" for side in pair) for pair in sides]
@@ -109,19 +112,15 @@ def read_attributes(places: Places, row: dict, counts: Sequence[int]) -> list[tu
 
 
 def known_of_one_side(places: Places, attributes: list[tuple[float, ...]], counts: Sequence[int]) -> list[str]:
-    """Which attributes have a place for each of two sides and are known of answers of one alone: NAME (its place).
+    """Which attributes of a row of two sides are known of answers of one alone: NAME (its places).
 
     attributes, counts: see `read_attributes`.
     """
     found = []
     for number, (name, lookups) in enumerate(places):
-        if len(lookups) != 2 or len(counts) != 2:
-            continue
         known = [not math.isnan(answer[number]) for answer in attributes]
-        sides = any(known[: counts[0]]), any(known[counts[0] :])
-        found += [
-            f"{name} ({lookup.written})" for lookup, own in zip(lookups, sides, strict=True) if own and sum(sides) == 1
-        ]
+        if len(counts) == 2 and any(known[: counts[0]]) != any(known[counts[0] :]):
+            found.append(f"{name} ({', '.join(lookup.written for lookup in lookups if lookup is not None)})")
     return found
 
 
@@ -143,6 +142,7 @@ def _numbers(name: str, lookup: Lookup | None, row: dict, count: int) -> list[fl
         value = value if found is None else found
     if _is_missing(value):
         return [UNKNOWN] * count
+    inside = f"{lookup.written}[].KEY" if isinstance(value, list) else f"{lookup.written}.KEY"
     if not isinstance(value, list) and count == 1:
         value = [value]
     if not isinstance(value, list) or len(value) != count:
@@ -153,10 +153,10 @@ def _numbers(name: str, lookup: Lookup | None, row: dict, count: int) -> list[fl
             f"{name}=PLACE,PLACE)"
         )
     where = f"the attribute {name}" + ("" if lookup.written == name else f" in {lookup.written}")
-    if inside := next((entry for entry in value if isinstance(entry, dict)), None):
+    if keys := next((entry for entry in value if isinstance(entry, dict)), None):
         raise UserError(
-            f"{where} is an object with {', '.join(map(str, inside))[:80]}, and has to be a number; name the place of one "
-            f"(--attributes {name}={lookup.written}.KEY)"
+            f"{where} is an object with {', '.join(map(str, keys))[:80]}, and has to be a number; name the place of one, {inside} "
+            f"(--attributes {name}=PLACE, or of two sides {name}=PLACE,PLACE)"
         )
     return [UNKNOWN if _is_missing(entry) else labels.number(where, _as_truth(entry)) for entry in value]
 

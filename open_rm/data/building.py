@@ -20,7 +20,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from open_rm.data import cache, grouping, preparation
-from open_rm.data.attributes import Asked
 from open_rm.data.columns import columns_of
 from open_rm.data.counts import Counts, attribute_lines, columns_line, source_line
 from open_rm.data.lookup import parse_lookup
@@ -104,7 +103,7 @@ def load_preference_data(
     found = json.loads((folder / "facts.json").read_text())
     facts = [fact | {"label": s.label, "name": _name(s)} for fact, s in zip(found["facts"], sources, strict=True)]
     _check_some_are_left(len(dataset), facts, flag)
-    _check_attributes(readings[0].attributes, facts, opened)
+    _check_attributes(readings, facts, opened)
     lines = [f"{split}: {line}" for fact in facts for line in _lines(fact)]
     return PreferenceData(dataset, [source.label for source in sources], lines, found["kind"], facts)
 
@@ -143,19 +142,23 @@ def _check_some_are_left(pairs: int, facts: list[dict], flag: str) -> None:
         raise UserError(f"--{flag}: no pairs are left ({lines}); {advice}")
 
 
-def _check_attributes(asked: Asked, facts: list[dict], opened: list[Opened]) -> None:
+def _check_attributes(readings: list[Reading], facts: list[dict], opened: list[Opened]) -> None:
     """Of each attribute some answers must be known, else there would be nothing to learn, and each place that is named be there."""
-    for name, written in asked:
+    for name, places in readings[0].attributes:
         entries = [fact["attributes"][name] for fact in facts if name in fact["attributes"]]
         there = {place for entry in entries for place in entry["places"]}
-        absent = [place for place in written if parse_lookup(place).written not in there]
-        if not absent and any(entry["known"] for entry in entries):
+        absent = [place for place in places if parse_lookup(place).written not in there]
+        if any(entry["known"] for entry in entries) and (not absent or len(places) == 1):
             continue
         rows = (next((row for _, row in one.rows() if isinstance(row, dict)), {}) for one in opened)
-        columns = "; ".join(f"{fact['name']}: {columns_of(row)}" for fact, row in zip(facts, rows, strict=True))
+        seen = [
+            {column: row[column] for column in row if column not in reading.ignore}
+            for row, reading in zip(rows, readings, strict=True)
+        ]
+        columns = "; ".join(f"{fact['name']}: {columns_of(row)}" for fact, row in zip(facts, seen, strict=True))
         if absent:
             raise UserError(
-                f"--attributes {name}={','.join(written)}: no row of the training data has {absent[0]}; correct it, or leave the "
+                f"--attributes {name}={','.join(places)}: no row of the training data has {absent[0]}; correct it, or leave the "
                 f"attribute out; {columns}"
             )
         raise UserError(
@@ -216,6 +219,7 @@ class _BadRows:
     def __init__(self, left: int, allowed: int):
         self.left, self.allowed = left, allowed
         self.count = self.seen = 0
+        self.first: tuple[str, str] | None = None
         self.first_too_many: tuple[str, str] | None = None
         self.found_at = 0.0
 
@@ -225,6 +229,7 @@ class _BadRows:
         skipped = []
         for place, what in bad:
             self.count += 1
+            self.first = self.first or (place, what)
             if self.count <= self.left:
                 skipped.append({"place": place, "what": what})
             elif self.first_too_many is None:
@@ -244,9 +249,9 @@ class _BadRows:
         number = (
             f"{'' if every else 'at least '}{self.count} of {f'all {size}' if every else f'the first {self.seen}'} rows"
         )
-        if every and self.count == size > 1:
+        if every and self.count >= size > 1:
             raise UserError(
-                f"{place}: {what} (the first; none of the {size} rows of this source can be used, so name other columns, or leave "
+                f"{': '.join(self.first)} (the first; none of the {size} rows of this source can be used, so name other columns, or leave "
                 "the source out)"
             )
         needed = self.allowed - self.left + self.count

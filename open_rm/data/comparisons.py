@@ -173,8 +173,9 @@ def _of_list(values: Values, prompt) -> tuple[list[Unchecked], int]:
     if scores is None:
         values.oddities.append("in order")
     pairs = labels.ranked(responses, scores, values.plan.lower_is_better)
-    # of a public set the direction is known
-    if reading.lower_is_better is None and form.name in OWN_NAMES and labels.looks_like_ranks(scores):
+    # of the scores of a public set the direction is known
+    is_own = form.name in OWN_NAMES or bool({"scores", "score"} & reading.column_map.keys())
+    if reading.lower_is_better is None and not form.lower_is_better and is_own and labels.looks_like_ranks(scores):
         values.oddities.append("ranks")
     kept = [pair for pair in pairs if not pair.alike and (values.keep_ties or not pair.is_tie)]
     with_margin = reading.margin_from is not None

@@ -12,6 +12,7 @@ from open_rm.data.forms import SOFT, TARGETS
 from open_rm.data.grouping import Joined
 from open_rm.data.rows import ODDITIES, Row
 
+NOTHING_KNOWN = {"places": (), "columns": (), "answers": 0, "known": 0, "least": None, "most": None}  # of an attribute
 LOOKED_AT = 20  # values of an unread column, in each block, that are looked at for what they hold
 
 
@@ -24,7 +25,8 @@ class Counts:
     truncated: pairs that were cut; promptless: those that lost their whole prompt.
     read: our column -> where it stood.  unread: column -> {says: what its name or content says it is, or None; first}.
     held_out_form: rows of a form that is a benchmark's.
-    attributes: name -> {places; of how many answers of the kept pairs it is known, and of how many there are; least, most}.
+    read_rows: rows that were read, those of ties alone too.
+    attributes: name -> {places; columns, those that the places are in; of how many answers of the kept pairs it is known, and of how many there are; least, most}.
     """
 
     forms: dict[str, int] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Counts:
     read: dict[str, str] = field(default_factory=dict)
     unread: dict[str, dict] = field(default_factory=dict)
     held_out_form: int = 0
+    read_rows: int = 0
     attributes: dict[str, dict] = field(default_factory=dict)
 
     def drop(self, reason: str, pairs: int, place: str) -> None:
@@ -55,13 +58,14 @@ class Counts:
         """Count kept pairs by which attributes are known of their two sides."""
         for name, *numbers in zip(names, *sides, strict=True):
             known = [number for number in numbers if not math.isnan(number)]
-            entry = {"places": [], "answers": pairs * len(numbers), "known": pairs * len(known)}
+            entry = NOTHING_KNOWN | {"answers": pairs * len(numbers), "known": pairs * len(known)}
             entry |= {"least": min(known, default=None), "most": max(known, default=None)}
             self._add_attribute(name, entry)
 
     def _add_attribute(self, name: str, entry: dict) -> None:
-        mine = self.attributes.setdefault(name, {"places": [], "answers": 0, "known": 0, "least": None, "most": None})
-        mine["places"] += [place for place in entry["places"] if place not in mine["places"]]
+        mine = self.attributes.setdefault(name, dict(NOTHING_KNOWN))
+        for what in ("places", "columns"):
+            mine[what] = list(dict.fromkeys([*mine[what], *entry[what]]))
         for what in ("answers", "known"):
             mine[what] += entry[what]
         for what, best in (("least", min), ("most", max)):
@@ -72,6 +76,7 @@ class Counts:
         plans: dict[int, Plan] = {}
         looked: dict[str, int] = {}
         for place, raw, row, times in rows:
+            self.read_rows += 1
             if row.form:
                 self.forms[row.form] = self.forms.get(row.form, 0) + 1
             self.ties += row.ties * times
@@ -83,8 +88,10 @@ class Counts:
         for plan in plans.values():
             self.read |= {ours: lookup.written for ours, lookup in plan.values.items() if ours not in self.read}
             for name, places in plan.attributes:
-                there = [lookup.written for lookup in places if lookup is not None]
-                self._add_attribute(name, {"places": there, "answers": 0, "known": 0, "least": None, "most": None})
+                there = [lookup for lookup in places if lookup is not None]
+                columns = [shown(column) for lookup in there for column in lookup.columns]
+                entry = {"places": [lookup.written for lookup in there], "columns": columns}
+                self._add_attribute(name, NOTHING_KNOWN | entry)
             for name in plan.unread:
                 self.unread.setdefault(shown(name), {"says": None, "first": None})
 
@@ -107,7 +114,7 @@ class Counts:
         for mine, theirs in ((self.dropped, other.dropped), (self.oddities, other.oddities)):
             for what, entry in theirs.items():
                 _count(mine, what, entry["count"], entry["first"])
-        for name in ("ties", "ties_trained", "soft_labels", "truncated", "promptless", "held_out_form"):
+        for name in ("ties", "ties_trained", "soft_labels", "truncated", "promptless", "held_out_form", "read_rows"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, entry in other.attributes.items():
             self._add_attribute(name, entry)

@@ -83,9 +83,9 @@ Elsewhere: `NAME=PLACE`, an expression of the next section that gives the number
 | llm-blender/Unified-Feedback:all | `rating` |
 
 What is empty or N/A is not known, and nothing is learned from it; nor is an attribute that a source does not have. The log
-says how many are known and in which range: sources of different scales are better not mixed. A PLACE that is in no row is refused.
-An attribute that is the same of all answers, or in most rows is known of one of two sides alone, is a finding. They are read from
-training data alone; in held-out data their columns are left unread, without a finding.
+says how many are known and in which range: sources of different scales are better not mixed. A PLACE whose
+column is in no row is refused. An attribute that is the same of all answers, or in most rows is known of one of two sides alone,
+is a finding. They are read from training data alone; the same columns of held-out data are left unread, without a finding.
 
 Each attribute is predicted less its mean over the training data. The mean squared error of a pair's known values is added to its
 loss, `--attribute_coefficient` times (1), and logged as `train/rm/loss_attributes`. An answer counts once for each pair that it is

@@ -105,7 +105,7 @@ ODDITIES = {
     "no prompt": "have no prompt, and text in the column {}, which is not read",
     "nothing there": "have nothing at {}, which --column_map names",
     "less likely": "have {}, so their sides change places",
-    "one side": "know {} of one of their two sides alone (if the other has it too, write --attributes NAME=PLACE,PLACE)",
+    "one side": "know {} of one of their two sides alone (correct the place of the other, or leave the attribute out)",
     "lonely": "have fewer than two answers and give no pair",
 }
 

@@ -10,12 +10,13 @@ where there are findings. The recipe prints the short form before each training.
 import dataclasses
 
 from open_rm import command_line
-from open_rm.checks import check_args
+from open_rm.checks import check_args, check_values
 from open_rm.flags import Args
 
 
 def check(args: Args) -> None:
     """As before a training; to look at attributes needs no weights of them."""
+    check_values(args)
     check_args(dataclasses.replace(args, attribute_weights=args.attribute_weights or [0.0] * len(args.attributes)))
 
 

@@ -5,7 +5,6 @@ thresholds are here; what they mean for a training run is the reader's to decide
 """
 
 from open_rm.data.counts import oddity_sentence, shown
-from open_rm.data.lookup import parse_lookup
 from open_rm.data.tokenizer import DATE
 from open_rm.errors import UserError
 
@@ -34,8 +33,8 @@ def find(report: dict) -> list[str]:
     for split, found in report["splits"].items():
         for source in found["sources"]:
             # held-out data is judged by the reward, so that its attributes are left unread
-            known = attributes if split == "eval" else frozenset()
-            sentences = _source_findings(source) + _column_findings(source, known)
+            excused = attributes if split == "eval" else frozenset()
+            sentences = _source_findings(source) + _column_findings(source, excused)
             if source["held_out_form"] and split == "train":
                 sentences.append(
                     "these are the columns of a benchmark, whose score will say nothing once it was trained on; it belongs in "
@@ -114,32 +113,32 @@ def _prompts_of_text(found: dict) -> bool:
 
 def _attribute_columns(sources: list[dict]) -> frozenset[str]:
     """The columns that --attributes read."""
-    entries = [entry for source in sources for entry in source["attributes"].values()]
-    return frozenset(
-        shown(name) for entry in entries for place in entry["places"] for name in parse_lookup(place).columns
-    )
+    entries = [entry for source in sources for entry in source.get("attributes", {}).values()]
+    return frozenset(name for entry in entries for name in entry["columns"])
 
 
 def _attribute_findings(sources: list[dict]) -> list[str]:
     """Attributes of which there is nothing to learn."""
     findings = []
-    for name in dict.fromkeys(name for source in sources for name in source["attributes"]):
-        entries = [source["attributes"][name] for source in sources if source["attributes"].get(name, {}).get("known")]
+    attributes = [source.get("attributes", {}) for source in sources]
+    for name in dict.fromkeys(name for of_source in attributes for name in of_source):
+        entries = [of_source[name] for of_source in attributes if of_source.get(name, {}).get("known")]
         values = {entry[what] for entry in entries for what in ("least", "most")}
         if len(values) == 1:
             findings.append(
-                f"the attribute {shown(name)} is {values.pop():g} of every answer, so nothing is learned from it; name another, or "
-                "leave it out"
+                f"the attribute {shown(name)} is {values.pop():g} wherever it is known, so nothing is learned from it; name "
+                "another, or leave it out"
             )
     return findings
 
 
-def _column_findings(source: dict, known: frozenset[str]) -> list[str]:
-    """Columns that nobody read and that look as if somebody should, and rows that are odd. known: unread columns that need no
-    finding."""
+def _column_findings(source: dict, excused: frozenset[str]) -> list[str]:
+    """Columns that nobody read and that look as if somebody should, and rows that are odd. excused: columns of scores
+    that need no finding."""
     findings = []
     for says, advice in UNREAD.items():
-        columns = [name for name, entry in source["unread"].items() if entry["says"] == says and name not in known]
+        columns = [name for name, entry in source["unread"].items() if entry["says"] == says]
+        columns = [name for name in columns if says not in ("label", "score") or name not in excused]
         if columns:
             named = " and ".join(columns) if len(columns) < 3 else f"{', '.join(columns[:-1])} and {columns[-1]}"
             findings.append(
@@ -147,7 +146,7 @@ def _column_findings(source: dict, known: frozenset[str]) -> list[str]:
                 f"{source['unread'][columns[0]]['first']}); {advice.format(columns[0])}, or leave it out "
                 f"(--ignore_columns {' '.join(columns)})"
             )
-    rows = sum(source["forms"].values())
+    rows = source["read_rows"]
     for key, entry in source["oddities"].items():
         what, some = key.partition(":")[0], entry["count"] < rows
         if what in ODD or what in (SOME if some else ALL) or (what in MOST and 2 * entry["count"] > rows):

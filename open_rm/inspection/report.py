@@ -66,7 +66,7 @@ def _facts(facts: dict) -> dict:
         "truncated",
         "promptless",
     )
-    names += ("read", "unread", "oddities", "held_out_form", "attributes")
+    names += ("read", "unread", "oddities", "held_out_form", "read_rows", "attributes")
     found = {name: facts[name] for name in names} | {"pairs": facts["kept"]}
     same = [fault for reason, fault in facts["dropped"].items() if reason.startswith("identical")]
     skipped = [row["place"] for row in facts["skipped"] if row["what"].startswith("chosen and rejected are identical")]

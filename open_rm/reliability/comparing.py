@@ -94,7 +94,7 @@ def _default(name: str) -> object:
 
 
 def _shown(value: object) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = (" ".join(map(str, value)) or "nothing") if isinstance(value, list) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -58,6 +58,7 @@ def least_stretch(request):
     """All tests with every range that several segments continue as a call of its own, and with none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LEAST_STRETCH", request.param)
+        patch.setattr(attention, "LEAST_COPIES", 1)
         yield request.param
 
 
@@ -101,6 +102,15 @@ def test_a_long_stretch_is_found_for_all_segments_that_continue_it(least_stretch
     assert found["several groups"] == [(range(4, 6), 0)]
     assert found["a header of two prompts"] == [(range(2, 5), 0), (range(3, 5), 1)]
     assert found["a prompt that is its header"] == [(range(1, 4), 0)]
+
+
+def test_few_copies_of_a_stretch_are_made(monkeypatch):
+    """Of 600 tokens, two segments need one copy more, and three two."""
+    for name, least in (("LEAST_STRETCH", 128), ("LEAST_COPIES", 1024)):
+        monkeypatch.setattr(attention, name, least)
+    bounds = [(0, 600, ()), *((600 + i, 601 + i, ((0, 600),)) for i in range(3))]
+    assert make_segments(bounds).stretches == [(range(1, 4), 0)]
+    assert make_segments(bounds[:3]).stretches == []
 
 
 def test_in_bfloat16_outputs_and_gradients_are_as_near_to_float32_as_those_by_segment(least_stretch):

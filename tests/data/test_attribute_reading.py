@@ -221,6 +221,7 @@ def test_copies_dropped_pairs_and_other_sources(load, write_rows):
     [known, plain] = data.facts
     assert known["attributes"]["help"] == {
         "places": ["chosen_help", "rejected_help"],
+        "columns": ["chosen_help", "rejected_help"],
         "answers": 4,
         "known": 4,
         "least": 1,
@@ -317,7 +318,7 @@ def test_what_cannot_be_read_as_a_flag_is_refused(given, says):
         (
             LIST | {"notes": [{"Rating": 1, "Why": "x"}] * 4},
             "help=notes",
-            r"the attribute help in notes is an object with Rating, Why, and has to be .* \(--attributes help=notes.KEY\)",
+            r"the attribute help in notes is an object with Rating, Why, and has to be .* name the place of one, notes\[\].KEY \(",
         ),
     ],
 )
@@ -336,20 +337,43 @@ def test_a_row_that_cannot_be_meant_is_refused_by_name(row, asked, says):
 )
 def test_a_column_that_is_ignored_is_absent_and_its_side_is_not_known(row, asked):
     first, second = [name for name in row if name not in (*PAIR, *TWO, "winner")]
-    whole = read_row(row, reading(asked))
-    assert {pair.attributes for pair in whole.pairs} <= {((4.0,), (1.0,)), ((1.0,), (4.0,))} and not whole.oddities
-    half = read_row(row, reading(asked, ignore=(second,)))
-    [(chosen,), (rejected,)] = half.pairs[0].attributes
-    assert {chosen, rejected} - {4.0} and math.isnan(rejected if half.pairs[0].chosen == "yes" else chosen)
-    assert half.oddities == (f"one side: help ({first})",)
-    assert read_row({**row, second: None}, reading(asked)).oddities == half.oddities, "or has no value"
-    neither = read_row(row, reading(asked, ignore=(first, second)))
-    assert np.isnan(neither.pairs[0].attributes).all() and not neither.oddities
+    value_of = {row.get("response_a", "yes"): 4.0, row.get("response_b", "no"): 1.0}
+
+    def of_sides(row, **how) -> tuple[tuple[float, float], tuple[str, ...]]:
+        found = read_row(row, reading(asked, **how))
+        [pair] = found.pairs
+        numbers = {
+            text: of_text for text, (of_text,) in zip((pair.chosen, pair.rejected), pair.attributes, strict=True)
+        }
+        return tuple(numbers[text] for text in value_of), found.oddities
+
+    assert of_sides(row) == (tuple(value_of.values()), ())
+    for half, oddity in (
+        (of_sides(row, ignore=(second,)), f"one side: help ({first})"),
+        (of_sides(row | {second: None}), f"one side: help ({first}, {second})"),
+    ):
+        (of_first, of_second), oddities = half
+        assert of_first == 4 and math.isnan(of_second) and oddities == (oddity,)
+    neither, oddities = of_sides(row, ignore=(first, second))
+    assert np.isnan(neither).all() and not oddities
+
+
+def test_a_whole_pair_of_columns_is_taken_before_a_half_one_and_one_column_is_never_both_sides():
+    row = PAIR | {"chosen_help": 9, "help_chosen": 4, "help_rejected": 1}
+    assert read_row(row, reading("help")).pairs[0].attributes == ((4.0,), (1.0,))
+    two = {"prompt": "Q: ", "answers": ["yes", "no"], "winner": "a", "answers_help": 7, "a_help": 4, "b_help": 1}
+    places = {"response_a": "answers[0]", "response_b": "answers[1]"}
+    assert read_row(two, reading("help", column_map=places)).pairs[0].attributes == ((4.0,), (1.0,))
 
 
 def test_a_place_that_no_row_has_is_refused_by_name(load, write_rows):
     rows = [PAIR | {"h": 4, "r": 1}, PAIR | {"prompt": "P: ", "h": 3}]
     assert len(load([write_rows(rows), "1.0"], attributes=["help=h,r"])) == 2, "some rows may lack one"
+    joined = [{"prompt": "P", "response": text, "score": of(text)[0]} for text in HELP]
+    joined[1]["h"] = 3  # not in the first row of the prompt, which stands for it
+    assert np.nanmax(load([write_rows(joined, "rows_of_one.jsonl"), "1.0"], attributes=["help=h"]).attributes()) == 3
+    with pytest.raises(UserError, match="no row of the training data has r; .* columns chosen, h, prompt, rejected$"):
+        load([write_rows(rows), "1.0"], attributes=["help=h,r"], ignore_columns=["r"])
     for asked in ("help=h,typo", "help=typo,h"):
         with pytest.raises(UserError) as error:
             load([write_rows(rows), "1.0"], attributes=[asked])

@@ -162,9 +162,11 @@ def test_ranks_negative_margins_and_equal_scores_are_told_or_refused():
     ranked = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 1, 3]}
     assert read_row(ranked).oddities == ("ranks",)
     answers = [{"response": text, "fine-grained_score": score} for text, score in (("a", 2), ("b", 1))]
-    assert read_row({"instruction": "q", "completions": answers}).oddities == (), (
-        "the direction of a public set is known"
-    )
+    rated = {"instruction": "q", "completions": answers}
+    assert read_row(rated).oddities == (), "the direction of a public set is known"
+    rated["completions"] = [answer | {"place": answer["fine-grained_score"]} for answer in answers]
+    mapped = Reading(column_map={"scores": "completions[].place"})
+    assert read_row(rated, mapped).oddities == ("ranks",), "but of another column"
     assert [pair.chosen for pair in pairs(ranked, lower_is_better=True)] == ["b", "b", "a"]
     assert read_row(ranked, Reading(lower_is_better=False)).oddities == ()
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 3}

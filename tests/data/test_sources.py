@@ -180,3 +180,5 @@ def test_a_bad_row_says_how_many_there_are_and_which_flag_leaves_them_out(texts,
     ) as error:
         texts(tmp_path / "b.jsonl")
     assert "--skip_bad_rows" not in str(error.value), "which would leave nothing"
+    with pytest.raises(UserError, match="b.jsonl:1: no value .*the first; none of the 2 rows"):
+        texts(tmp_path / "b.jsonl", skip_bad_rows=1)

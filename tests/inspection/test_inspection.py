@@ -642,7 +642,7 @@ def test_attributes_are_told_and_of_held_out_rows_no_finding(report_on):
     assert report["findings"] == []
     entry = report["splits"]["train"]["sources"][0]["attributes"]["help"]
     places = ["chosen_help", "rejected_help"]
-    assert entry == {"places": places, "answers": 40, "known": 40, "least": 0, "most": 4}
+    assert entry == {"places": places, "columns": places, "answers": 40, "known": 40, "least": 0, "most": 4}
     [table] = views.fact_tables("train", report["splits"]["train"])
     out = Console(file=io.StringIO(), width=200)
     out.print(table)
@@ -657,12 +657,15 @@ def test_attributes_are_told_and_of_held_out_rows_no_finding(report_on):
     [
         (
             {"chosen_help": lambda n: n, "rejected_help": lambda n: None},
-            r"train .*: 20 of 20 rows know help \(chosen_help\) of one of their two sides alone \(.*\), first .*train.jsonl:1",
+            r"train .*: 20 of 20 rows know help \(chosen_help, rejected_help\) of one of their two sides alone \(.*\), first .*train.jsonl:1",
         ),
-        ({"chosen_help": lambda n: n}, r"20 of 20 rows know help \(chosen_help\) of one of their two sides alone"),
+        (
+            {"chosen_help": lambda n: n if n % 2 else None, "rejected_help": lambda n: None if n % 2 else n},
+            r"20 of 20 rows know help \(chosen_help, rejected_help\) of one of their two sides alone",
+        ),
         (
             {"chosen_help": lambda n: 2, "rejected_help": lambda n: 2},
-            "train: the attribute help is 2 of every answer, so nothing is learned from it; name another, or leave it out",
+            "train: the attribute help is 2 wherever it is known, so nothing is learned from it; name another, or leave it out",
         ),
         ({"chosen_help": lambda n: n, "rejected_help": lambda n: n if n % 4 else None}, None),  # a few gaps
     ],
@@ -682,3 +685,9 @@ def test_attributes_need_no_weights_to_be_looked_at(args, write_rows):
     assert main(asked)["splits"]["train"]["sources"][0]["attributes"]["help"]["most"] == 19
     with pytest.raises(UserError, match="--attributes names 1 and --attribute_weights has 2"):
         main(dataclasses.replace(asked, attribute_weights=[1.0, 2.0]))
+
+
+def test_columns_of_any_name_may_hold_attributes(report_on):
+    both = {"chosen_score [1-5]": lambda n: n % 5, "rejected_score [1-5]": lambda n: n % 3}
+    train, held_out = rated(clean_rows(), **both), rated(clean_rows(first=100), **both)
+    assert report_on(train, held_out, attributes=["score [1-5]"])["findings"] == []
