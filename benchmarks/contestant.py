@@ -184,4 +184,10 @@ def train_trl(settings: dict) -> dict:
 
 if __name__ == "__main__":
     chosen = json.loads(Path(sys.argv[1]).read_text())
-    print("RESULT " + json.dumps(train_trl(chosen) if chosen["trainer"] == "trl" else train_ours(chosen)))
+    if chosen["trainer"] == "in turn":
+        from benchmarks.in_turn import steps_in_turn
+
+        found = {"rounds": steps_in_turn(chosen)}
+    else:
+        found = train_trl(chosen) if chosen["trainer"] == "trl" else train_ours(chosen)
+    print("RESULT " + json.dumps(found))

@@ -4,8 +4,8 @@
 
 A header is what prompts have in common at their start: here a policy for an assistant in front of hh_harmless and a rubric in
 front of alpaca_eval, 500 tokens each. Ours without headers shares a prompt among its answers alone, and copies its keys in front
-of each answer's. Rounds, clock and ratios are those of throughput.py; the same pairs without any header are there too, since
-looking for one must cost nothing.
+of each answer's. Rounds, clock and ratios are those of throughput.py. The same pairs without any header are there too, since
+looking for one must cost nothing (in_turn.py).
 """
 
 import statistics
@@ -103,7 +103,9 @@ class HeaderArgs:
     only: tuple[str, ...] = ()
     """Workloads to run, by the names of their data. Empty: all."""
     without: bool = True
-    """Also the same pairs without a header, ours alone."""
+    """Also the same pairs without a header, ours alone, step by step in turn."""
+    steps_without: int = 24
+    """Steps of them that are timed."""
     output: str = "output/benchmark_headers"
     """Folder for results.json and headers.png."""
     smoke: bool = False
@@ -127,8 +129,7 @@ def _run(args: HeaderArgs, scratch: Path) -> list[dict]:
     results = []
     for load in loads:
         behind = workloads.behind(load, HEADERS[load.name], args.tokens, tokenizer)
-        ours = tuple(name for name in args.contestants if name != TRL)
-        for some, names in ((behind, args.contestants), (load, ours))[: 1 + args.without]:
+        for some in (behind, load)[: 1 + args.without]:
             common = {
                 "model": str(model),
                 "data": str(workloads.write_rows(scratch, some)),
@@ -141,12 +142,24 @@ def _run(args: HeaderArgs, scratch: Path) -> list[dict]:
                 "group_by_prompt": load.by_prompt,
                 "positions": args.positions,
             }
-            what = f"behind {args.tokens} tokens" if some is behind else "without a header"
-            contestants = {name: CONTESTANTS[name] for name in names}
-            rounds = throughput.race(common, 1 if args.smoke else args.rounds, scratch, contestants)
-            results.append({"title": f"{load.name}, {what}", "rounds": rounds})
+            if some is behind:
+                contestants = {name: CONTESTANTS[name] for name in args.contestants}
+                rounds = throughput.race(common, 1 if args.smoke else args.rounds, scratch, contestants)
+                results.append({"title": f"{load.name}, behind {args.tokens} tokens", "rounds": rounds})
+            else:
+                rounds = _in_turn(common, 1 if args.smoke else args.steps_without, scratch)
+                results.append({"title": f"{load.name}, without a header", "rounds": rounds})
             report(results[-1])
     return results
+
+
+def _in_turn(common: dict, steps: int, scratch: Path) -> list[dict[str, dict]]:
+    """Ours with headers and without, a round each step: two runs differ by more than the search for headers costs."""
+    names = {"with": OURS, "without": SWITCHED_OFF}
+    found = throughput.run_contestant(
+        common | CONTESTANTS[OURS] | names | {"trainer": "in turn", "steps": steps}, scratch
+    )
+    return found.get("rounds") or [{name: found for name in names.values()}]
 
 
 def _loads(args: HeaderArgs) -> list[workloads.Workload]:

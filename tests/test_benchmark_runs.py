@@ -15,11 +15,9 @@ from open_rm.reward_modeling import main as recipe
 def test_headers_are_measured_beside_the_same_pairs_without_sharing_them(tmp_path, capsys):
     """Ours alone: TRL beside ours is in test_benchmarks.py."""
     ours = (headers.OURS, headers.SWITCHED_OFF)
-    args = headers.HeaderArgs(
-        smoke=True, contestants=ours, only=("conversations",), tokens=200, without=False, output=str(tmp_path)
-    )
-    [result] = headers.main(args)
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == [result]
+    args = headers.HeaderArgs(smoke=True, contestants=ours, only=("conversations",), tokens=200, output=str(tmp_path))
+    result, without = headers.main(args)
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == [result, without]
     assert (tmp_path / "headers.png").stat().st_size > 5_000
     assert result["title"] == "conversations, behind 200 tokens"
     [found] = result["rounds"]
@@ -27,6 +25,9 @@ def test_headers_are_measured_beside_the_same_pairs_without_sharing_them(tmp_pat
     shared, not_shared = found.values()
     assert shared["loss"] == pytest.approx(not_shared["loss"], abs=1e-5)  # the same pairs, steps and weights
     assert 0 < shared["distinct"] < 0.6 * not_shared["distinct"] < 0.6
+    assert without["title"] == "conversations, without a header"
+    [[one, other]] = (list(times.values()) for times in without["rounds"])
+    assert one["distinct"] == other["distinct"] > 0.5, "nothing was shared that could be"
     printed = capsys.readouterr().out
     for name in ours:
         assert f"| {name} | {found[name]['pairs_per_second']:.2f}" in printed
