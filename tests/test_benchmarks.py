@@ -115,7 +115,8 @@ def test_it_ends_with_a_table_a_picture_and_the_shares_of_a_step(whole):
     assert len(results["summary"]) == 4 * len((*OURS, *THEIRS))
     assert printed.count("| shared_prefix | ") == 4
     assert results["machine"]["smoke"] and "no measurement" in printed
-    assert results["machine"]["versions"]["torch"] == torch.__version__
+    # a wheel for CUDA from the package index says +cu130 of itself, and its metadata do not
+    assert results["machine"]["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     [trace] = results["traces"]
     assert set(trace["shares"]) == set(step_trace.KINDS)  # gaps are a GPU's
     assert sum(trace["shares"].values()) == pytest.approx(1)

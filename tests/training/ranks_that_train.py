@@ -244,7 +244,7 @@ TRYING = {
 # ---------------------------------------------------------------- stragglers
 
 
-def watched(ranks: Ranks, folder: str, stage: int, *, clock=time.perf_counter, slowed: bool = False, **how) -> dict:
+def watched(ranks: Ranks, folder: str, stage: int, *, clock=time.perf_counter, slowed=False, steps=3, **how) -> dict:
     """What is said of some steps. clock: of the stopwatch.  slowed: the last rank computes each product six times."""
     Stopwatch.clock = clock
     engine, said = made(ranks, folder, stage, **how), []
@@ -254,7 +254,7 @@ def watched(ranks: Ranks, folder: str, stage: int, *, clock=time.perf_counter, s
                 module.forward = several_times(module.forward)
     stragglers = Stragglers(engine.module, ranks, lambda *lines: said.extend(lines))
     meter = Meter(ranks, model_shape(engine.module), torch.float32, stragglers)
-    rows = trained(engine, pairs(), rules(4096), 3, meter)
+    rows = trained(engine, pairs(), rules(4096), steps, meter)
     with engine.evaluating():  # is no step's time
         engine(**trying.Filling(rules(512), pairs(), 1).least().batch.inputs(ranks.device))
     left = len(stragglers._stopwatch._spans)
@@ -279,8 +279,8 @@ def a_slow_rank(ranks: Ranks, folder: str) -> dict:
 
 
 def even_ranks(ranks: Ranks, folder: str) -> dict:
-    """By processor time: other processes that take this machine's cores are not what is tested."""
-    return {0: watched(ranks, folder, 0, clock=time.thread_time)}
+    """By processor time, and over more steps: other processes that take this machine's cores are not what is tested."""
+    return {0: watched(ranks, folder, 0, clock=time.thread_time, steps=11)}
 
 
 def an_uneven_deal(ranks: Ranks, folder: str) -> dict:

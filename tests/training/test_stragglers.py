@@ -52,7 +52,7 @@ def test_what_is_timed_is_a_part_of_the_step_and_waiting_for_a_slow_rank_is_not_
 def test_even_ranks_name_none(found):
     for of_main in found["2: even"][0].values():
         [line] = of_main["report"]
-        assert line.startswith("ranks: even over 3 steps")
+        assert line.startswith("ranks: even over 11 steps")
 
 
 def test_a_rank_that_was_dealt_more_is_the_slowest_of_the_step_and_no_slow_rank(found):
