@@ -1,5 +1,6 @@
 """Damaged and foreign checkpoints: fallen back from or refused in one sentence, and nothing in them is run."""
 
+import fcntl
 import hashlib
 import json
 import pickle
@@ -267,9 +268,19 @@ def test_never_refuses_a_folder_that_holds_a_run(nursery, flags_for, killed, tmp
     )
 
 
+def is_locked(folder) -> bool:
+    """Whether somebody decides about the folder: one who is stopped then is not known by name yet."""
+    with (folder / ".claim.lock").open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 def test_two_runs_on_one_folder_the_second_names_the_first(nursery, flags_for, killed, tmp_path):
     first = nursery.start(flags_for(killed, keep_last_n_checkpoints=3), tmp_path / "first")
-    first.wait_for(lambda: (killed / ".claim.json").exists(), "its claim")
+    first.wait_for(lambda: (killed / ".claim.json").exists() and not is_locked(killed), "its claim")
     first.send(signal.SIGSTOP)
     sentence = refused(nursery, flags_for(killed), tmp_path)
     assert f"process {first.pids[0]} on" in sentence and "choose another folder" in sentence
