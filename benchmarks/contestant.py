@@ -8,7 +8,6 @@ numbers of pairs a step.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import resource
@@ -41,14 +40,12 @@ def rates(tokens: list[float], seconds: float, pairs: int) -> dict[str, float]:
 
 def without_headers() -> None:
     """In this process prompts are shared by their answers alone, and what they have in common at their start is not."""
-    from open_rm.batching import layouts
+    from benchmarks import switching
     from open_rm.data.pairs import PreferenceData
 
-    layouts.LEAST_HEADER = 1 << 60
-    for function in (layouts.lay_out, layouts.lay_out_sequences):
-        function.__kwdefaults__["least_header"] = layouts.LEAST_HEADER
+    switching.look_for_headers(False)
     whole = PreferenceData.table.func
-    PreferenceData.table = functools.cached_property(lambda data: dataclasses.replace(whole(data), prompt_order=None))
+    PreferenceData.table = functools.cached_property(lambda data: switching.without_order(whole(data)))
     PreferenceData.table.__set_name__(PreferenceData, "table")
 
 
@@ -60,9 +57,9 @@ def train_ours(settings: dict) -> dict:
     if not settings.get("headers", True):
         without_headers()
     if not settings.get("stretches", True):
-        from open_rm.batching import attention
+        from benchmarks import switching
 
-        attention.LEAST_STRETCH = sys.maxsize
+        switching.compute_apart(False)
 
     output = Path(settings["scratch"])
     with contextlib.redirect_stdout(sys.stderr):

@@ -126,6 +126,7 @@ def _run(args: HeaderArgs, scratch: Path) -> list[dict]:
     tokenizer = workloads.make_tokenizer([*loads, workloads.Workload("headers", texts, False)])
     model = scratch / shape
     workloads.write_model(model, workloads.SHAPES[shape], tokenizer)
+    accumulation = 1 if args.smoke else 4  # a smoke run has few pairs, and the first two steps are not measured
     results = []
     for load in loads:
         behind = workloads.behind(load, HEADERS[load.name], args.tokens, tokenizer)
@@ -135,9 +136,7 @@ def _run(args: HeaderArgs, scratch: Path) -> list[dict]:
                 "data": str(workloads.write_rows(scratch, some)),
                 "dtype": "float32",
                 "batch": 8,
-                "accumulation": 1
-                if args.smoke
-                else 4,  # a smoke run has few pairs, and the first two steps are not measured
+                "accumulation": accumulation,
                 "max_token_length": 2048,
                 "group_by_prompt": load.by_prompt,
                 "positions": args.positions,

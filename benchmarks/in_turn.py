@@ -6,19 +6,16 @@ nothing runs beside it, so that all of the planning counts.
 """
 
 import copy
-import dataclasses
 import time
 from pathlib import Path
 
-from benchmarks import contestant
+from benchmarks import contestant, switching
 from benchmarks.measuring import How, Setting, steps_of
 from benchmarks.recipe_loop import OurTraining
 from benchmarks.workloads import read_pairs
 from open_rm import ranks
-from open_rm.batching import attention, feeding, layouts
+from open_rm.batching import feeding
 from open_rm.data.tokenizer import load_tokenizer
-
-NEVER = 1 << 60  # tokens of a header
 
 
 def steps_in_turn(settings: dict) -> list[dict[str, dict]]:
@@ -42,7 +39,7 @@ def steps_in_turn(settings: dict) -> list[dict[str, dict]]:
     tokenizer = load_tokenizer(how.model)
     data = read_pairs(Path(settings["data"]), tokenizer, Path(how.cache), max_token_length=how.max_token_length)
     plain = copy.copy(data)
-    plain.__dict__["table"] = dataclasses.replace(data.table, prompt_order=None)
+    plain.__dict__["table"] = switching.without_order(data.table)
     setting = Setting("", pairs, recompute=False, steps=settings["steps"])
     drawn = steps_of(data, setting, how.warm, by_prompt=settings["group_by_prompt"])
     rounds = []
@@ -53,7 +50,8 @@ def steps_in_turn(settings: dict) -> list[dict[str, dict]]:
             times = {}
             for name in list(names) if number % 2 == 0 else list(names)[::-1]:
                 looks = names[name]
-                look_for_headers(looks)
+                switching.look_for_headers(looks)
+                switching.compute_apart(looks)
                 started = time.perf_counter()
                 [step] = feeding.training_steps([indices], data if looks else plain, training.rules, here)
                 training.step(step)
@@ -65,15 +63,3 @@ def steps_in_turn(settings: dict) -> list[dict[str, dict]]:
                 times[name]["peak_gib"] = contestant.peak_gib()
             rounds.append(times)
     return rounds[how.warm :]
-
-
-def look_for_headers(looks: bool) -> None:
-    """From now on in this process; and whether long ranges are computed apart, which came with headers."""
-    least = LEAST["header"] if looks else NEVER
-    layouts.LEAST_HEADER = least
-    for function in (layouts.lay_out, layouts.lay_out_sequences):
-        function.__kwdefaults__["least_header"] = least
-    attention.LEAST_STRETCH = LEAST["stretch"] if looks else NEVER
-
-
-LEAST = {"header": layouts.LEAST_HEADER, "stretch": attention.LEAST_STRETCH}
