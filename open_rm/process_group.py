@@ -74,6 +74,8 @@ def join() -> tuple[int, int, int, torch.device]:
             port = probe.getsockname()[1]
         os.environ.update(GROUP_OF_ONE, MASTER_PORT=str(port))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On some CPUs bitsandbytes looks for a bfloat16 kernel that nothing here calls, and says "Failed to load".
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Lines of libraries would hide ours; DeepSpeed 0.19 calls collectives by names that torch 2.13 renames, a line a call.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     transformers.logging.set_verbosity_error()

@@ -262,7 +262,7 @@ def plain_difference(
 
 def lines(checks: Sequence[ClientCheck]) -> list[str]:
     """For the log: who reads the folder as it was trained, and a line for each who cannot."""
-    right = ", ".join(check.client for check in checks if check.reads_the_same)
+    right = "; ".join(check.client for check in checks if check.reads_the_same)
     wrong = [f"{check.client} reads it otherwise: {check.why_not}" for check in checks if not check.reads_the_same]
     return [f"clients that read the folder as it was trained: {right}", *wrong]
 

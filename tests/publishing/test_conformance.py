@@ -474,7 +474,7 @@ def test_the_rehearsal_says_who_reads_the_folder_for_the_log_the_card_and_run_js
         "how": "the lines of the model card",
     }
     first, second = clients.lines(checks)
-    assert first.startswith("clients that read the folder as it was trained: transformers, transformers pipeline, ")
+    assert first.startswith("clients that read the folder as it was trained: transformers; transformers pipeline; ")
     assert second == r"OpenRLHF reads it otherwise: one turn: its text ends before '\n', where the reward is read"
 
 
