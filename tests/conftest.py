@@ -230,6 +230,34 @@ def nursery():
 
 
 @pytest.fixture(scope="session")
+def run_forked(nursery, tmp_path_factory):
+    """`run_recipe` without the ten seconds of imports, without torchrun and without pictures: for all tests of what a run
+    computes. How a run starts, what it reads from its environment then, and its pictures are for `run_recipe`."""
+    folder = tmp_path_factory.mktemp("forked")
+
+    def run(*flags, processes: int = 1) -> subprocess.CompletedProcess:
+        number = len(list(folder.iterdir()))
+        printed, errors = folder / f"{number}.out", folder / f"{number}.err"
+        started = nursery.start(list(flags), printed, errors=errors, processes=processes)
+        status = next(filter(None, started.statuses()), 0)
+        return subprocess.CompletedProcess(flags, status, printed.read_text(), errors.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def without_pictures():
+    """For files of many runs in the test's own process, whose pictures nobody looks at."""
+    from forking import leave_out_pictures
+
+    from open_rm import reward_modeling
+
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_pictures(reward_modeling, patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="session")
 def pairs_cache(tmp_path_factory):
     """Tokenized once for all runs."""
     return tmp_path_factory.mktemp("pairs")

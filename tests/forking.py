@@ -1,8 +1,8 @@
 """Runs without the seconds of imports: a process that has imported the recipe forks one for every rank.
 
 Ranks are processes like any other, which a test kills, stops and signals; torchrun's environment is made by hand.
-Started with `python forking.py`: reads a JSON object a line (flags, env, log) and prints the rank's process number; for a number
-alone it waits for that process and prints its exit status.
+Started with `python forking.py`: reads a JSON object a line (flags, env, log, errors) and prints the rank's process number; for a
+number alone it waits for that process and prints its exit status.
 """
 
 import contextlib
@@ -46,16 +46,20 @@ def serve() -> None:
 
 def be_ready_to_fork(recipe) -> None:
     """Everything is imported: from now on runs of the recipe draw no pictures, and collect no garbage of imports."""
+    leave_out_pictures(recipe, setattr)
+    gc.collect()
+    gc.freeze()  # else each run's collections go through all that was imported
+
+
+def leave_out_pictures(recipe, put) -> None:
+    """They would be a third of each run or more; other tests draw them. put: as setattr."""
     from markupsafe import Markup
 
     from open_rm.evaluation.page import pictures
 
-    # Pictures would be a third of each run; other tests draw them.
-    recipe.draw_curves = lambda record, title: blank(record.with_name("curves.png"))
-    pictures.reliability_png = lambda calibration, path, title: blank(path)
-    pictures._svg = lambda *_, **__: Markup("<svg></svg>")
-    gc.collect()
-    gc.freeze()  # else each run's collections go through all that was imported
+    put(recipe, "draw_curves", lambda record, title: blank(record.with_name("curves.png")))
+    put(pictures, "reliability_png", lambda calibration, path, title: blank(path))
+    put(pictures, "_svg", lambda *_, **__: Markup("<svg></svg>"))
 
 
 def forked(world: int, become) -> None:
@@ -83,16 +87,15 @@ def blank(path: Path) -> Path:
     return path
 
 
-def become_a_rank(recipe, flags: list[str], env: dict, log: str) -> None:
+def become_a_rank(recipe, flags: list[str], env: dict, log: str, errors: str) -> None:
     from open_rm import command_line
     from open_rm.checks import check_args
     from open_rm.flags import Args
 
     os.environ.update(env)
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(output, number)
+    for number, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.close(0)
     status = 1
     try:
@@ -143,9 +146,16 @@ class Nursery:
         return int(self._server.stdout.readline())
 
     def start(
-        self, flags: list[str], log: Path, *, processes: int = 1, env: dict | None = None, own: dict | None = None
-    ):
-        """A run. env: of all ranks.  own: rank -> env of it alone."""
+        self,
+        flags: list[str],
+        log: Path,
+        *,
+        errors: Path | None = None,
+        processes: int = 1,
+        env: dict | None = None,
+        own: dict | None = None,
+    ) -> "Started":
+        """A run. errors: for stderr, which goes to `log` else.  env: of all ranks.  own: rank -> env of it alone."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -155,7 +165,8 @@ class Nursery:
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
             group = {name: str(value) for name, value in group.items()} if processes > 1 else {}
             group |= (env or {}) | (own or {}).get(rank, {})
-            ranks.append(self.ask({"flags": [str(flag) for flag in flags], "env": group, "log": str(log)}))
+            printed = {"log": str(log), "errors": str(errors or log)}
+            ranks.append(self.ask({"flags": [str(flag) for flag in flags], "env": group, **printed}))
         return Started(self, ranks, log)
 
 

@@ -15,6 +15,8 @@ from open_rm.errors import UserError
 from open_rm.flags import Args
 from open_rm.reward_modeling import main
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture
 def run(toy, tmp_path):
@@ -189,9 +191,9 @@ def test_use_slow_tokenizer_is_answered_by_one_line(run, capfd):
         ("alpaca_eval", {"max_token_length": 1024, "max_prompt_token_length": 512}),
     ],
 )
-def test_real_data_is_trained_on_evaluated_saved_and_reloaded(toy, tmp_path, name, flags):
+def test_real_data_is_trained_on_evaluated_saved_and_reloaded(toy, tmp_path, name, flags, run_forked):
     folder = shared_data(name)
-    done = run_recipe(
+    done = run_forked(
         *toy_flags(
             toy,
             tmp_path / "out",
@@ -199,8 +201,7 @@ def test_real_data_is_trained_on_evaluated_saved_and_reloaded(toy, tmp_path, nam
             dataset_mixer_eval_list=[folder, "24"],
             total_episodes=32,
             **flags,
-        ),
-        env={"OMP_NUM_THREADS": "2"},
+        )
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check: 8 rewards" in done.stdout
@@ -222,3 +223,4 @@ def test_debug_recipe_reaches_90_percent_on_held_out_pairs(tmp_path):
     assert [row["step"] for row in evaluations] == [0, 62, 125, 188, 250, 312, 375]
     assert evaluations[-1]["eval/rm/accuracy"] >= 0.9
     assert (tmp_path / "out" / "curves.png").stat().st_size > 20_000
+    assert (tmp_path / "out" / "reliability.png").stat().st_size > 10_000

@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from conftest import in_a_process, read_pairs, run_recipe, toy_flags
+from conftest import in_a_process, read_pairs, toy_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -752,14 +752,14 @@ def test_an_arrow_file_with_wild_offsets_does_not_end_the_process(toy, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["truncated gzip", "csv with an open quote", "bad row"])
-def test_the_command_line_ends_with_one_sentence(toy, tmp_path, case):
+def test_the_command_line_ends_with_one_sentence(toy, tmp_path, case, run_forked):
     name, content = {
         "truncated gzip": ("a.jsonl.gz", GZ[:-1000]),
         "csv with an open quote": ("a.csv", FILES["a csv with a quote that stays open"][1]),
         "bad row": ("a.jsonl", lines(TEXT, {"\u2028\ud83d\n": "\x1b[31m"}, TEXT)),
     }[case]
     (tmp_path / name).write_bytes(content)
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", dataset_mixer_list=[tmp_path / name, "1.0"]))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", dataset_mixer_list=[tmp_path / name, "1.0"]))
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout
     errors = [line for line in done.stderr.split("\n") if line.startswith("error:")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, read_pairs, run_recipe, toy_flags
+from conftest import REPOSITORY, read_pairs, toy_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -430,7 +430,7 @@ def test_any_row_gives_the_pairs_of_a_small_reading_or_a_sentence_and_names_what
 # ---- all together
 
 
-def test_a_run_on_three_forms_with_a_benchmark_held_out(toy, write_rows, tmp_path):
+def test_a_run_on_three_forms_with_a_benchmark_held_out(toy, write_rows, tmp_path, run_forked):
     """UltraFeedback, an arena and HelpSteer3 for training, RewardBench held out: each in its own columns, one command."""
     answers = lambda i: (f"{i} is fine and kind", f"{i} is bad")  # noqa: E731
     feedback, arena, helpsteer, bench = [], [], [], []
@@ -478,7 +478,7 @@ def test_a_run_on_three_forms_with_a_benchmark_held_out(toy, write_rows, tmp_pat
         write_rows(rows, f"{name}.jsonl") for name, rows in (("f", feedback), ("arena", arena), ("h", helpsteer))
     ]
     held_out = write_rows(bench, "bench.jsonl")
-    done = run_recipe(
+    done = run_forked(
         *toy_flags(
             toy,
             tmp_path / "out",

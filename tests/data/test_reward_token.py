@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_recipe, toy_flags
+from conftest import toy_flags
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from word_level import BOS, EOS, HI, NO, TEMPLATE, YES, YOU, ids, make
 from word_level import load as load_made
@@ -78,8 +78,8 @@ def test_rows_of_token_ids_end_with_it_too(toy, load, write_rows, num_proc):
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
-def test_clients_of_the_saved_folder_read_the_reward_there(toy, tmp_path, layout):
-    done = run_recipe(
+def test_clients_of_the_saved_folder_read_the_reward_there(toy, tmp_path, layout, run_forked):
+    done = run_forked(
         *toy_flags(toy, tmp_path / "out", reward_token=TOKEN, total_episodes=16, batching=layout, score_init="zeros")
     )
     assert done.returncode == 0, done.stderr[-3000:]

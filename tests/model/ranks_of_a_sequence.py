@@ -233,7 +233,8 @@ def run(folder: Path, name: str, world: int, **flags) -> None:
     own = {"total_episodes": 48, "per_device_train_batch_size": 8 // world, "checkpointing_steps": 3, "num_evals": 1}
     own |= {"keep_last_n_checkpoints": 9, "learning_rate": "2e-4"}
     given = [str(flag) for flag in toy_flags(folder / "toy", folder / name, **own | flags)]
-    forked(world, lambda group: become_a_rank_of_a_run(reward_modeling, given, group, str(folder / f"{name}.log")))
+    log = str(folder / f"{name}.log")
+    forked(world, lambda group: become_a_rank_of_a_run(reward_modeling, given, group, log, log))
 
 
 def main(folder: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, load_model, read_metrics, run_recipe, toy_flags
+from conftest import REPOSITORY, load_model, read_metrics, toy_flags
 from safetensors.torch import load_file
 
 from open_rm.batching.rules import LAYOUTS
@@ -28,7 +28,7 @@ TOLERANCE, PACKED_TOLERANCE = 1e-4, 2e-2
 
 
 @pytest.fixture(scope="module")
-def runs(toy, tmp_path_factory):
+def runs(toy, tmp_path_factory, run_forked):
     """Output folder and log of a run, by its flags."""
     folder, found = tmp_path_factory.mktemp("adapters"), {}
 
@@ -36,7 +36,7 @@ def runs(toy, tmp_path_factory):
         key = json.dumps(changes, sort_keys=True, default=str)
         if key not in found:
             output = folder / str(len(found))
-            done = run_recipe(*toy_flags(toy, output, **(LORA | changes)))
+            done = run_forked(*toy_flags(toy, output, **(LORA | changes)))
             assert done.returncode == 0, done.stderr[-3000:]
             found[key] = output, done.stdout
         return found[key]
@@ -122,11 +122,11 @@ def test_layouts_give_the_same_run(runs, packed, layout):
     ("stage", "processes", "packed"),
     [("zero2", 2, False), ("zero3", 1, False), ("zero3", 2, False), ("zero2", 2, True)],
 )
-def test_zero_stages_and_processes_give_the_same_run(runs, stage, processes, packed, toy, tmp_path):
+def test_zero_stages_and_processes_give_the_same_run(runs, stage, processes, packed, toy, tmp_path, run_forked):
     changes = {"load_in_4bit": packed, "num_evals": 0, "learning_rate": "1e-3"}
     reference = read_metrics(runs(**changes, batching="padded")[0])
     flags = LORA | changes | {"deepspeed": f"configs/ds/{stage}.json", "per_device_train_batch_size": 8 // processes}
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", **flags), processes=processes)
+    done = run_forked(*toy_flags(toy, tmp_path / "out", **flags), processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [
         [row["train/rm/loss"] for row in rows if "train/rm/loss" in row]
@@ -137,11 +137,11 @@ def test_zero_stages_and_processes_give_the_same_run(runs, stage, processes, pac
     assert head.shape == (1, 128)  # not the empty stand-in of stage 3
 
 
-def test_a_merged_folder_of_stage_3_has_the_weights_of_none(runs, toy, tmp_path):
+def test_a_merged_folder_of_stage_3_has_the_weights_of_none(runs, toy, tmp_path, run_forked):
     changes = {"num_evals": 0, "learning_rate": "1e-3", "merge_adapter": True}
     plain, _ = runs(**changes, load_in_4bit=False, batching="padded")
     flags = LORA | changes | {"deepspeed": "configs/ds/zero3.json", "per_device_train_batch_size": 4}
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", **flags), processes=2)
+    done = run_forked(*toy_flags(toy, tmp_path / "out", **flags), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", plain))
@@ -152,22 +152,22 @@ def test_a_merged_folder_of_stage_3_has_the_weights_of_none(runs, toy, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
-def test_bfloat16_works_under_every_stage(toy, tmp_path, stage):
+def test_bfloat16_works_under_every_stage(toy, tmp_path, stage, run_forked):
     flags = LORA | {"total_episodes": 16, "dtype": "bfloat16", "deepspeed": f"configs/ds/{stage}.json"}
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", **flags, gradient_checkpointing=True))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", **flags, gradient_checkpointing=True))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
-def test_a_base_without_a_pad_token_is_reloaded(toy, tmp_path, merged):
+def test_a_base_without_a_pad_token_is_reloaded(toy, tmp_path, merged, run_forked):
     """As Llama-3: the pad is new, its row is not in the adapter and never read."""
     base = tmp_path / "base"
     shutil.copytree(toy / "model", base)
     config = json.loads((base / "tokenizer_config.json").read_text())
     config["pad_token"] = None
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", **LORA | {"model_name_or_path": base, "merge_adapter": merged}))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", **LORA | {"model_name_or_path": base, "merge_adapter": merged}))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
     if not merged:
@@ -236,8 +236,8 @@ def test_targets_that_are_no_linear_layer_are_refused_by_name(toy, tokenizer):
         load(toy / "model", tokenizer, lora_target_modules=["q_proj", "nothing"])
 
 
-def test_a_reward_token_that_is_new_to_the_model_is_refused(toy, tmp_path):
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", **LORA, reward_token="<|new|>"))
+def test_a_reward_token_that_is_new_to_the_model_is_refused(toy, tmp_path, run_forked):
+    done = run_forked(*toy_flags(toy, tmp_path / "out", **LORA, reward_token="<|new|>"))
     assert done.returncode == 1
     assert "the token <|new|> is new to the model, and with --use_peft or --freeze_backbone its" in done.stderr
 

@@ -47,7 +47,7 @@ def tokenizer_of_all(toy):
 
 
 @pytest.fixture(scope="module")
-def trained(toy, tokenizer_of_all, tmp_path_factory):
+def trained(toy, tokenizer_of_all, tmp_path_factory, without_pictures):
     """All types trained and saved, then read by one process of plain transformers: (folders, facts, what was read)."""
     folder = tmp_path_factory.mktemp("decoders")
     folders, facts = {}, {}

@@ -188,7 +188,7 @@ def test_an_adapter_on_an_encoder_is_refused(tokenizer, tmp_path):
         check_together(tmp_path, tokenizer, use_peft=True)
 
 
-def test_an_adapter_whose_clients_would_take_another_token_for_the_pad_is_refused(toy, tmp_path):
+def test_an_adapter_whose_clients_would_take_another_token_for_the_pad_is_refused(toy, tmp_path, run_forked):
     """As of fine-tuned models whose config pads with their eos."""
     base = tmp_path / "base"
     shutil.copytree(toy / "model", base)
@@ -206,7 +206,7 @@ def test_an_adapter_whose_clients_would_take_another_token_for_the_pad_is_refuse
     config.pad_token_id = -1  # as some write it: no token
     for padless in (config, transformers.PreTrainedConfig()):
         families.check_together("base", padless, with_own_pad, AdapterFlags(use_peft=True))
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, use_peft=True))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, use_peft=True))
     assert done.returncode == 1
     assert "add --merge_adapter" in done.stderr
 
@@ -277,7 +277,7 @@ def encoder_tokenizer(folder, own_class: bool) -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_an_encoder_trains_is_saved_and_pools_at_cls(chat, stage, toy, write_rows, tmp_path):
+def test_an_encoder_trains_is_saved_and_pools_at_cls(chat, stage, toy, write_rows, tmp_path, run_forked):
     checkpoint("bert", tmp_path / "model")
     encoder_tokenizer(tmp_path / "model", own_class=stage == "zero2")
     rows = []
@@ -305,7 +305,7 @@ def test_an_encoder_trains_is_saved_and_pools_at_cls(chat, stage, toy, write_row
         chat_template_name="encoder" if chat else None,
         num_sample_pairs=1,
     )
-    done = run_recipe(*flags)
+    done = run_forked(*flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
     assert "padded, not shared_prefix: packed rows are not known to be exact for bert" in done.stdout
@@ -375,8 +375,8 @@ def custom(toy, tmp_path):
     return folder
 
 
-def test_custom_code_never_runs_unless_it_is_trusted(custom, toy, tmp_path):
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=custom))
+def test_custom_code_never_runs_unless_it_is_trusted(custom, toy, tmp_path, run_forked):
+    done = run_forked(*toy_flags(toy, tmp_path / "out", model_name_or_path=custom))
     assert done.returncode == 1
     assert "needs Python code that it brings along; read that code, then pass --trust_remote_code" in done.stderr
     assert "CODE OF THE" not in done.stdout + done.stderr
@@ -425,7 +425,7 @@ def test_a_mixture_of_experts_without_it_trains_padded(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
-def test_an_adapter_on_a_mixture_of_experts_is_reloaded(merged, toy, tmp_path):
+def test_an_adapter_on_a_mixture_of_experts_is_reloaded(merged, toy, tmp_path, run_forked):
     """Its experts are no linear layers but one tensor: they stay frozen, attention and the head are trained."""
     base = tmp_path / "base"
     shutil.copytree(toy / "model", base)
@@ -433,7 +433,7 @@ def test_an_adapter_on_a_mixture_of_experts_is_reloaded(merged, toy, tmp_path):
     sizes = GQA | {"vocab_size": 1024, "num_local_experts": 2, "num_experts_per_tok": 1}
     transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).save_pretrained(base)
     changes = {"model_name_or_path": base, "use_peft": True, "merge_adapter": merged, "total_episodes": 16}
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", **changes))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", **changes))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
     weights = load_file(tmp_path / "out" / ("model.safetensors" if merged else "adapter_model.safetensors"))
@@ -441,7 +441,7 @@ def test_an_adapter_on_a_mixture_of_experts_is_reloaded(merged, toy, tmp_path):
     assert adapted == (set() if merged else {"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
-def test_a_tokenizer_written_in_python_is_saved(toy, tmp_path):
+def test_a_tokenizer_written_in_python_is_saved(toy, tmp_path, run_forked):
     """It has no tokenizer.json; bytes, and an end token that its encoder adds."""
     base = tmp_path / "base"
     shutil.copytree(toy / "model", base)
@@ -450,7 +450,7 @@ def test_a_tokenizer_written_in_python_is_saved(toy, tmp_path):
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}"
     (base / "chat_template.jinja").write_text(template)
     transformers.ByT5Tokenizer(chat_template=template).save_pretrained(base)
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, total_episodes=16))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", model_name_or_path=base, total_episodes=16))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "reload check" in done.stdout
 

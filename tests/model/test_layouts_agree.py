@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import varlen_reference
-from conftest import load_model, read_metrics, read_pairs, run_recipe, shared_data, toy_flags
+from conftest import load_model, read_metrics, read_pairs, shared_data, toy_flags
 from largest_tensor import Largest
 from pairs_of_ids import as_data
 from torch.nn.attention import varlen
@@ -30,6 +30,8 @@ from open_rm.model import families, last_layer
 from open_rm.model.families import Layout, choose_layout
 from open_rm.reward_modeling import main
 from open_rm.training.losses import ranking_loss
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 CPU = torch.device("cpu")
 # Absolute. Measured over all tests of this file: rewards (up to 2) 1e-6 apart, gradients (up to 8) 3e-6.
@@ -658,7 +660,7 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def runs(toy, tmp_path_factory):
+def runs(toy, tmp_path_factory, run_forked):
     """Run the recipe on ranked lists (12 prompts, 3 responses, 36 pairs); returns its lines of metrics.
 
     A run of one process is made in this one, which saves the seconds of its imports.
@@ -693,7 +695,7 @@ def runs(toy, tmp_path_factory):
         if not output.exists() and processes == 1:
             main(Args(output_dir=str(output), **flags))
         elif not output.exists():
-            done = run_recipe(*toy_flags(toy, output, **flags), processes=processes)
+            done = run_forked(*toy_flags(toy, output, **flags), processes=processes)
             assert done.returncode == 0, done.stderr[-3000:]
             assert f"batching {layout}" in done.stdout
         return read_metrics(output)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_a_process, load_model, run_recipe, toy_flags
+from conftest import in_a_process, load_model, toy_flags
 from pyarrow import parquet
 from safetensors import safe_open
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
@@ -33,10 +33,10 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 
 @pytest.fixture(scope="module")
-def folder(toy, tmp_path_factory) -> Path:
+def folder(toy, tmp_path_factory, run_forked) -> Path:
     """A reward model as the recipe leaves it."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    done = run_recipe(*toy_flags(toy, out, total_episodes=80, dtype="float32"), env={"CUDA_VISIBLE_DEVICES": ""})
+    done = run_forked(*toy_flags(toy, out, total_episodes=80, dtype="float32"))
     assert done.returncode == 0, done.stderr
     return out
 

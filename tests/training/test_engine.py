@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, launch, read_metrics, run_recipe, toy_flags
+from conftest import REPOSITORY, launch, read_metrics, toy_flags
 from safetensors.torch import load_file
 
 from open_rm.checks import check_args
@@ -18,7 +18,7 @@ SHAPE = {"dataset_mixer_list": None, "total_episodes": 75, "lr_scheduler_type": 
 
 
 @pytest.fixture(scope="module")
-def losses(toy, tmp_path_factory):
+def losses(toy, tmp_path_factory, run_forked):
     """Run the recipe once per layout and keep (losses, final weights, gradient norms, head at the start)."""
     folder = tmp_path_factory.mktemp("layouts")
     results = {}
@@ -36,7 +36,7 @@ def losses(toy, tmp_path_factory):
                 deepspeed=REPOSITORY / f"configs/ds/{stage}.json",
                 num_evals=0,
             )
-            done = run_recipe(*flags, "--dataset_mixer_list", toy / "data" / "train.jsonl", "45", processes=processes)
+            done = run_forked(*flags, "--dataset_mixer_list", toy / "data" / "train.jsonl", "45", processes=processes)
             assert done.returncode == 0, done.stderr[-3000:]
             rows = [row for row in read_metrics(output) if "train/rm/loss" in row]
             evaluations = [row["eval/rm/loss"] for row in read_metrics(output) if "eval/rm/loss" in row]
@@ -92,7 +92,7 @@ def test_learning_rate_falls_linearly_over_optimizer_steps(losses):
 @pytest.mark.parametrize(
     ("optim", "stage"), [("adamw_8bit", s) for s in ("zero0", "zero2", "zero3")] + [("adafactor", "zero0")]
 )
-def test_other_optimizers_train(toy, tmp_path, losses, optim, stage):
+def test_other_optimizers_train(toy, tmp_path, losses, optim, stage, run_forked):
     flags = toy_flags(
         toy,
         tmp_path / "out",
@@ -102,7 +102,7 @@ def test_other_optimizers_train(toy, tmp_path, losses, optim, stage):
         num_evals=0,
         optim=optim,
     )
-    done = run_recipe(*flags, "--dataset_mixer_list", toy / "data" / "train.jsonl", "45")
+    done = run_forked(*flags, "--dataset_mixer_list", toy / "data" / "train.jsonl", "45")
     assert done.returncode == 0, done.stderr[-3000:]
     reference = losses(1, "zero0")["loss"]
     other = [row["train/rm/loss"] for row in read_metrics(tmp_path / "out") if "train/rm/loss" in row]
@@ -158,7 +158,7 @@ with joined_ranks() as ranks:
     assert "HEAD RIGHT" in done.stdout, done.stderr[-3000:]
 
 
-def test_bfloat16_keeps_float32_master_weights(toy, tmp_path):
+def test_bfloat16_keeps_float32_master_weights(toy, tmp_path, run_forked):
     """At a learning rate of 3e-6, an update is far below bfloat16's spacing: only master weights remember it.
 
     Steps of one pair, and no evaluation: some CPUs compute bfloat16 at a thirtieth of float32's rate.
@@ -166,7 +166,7 @@ def test_bfloat16_keeps_float32_master_weights(toy, tmp_path):
     few = {"per_device_train_batch_size": 1, "total_episodes": 75, "dataset_mixer_eval_list": None}
     flags = toy_flags(toy, tmp_path / "out", dtype="bfloat16", learning_rate="3e-6", **few)
     flags += ["--lr_scheduler_type", "constant", "--deepspeed", REPOSITORY / "configs/ds/zero2.json"]
-    done = run_recipe(*flags, env={"OMP_NUM_THREADS": "2"})
+    done = run_forked(*flags)
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = load_file(toy / "model" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"

@@ -4,13 +4,15 @@ import json
 import math
 
 import pytest
-from conftest import read_metrics, run_recipe, shared_data, toy_flags
+from conftest import read_metrics, shared_data, toy_flags
 
 from open_rm.batching.rules import LAYOUTS
 from open_rm.checks import check_args
 from open_rm.errors import UserError
 from open_rm.flags import Args
 from open_rm.reward_modeling import main
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 OBJECTIVES = {
     "ranking with margin and smoothing": {
@@ -149,11 +151,11 @@ def test_a_list_that_no_step_holds_is_refused_before_training_with_its_row(toy, 
         main(Args(**flags, max_token_length=1024, per_device_train_batch_size=2, gradient_accumulation_steps=1))
 
 
-def test_the_first_loss_with_a_zero_head_is_xtuners_published_one(toy, tmp_path):
+def test_the_first_loss_with_a_zero_head_is_xtuners_published_one(toy, tmp_path, run_forked):
     flags = toy_flags(
         toy, tmp_path / "out", score_init="zeros", loss_type="focal", penalty_type="log_barrier", total_episodes=8
     )
-    done = run_recipe(*flags)
+    done = run_forked(*flags)
     assert done.returncode == 0, done.stderr[-3000:]
     first = next(row for row in read_metrics(tmp_path / "out") if "train/rm/loss" in row)
     assert first["train/rm/loss"] == pytest.approx(0.628770, abs=1e-6)
@@ -161,12 +163,12 @@ def test_the_first_loss_with_a_zero_head_is_xtuners_published_one(toy, tmp_path)
     assert first["train/rm/grad_norm"] > 0
 
 
-def test_continuing_from_a_saved_reward_model_starts_at_its_last_evaluation(toy, tmp_path):
+def test_continuing_from_a_saved_reward_model_starts_at_its_last_evaluation(toy, tmp_path, run_forked):
     """With a reward token: nothing about the rewards is lost in the folder."""
-    first = run_recipe(*toy_flags(toy, tmp_path / "first", reward_token="<|reward|>", total_episodes=40))
+    first = run_forked(*toy_flags(toy, tmp_path / "first", reward_token="<|reward|>", total_episodes=40))
     assert first.returncode == 0, first.stderr[-3000:]
     again = toy_flags(toy, tmp_path / "second", model_name_or_path=tmp_path / "first", total_episodes=16)
-    second = run_recipe(*again)
+    second = run_forked(*again)
     assert second.returncode == 0, second.stderr[-3000:]
     assert "the checkpoint already is a reward model: its score head is kept" in second.stdout
     last = [row for row in read_metrics(tmp_path / "first") if "eval/rm/loss" in row][-1]

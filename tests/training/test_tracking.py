@@ -515,12 +515,14 @@ def test_a_sink_that_cannot_be_opened_leaves_the_others_closed(tmp_path, monkeyp
     assert open_files_below(tmp_path / "run") == []
 
 
-def test_what_was_read_is_told_before_anything_of_the_model_and_also_where_that_cannot_be_loaded(toy, tmp_path):
+def test_what_was_read_is_told_before_anything_of_the_model_and_also_where_that_cannot_be_loaded(
+    toy, tmp_path, run_forked
+):
     damaged = tmp_path / "damaged"
     shutil.copytree(toy / "model", damaged)
     weights = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    done = run_recipe(*toy_flags(toy, tmp_path / "out", model_name_or_path=damaged))
+    done = run_forked(*toy_flags(toy, tmp_path / "out", model_name_or_path=damaged))
     assert done.returncode == 1
     assert f"error: --model_name_or_path {damaged}: cannot be loaded as a reward model" in done.stderr
     assert "Traceback" not in done.stderr
