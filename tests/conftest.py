@@ -233,11 +233,10 @@ def nursery():
 def run_forked(nursery, tmp_path_factory):
     """`run_recipe` without the ten seconds of imports, without torchrun and without pictures: for all tests of what a run
     computes. How a run starts, what it reads from its environment then, and its pictures are for `run_recipe`."""
-    folder = tmp_path_factory.mktemp("forked")
 
     def run(*flags, processes: int = 1) -> subprocess.CompletedProcess:
-        number = len(list(folder.iterdir()))
-        printed, errors = folder / f"{number}.out", folder / f"{number}.err"
+        folder = tmp_path_factory.mktemp("forked")
+        printed, errors = folder / "stdout", folder / "stderr"
         started = nursery.start(list(flags), printed, errors=errors, processes=processes)
         status = next(filter(None, started.statuses()), 0)
         return subprocess.CompletedProcess(flags, status, printed.read_text(), errors.read_text())

@@ -31,8 +31,6 @@ from open_rm.model.families import Layout, choose_layout
 from open_rm.reward_modeling import main
 from open_rm.training.losses import ranking_loss
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 CPU = torch.device("cpu")
 # Absolute. Measured over all tests of this file: rewards (up to 2) 1e-6 apart, gradients (up to 8) 3e-6.
 TOLERANCE = 1e-5
@@ -661,10 +659,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory, run_forked):
-    """Run the recipe on ranked lists (12 prompts, 3 responses, 36 pairs); returns its lines of metrics.
-
-    A run of one process is made in this one, which saves the seconds of its imports.
-    """
+    """Run the recipe on ranked lists (12 prompts, 3 responses, 36 pairs); returns its lines of metrics."""
     folder = tmp_path_factory.mktemp("runs")
     texts = [message["content"] for row in toy_rows(36) for message in row["chosen"]]
     lines = []
@@ -692,9 +687,7 @@ def runs(toy, tmp_path_factory, run_forked):
             batching=layout,
             group_by_prompt=grouped,
         )
-        if not output.exists() and processes == 1:
-            main(Args(output_dir=str(output), **flags))
-        elif not output.exists():
+        if not output.exists():
             done = run_forked(*toy_flags(toy, output, **flags), processes=processes)
             assert done.returncode == 0, done.stderr[-3000:]
             assert f"batching {layout}" in done.stdout
